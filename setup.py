@@ -1,0 +1,15 @@
+from setuptools import setup
+
+setup(
+    name="vqgan",
+    version="0.1.0",
+    description="VQ-VAE, VQGAN and a transformer prior in plain PyTorch, written to be read",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["vqgan"],
+    install_requires=["torch>=2.4", "torchvision>=0.19", "numpy", "matplotlib", "tqdm"],
+    extras_require={
+        # The peers whose numbers the tests and benchmarks compare with.
+        "test": ["pytest", "ruff", "scikit-image", "vector-quantize-pytorch"],
+    },
+)

@@ -1,0 +1,370 @@
+"""The study: a VAE and a VQ-VAE trained on the same images, measured and pictured side by side.
+
+    python train_vqvae.py                                    CIFAR-10, 40 epochs of both
+    python train_vqvae.py --data shapes --epochs 5           drawn shapes: minutes on a CPU
+    python train_vqvae.py --batch-sizes 16 32 64 128 256     the sweep over batch sizes
+    python train_vqvae.py --resume                           go on after an interruption
+
+The setting is that of Zhao, Xie, Tang, "VQ-VAE for image generation on CIFAR-10" (UC Davis): both
+models with Adam, learning rate 5e-4, 40 epochs. Read `main`, then `train`, then `evaluate`.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vqgan import figures, metrics
+from vqgan.data import (
+    Batches,
+    ImageDataset,
+    batches_in_order,
+    load_dataset,
+    pixel_variance,
+    to_unit,
+)
+from vqgan.errors import InputError
+from vqgan.training import (
+    Log,
+    Stopwatch,
+    add_common_arguments,
+    autocast,
+    choose_device,
+    choose_precision,
+    describe_device,
+    load_checkpoint,
+    non_negative_float,
+    parse_arguments,
+    positive_int,
+    prepare_model,
+    read_log,
+    restore,
+    run_script,
+    save_checkpoint,
+    versions,
+    write_json,
+)
+from vqgan.vae import LIKELIHOODS, VAE
+from vqgan.vqvae import VQVAE
+
+LOG_EVERY = 50  # steps averaged in a row of log.csv
+EVALUATION_BATCH = 500  # images at once, whatever the training's batch size
+NUM_PICTURES = 12  # test images in the pictures
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a VAE and a VQ-VAE on the same images and compare them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_common_arguments(parser, out="runs/study", epochs=40, lr=5e-4)
+    add = parser.add_argument
+    add("--models", nargs="+", choices=("vae", "vqvae"), default=["vae", "vqvae"], help="which")
+    add(
+        "--batch-sizes",
+        "--batch-size",
+        nargs="+",
+        type=positive_int,
+        default=[128],
+        help="several train each model once for each",
+    )
+    vae = parser.add_argument_group("VAE").add_argument
+    vae("--likelihood", choices=LIKELIHOODS, default="optimal", help="p(x|z), see vqgan/vae.py")
+    vae("--kl-weight", type=non_negative_float, default=1.0, help="1 is the bound, more is less KL")
+    vqvae = parser.add_argument_group("VQ-VAE").add_argument
+    on_off = argparse.BooleanOptionalAction
+    vqvae("--quantizer", choices=("ema", "gradient"), default="ema", help="what moves the codes")
+    vqvae("--num-embeddings", type=positive_int, default=512, help="K, codes in the codebook")
+    vqvae("--num-downsamples", type=positive_int, default=2, help="2: 8x8 codes of 32x32; 1: 16x16")
+    vqvae("--data-start", action=on_off, default=True, help="codes start from the first batch")
+    vqvae("--restart-dead", action=on_off, default=True, help="codes nobody chooses move (ema)")
+    return parse_arguments(parser)
+
+
+def main() -> None:
+    args = parse()
+    out = Path(args.out)
+    device = choose_device(args.device)
+    dtype = choose_precision(args.precision, device)
+    for name in args.models:  # a flag that does not fit stops here, before anything is written
+        build_model(name, args)
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
+    write_json(out / "config.json", config)
+
+    data = load_dataset(args.data, root=args.data_root, image_size=args.image_size, seed=args.seed)
+    if args.limit:
+        data = data.first(args.limit)
+    variance = pixel_variance(data.train_images)
+    print(f"{len(data.train_images)} training and {len(data.test_images)} test images, {device}")
+
+    results, logs, models = {}, {}, {}
+    for batch_size in args.batch_sizes:
+        for name in args.models:
+            run = name if len(args.batch_sizes) == 1 else f"{name}-batch{batch_size}"
+            torch.manual_seed(args.seed)  # each model's own start, whatever was trained before it
+            model, arguments = build_model(name, args)
+            prepare_model(model, device, compile=args.compile)
+            seconds = train(run, model, arguments, data, variance, batch_size, args, device, dtype)
+            results[run] = evaluate(model, data, variance, device)
+            results[run] |= {
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "batch_size": batch_size,
+                "epochs": args.epochs,
+                "arguments": arguments,
+                "seconds": round(seconds, 1),
+            }
+            logs[run], models[run] = read_log(out / run / "log.csv"), model
+
+    draw_pictures(out, data, models, results, logs, device)
+    counts = {run: result.pop("code_counts") for run, result in results.items()}
+    write_json(
+        out / "metrics.json",
+        {
+            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "data": {
+                "source": args.data,
+                "training_images": len(data.train_images),
+                "test_images": len(data.test_images),
+                "variance": variance,
+            },
+            "device": describe_device(device, dtype),
+            "versions": versions(),
+            "seconds": sum(result["seconds"] for result in results.values()),
+            "models": results,
+            "code_counts": {run: count for run, count in counts.items() if count},
+        },
+    )
+    print_table(results)
+    print(f"metrics.json, logs, checkpoints and pictures are in {out}")
+
+
+def build_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, dict]:
+    """The model and its constructor arguments, which its checkpoint keeps."""
+    if name == "vae":
+        arguments = {
+            "image_size": args.image_size,
+            "likelihood": args.likelihood,
+            "kl_weight": args.kl_weight,
+        }
+        return VAE(**arguments), arguments
+    arguments = {
+        "num_embeddings": args.num_embeddings,
+        "num_downsamples": args.num_downsamples,
+        "quantizer": args.quantizer,
+        "data_start": args.data_start,
+        "restart_dead": args.restart_dead,
+    }
+    return VQVAE(**arguments), arguments
+
+
+def training_losses(model: nn.Module, x: Tensor, variance: float) -> dict[str, Tensor]:
+    """The loss and its terms, each (); x is (B, 3, H, W) in [-1, 1]."""
+    output = model(x)
+    if isinstance(model, VAE):
+        # Sums over pixels and latent dimensions, means over the batch: nats an image.
+        return {
+            "loss": output.loss,
+            "negative log-likelihood": output.negative_log_likelihood,
+            "KL": output.kl.mean(),
+        }
+    # Means over all elements. Divided by the variance, the error is 1 for a constant image.
+    reconstruction = F.mse_loss(output.reconstruction.float(), x) / variance
+    return {
+        "loss": reconstruction + output.loss,
+        "reconstruction": reconstruction,
+        "quantizer": output.loss,
+    }
+
+
+def train(
+    run: str,
+    model: nn.Module,
+    arguments: dict,
+    data: ImageDataset,
+    variance: float,
+    batch_size: int,
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    """Train to the last epoch, from the checkpoint if there is one; return the seconds it took."""
+    batches = Batches(data.train_images, batch_size, device=device, seed=args.seed, flip=args.flip)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=args.lr, fused=device.type in ("cpu", "cuda")
+    )
+    total_steps = args.epochs * len(batches)
+    step, seconds = 0, 0.0
+    checkpoint = Path(args.out) / run / "checkpoint.pt"
+    if args.resume and checkpoint.exists():
+        state = load_checkpoint(checkpoint, model=type(model).__name__, arguments=arguments)
+        restore(state, model=model, optimizers={"adam": optimizer}, batches=batches)
+        step, seconds = state["step"], state["seconds"]
+        if step > total_steps:
+            raise InputError(
+                f"{checkpoint} has had {step / len(batches):.3g} epochs already, more than "
+                f"--epochs {args.epochs}: ask for more, or start a new run in another --out"
+            )
+    log = Log(checkpoint.with_name("log.csv"), resume_at=step)
+
+    model.train()
+    watch = Stopwatch(seconds)
+    progress = tqdm(
+        desc=run, total=total_steps * batch_size, initial=step * batch_size, unit="img",
+        unit_scale=True, mininterval=0.5,
+    )  # fmt: skip
+    while step < total_steps:
+        for x in batches:  # one epoch, or the rest of it after a resume
+            with autocast(device, dtype):
+                losses = training_losses(model, x, variance)
+            optimizer.zero_grad(set_to_none=True)
+            losses["loss"].backward()
+            optimizer.step()
+            step += 1
+
+            log.record(step, losses)
+            checkpoint_is_due = step % args.checkpoint_every == 0 or step == total_steps
+            if step % LOG_EVERY == 0 or checkpoint_is_due:
+                row = log.write_row(epoch=step / len(batches))
+                progress.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
+            if checkpoint_is_due:
+                save_checkpoint(
+                    checkpoint,
+                    model=model,
+                    arguments=arguments,
+                    optimizers={"adam": optimizer},
+                    batches=batches,
+                    step=step,
+                    seconds=watch.seconds,
+                )
+            progress.update(batch_size)
+    progress.close()
+    return load_checkpoint(checkpoint)["seconds"]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: ImageDataset, variance: float, device: torch.device) -> dict:
+    """Errors and bits over the whole test set, in float32."""
+    model.eval()
+    is_vae = isinstance(model, VAE)
+    usage = None if is_vae else metrics.CodebookUsage(model.quantizer.num_embeddings)
+    per_image = {"nmse": [], "psnr": [], "ssim": [], "ssim_whole_image": [], "kl": []}
+    for x in batches_in_order(data.test_images, EVALUATION_BATCH, device=device):
+        output = model(x)
+        original, reconstruction = to_unit(x), to_unit(output.reconstruction)
+        per_image["nmse"].append(metrics.normalised_mse(x, output.reconstruction, variance))
+        per_image["psnr"].append(metrics.psnr(original, reconstruction))
+        per_image["ssim"].append(metrics.ssim(original, reconstruction))
+        per_image["ssim_whole_image"].append(metrics.ssim_whole_image(original, reconstruction))
+        if is_vae:
+            per_image["kl"].append(output.kl)
+        else:
+            usage.update(output.indices)
+            grid = output.indices.shape[1:]
+    means = {name: torch.cat(values).mean().item() for name, values in per_image.items() if values}
+    result = {name: means[name] for name in ("nmse", "psnr", "ssim", "ssim_whole_image")}
+    if is_vae:
+        bits = metrics.nats_to_bits(means["kl"])
+        return result | {
+            "perplexity": None, "codes_used": None, "bits_per_image": bits,
+            "entropy_bits_per_image": None, "code_counts": None,
+        }  # fmt: skip
+    return result | {
+        "perplexity": usage.perplexity,
+        "codes_used": usage.codes_used,
+        "bits_per_image": metrics.code_bits(*grid, model.quantizer.num_embeddings),
+        "entropy_bits_per_image": grid.numel() * usage.entropy,
+        "code_counts": usage.counts.tolist(),
+    }
+
+
+TITLES = {"vae": "VAE", "vqvae": "VQ-VAE"}
+
+
+def title_of(run: str) -> str:
+    """ "vqvae-batch16" -> "VQ-VAE, batch 16"."""
+    name, _, batch_size = run.partition("-batch")
+    return TITLES[name] + (f", batch {batch_size}" if batch_size else "")
+
+
+@torch.no_grad()
+def draw_pictures(
+    out: Path, data: ImageDataset, models: dict, results: dict, logs: dict, device: torch.device
+) -> None:
+    x = next(batches_in_order(data.test_images[:NUM_PICTURES], NUM_PICTURES, device=device))
+    rows = {"original": to_unit(x)}
+    for run, model in models.items():
+        label = f"{title_of(run)}\n{results[run]['bits_per_image']:.0f} bits"
+        rows[label] = to_unit(model(x).reconstruction)
+    figures.image_rows(
+        out / "reconstructions.png", rows, title="Test images and what each model keeps of them"
+    )
+    figures.losses(
+        out / "losses.png",
+        {title_of(run): log for run, log in logs.items()},
+        title="Training losses",
+    )
+    counts = {
+        f"{title_of(run)}: {result['codes_used']} used, perplexity {result['perplexity']:.0f}":
+        torch.tensor(result["code_counts"])
+        for run, result in results.items()
+        if result["code_counts"]
+    }  # fmt: skip
+    if counts:
+        figures.codebook_usage(
+            out / "codebook_usage.png", counts, title="How often each code is used (test set)"
+        )
+    batch_sizes = {result["batch_size"] for result in results.values()}
+    if len(batch_sizes) > 1:
+        by_model = {}
+        for run, result in results.items():
+            line = by_model.setdefault(TITLES[run.partition("-")[0]], {})
+            line[result["batch_size"]] = result["ssim"]
+        epochs = next(iter(results.values()))["epochs"]
+        figures.metric_by_batch_size(
+            out / "ssim_by_batch_size.png",
+            by_model,
+            ylabel="SSIM on the test set (Wang et al. 2004)",
+            title=f"SSIM by batch size, {epochs} epochs each\n"
+            "(equal epochs are not equal steps: small batches take more)",
+        )
+    for run, model in models.items():
+        if isinstance(model, VAE):
+            samples = model.sample(48, generator=torch.Generator().manual_seed(0))
+            figures.image_grid(
+                out / f"{run}_samples.png", to_unit(samples), title="Samples from the VAE's prior"
+            )
+            pairs = model.interpolate(x[0::2], x[1::2], steps=10)  # (6, 10, 3, H, W)
+            rows = {" " * (i + 1): to_unit(images) for i, images in enumerate(pairs)}
+            figures.image_rows(
+                out / f"{run}_interpolations.png",
+                rows,
+                title="The VAE between the latents of two test images, left and right",
+            )
+
+
+def print_table(results: dict) -> None:
+    columns = (
+        ("nmse", "norm. MSE", ".4f"),
+        ("psnr", "PSNR/dB", ".2f"),
+        ("ssim", "SSIM", ".4f"),
+        ("ssim_whole_image", "SSIM whole", ".4f"),
+        ("perplexity", "perplexity", ".1f"),
+        ("codes_used", "codes used", "d"),
+        ("bits_per_image", "bits/image", ".0f"),
+        ("seconds", "seconds", ".0f"),
+    )
+    width = max(len(title_of(run)) for run in results)
+    print(" " * width, *(f"{title:>10}" for _, title, _ in columns))
+    for run, result in results.items():
+        values = ("-" if result[key] is None else f"{result[key]:{f}}" for key, _, f in columns)
+        print(f"{title_of(run):{width}}", *(f"{value:>10}" for value in values))
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,393 @@
+"""Images in: CIFAR-10, a folder, or drawn shapes; and the mapping to the models' range.
+
+    uint8 (N, 3, H, W), 0 to 255  --from_uint8-->  float [-1, 1]  --model-->  about [-1, 1]
+    float about [-1, 1]  --to_unit-->  float [0, 1], clamped: what metrics and figures take
+
+A set that fits in memory is one uint8 tensor on the training device, and a batch is an indexing
+operation: no worker processes, no Python per image. A larger folder streams through a DataLoader.
+"""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR10
+from tqdm import tqdm
+
+from vqgan.errors import InputError
+from vqgan.shapes import draw_shapes
+
+NUM_SHAPES = (10_000, 2_000)  # drawn for training, for testing
+TEST_SHARE = 0.1  # of a folder that has no test/ of its own
+MEMORY_LIMIT = 4 * 2**30  # bytes of uint8 images to hold at once; a larger folder streams
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 0 to 255 -> float32 in [-1, 1], same shape."""
+    return images.float() / 127.5 - 1
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """Float, about [-1, 1] (decoders are unbounded) -> float32 in [0, 1], clamped, same shape."""
+    return ((x.float() + 1) / 2).clamp(0, 1)
+
+
+@dataclass
+class ImageDataset:
+    """Training and test images with what is known about them.
+
+    Images are uint8 (N, 3, H, W), or an `ImageFiles` of the same length where the folder is too
+    large to hold. Labels are int64 (N,), or None where images have no classes; captions are N
+    strings for the drawn shapes, else None.
+    """
+
+    train_images: "Tensor | ImageFiles"
+    test_images: "Tensor | ImageFiles"
+    train_labels: Tensor | None
+    test_labels: Tensor | None
+    class_names: tuple[str, ...]
+    train_captions: list[str] | None = None
+    test_captions: list[str] | None = None
+
+    def first(self, limit: int) -> "ImageDataset":
+        """The same set with at most `limit` training and `limit` test images."""
+        return ImageDataset(
+            *(part[:limit] if part is not None else None for part in self._per_image()[:4]),
+            self.class_names,
+            *(part[:limit] if part is not None else None for part in self._per_image()[4:]),
+        )
+
+    def _per_image(self) -> tuple:
+        return (
+            self.train_images,
+            self.test_images,
+            self.train_labels,
+            self.test_labels,
+            self.train_captions,
+            self.test_captions,
+        )
+
+
+def load_dataset(
+    source: str, *, root: str | Path = "data", image_size: int = 32, seed: int = 0
+) -> ImageDataset:
+    """Load one of the three sources.
+
+    Args:
+        source: "cifar10" (downloaded to `root` where it is not there yet), "shapes" (drawn from
+            `seed`), or a folder of images: train/<class>/* and test/<class>/*, or <class>/*, or
+            loose images; the last two are split once, by `seed`.
+        image_size: side of the square images in pixels; folders are resized and cropped to it,
+            the other two sources have 32.
+
+    Raises:
+        InputError: an unknown source, a folder without readable images, CIFAR-10 out of reach.
+    """
+    if source == "shapes":
+        _require_32_pixels(source, image_size)
+        return _load_shapes(seed)
+    if source == "cifar10":
+        _require_32_pixels(source, image_size)
+        return _load_cifar10(Path(root))
+    if Path(source).is_dir():
+        return _load_folder(Path(source), image_size=image_size, seed=seed)
+    raise InputError(
+        f"no data source {source!r}: give 'cifar10', 'shapes', or a folder of images that exists"
+    )
+
+
+def _require_32_pixels(source: str, image_size: int) -> None:
+    if image_size != 32:
+        raise InputError(
+            f"images of {source} have 32 pixels a side, not {image_size}: "
+            "leave --image-size out, or give a folder of images"
+        )
+
+
+def _load_shapes(seed: int) -> ImageDataset:
+    num_train, num_test = NUM_SHAPES
+    images, labels, captions, class_names = draw_shapes(num_train + num_test, seed=seed)
+    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+    return ImageDataset(
+        train_images=images[:num_train],
+        test_images=images[num_train:],
+        train_labels=labels[:num_train],
+        test_labels=labels[num_train:],
+        class_names=class_names,
+        train_captions=captions[:num_train],
+        test_captions=captions[num_train:],
+    )
+
+
+def _load_cifar10(root: Path) -> ImageDataset:
+    if not (root / "cifar-10-batches-py").is_dir():
+        print(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {root}")
+    try:
+        train, test = (CIFAR10(root=root, train=part, download=True) for part in (True, False))
+    except Exception as error:  # the network's, the server's and the archive's, of many types
+        raise InputError(
+            f"CIFAR-10 is not in {root} and cannot be downloaded ({error}): place "
+            f"cifar-10-python.tar.gz from {CIFAR10.url} in {root}, name another folder with "
+            "--data-root, or do without it: --data shapes, or --data FOLDER with images of yours"
+        ) from error
+    images = [
+        torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)
+    ]
+    labels = [torch.tensor(part.targets) for part in (train, test)]
+    return ImageDataset(*images, *labels, class_names=tuple(train.classes))
+
+
+# --- folders -----------------------------------------------------------------------------------
+
+
+def _load_folder(folder: Path, *, image_size: int, seed: int) -> ImageDataset:
+    if (folder / "train").is_dir() and (folder / "test").is_dir():
+        train_paths, train_labels, class_names = _list_images(folder / "train")
+        test_paths, test_labels, test_names = _list_images(folder / "test")
+        if test_names != class_names:
+            odd = sorted(set(class_names) ^ set(test_names))
+            raise InputError(
+                f"{folder}/train and {folder}/test have different classes: {', '.join(odd)} "
+                "is in one only; give both the same class folders"
+            )
+        paths, labels = train_paths + test_paths, train_labels + test_labels
+    else:
+        paths, labels, class_names = _list_images(folder)
+        train_paths = None
+
+    fits = len(paths) * 3 * image_size**2 <= MEMORY_LIMIT
+    images, readable = (_read_images if fits else _check_images)(paths, image_size)
+    if not any(readable):
+        raise InputError(
+            f"none of the {len(paths)} files in {folder} can be read as an image: "
+            "give a folder of PNG, JPEG or other files that Pillow opens"
+        )
+    for label, name in enumerate(class_names):
+        if not any(ok and label == other for ok, other in zip(readable, labels, strict=True)):
+            raise InputError(
+                f"class {name!r} in {folder} has no readable image: add some, or remove it"
+            )
+
+    # Shuffled once, so that the first N images (--limit) are of all classes; the split is fixed.
+    kept = [i for i, ok in enumerate(readable) if ok]
+    order = np.random.default_rng(seed).permutation(kept)
+    if train_paths is not None:
+        train, test = order[order < len(train_paths)], order[order >= len(train_paths)]
+    else:
+        num_test = max(1, round(TEST_SHARE * len(order)))
+        train, test = order[num_test:], order[:num_test]
+    if len(train) == 0 or len(test) == 0:
+        raise InputError(
+            f"{folder} gives {len(train)} training and {len(test)} test images: "
+            "each part needs at least one"
+        )
+    labels = torch.tensor(labels) if class_names else None
+    return ImageDataset(
+        train_images=images[train],
+        test_images=images[test],
+        train_labels=labels[train] if class_names else None,
+        test_labels=labels[test] if class_names else None,
+        class_names=class_names,
+    )
+
+
+def _list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
+    """Files of a folder of class folders (with labels), or of loose files (labels all 0)."""
+    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    paths, labels = [], []
+    for label, directory in enumerate(classes or [folder]):
+        files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name[0] != ".")
+        if not files:
+            what = f"class folder {directory}" if classes else f"folder {folder}"
+            raise InputError(f"the {what} has no files in it: put images there, or name another")
+        paths += files
+        labels += [label] * len(files)
+    return paths, labels, tuple(directory.name for directory in classes)
+
+
+def read_image(path: Path, image_size: int) -> np.ndarray:
+    """One image file of any mode and size -> uint8 (3, image_size, image_size), RGB.
+
+    Resized so that the shorter side fits, then cropped in the middle. Transparency is laid over
+    white. Raises OSError (or another of Pillow's errors) where the file is not an image.
+    """
+    with Image.open(path) as image:
+        image.draft("RGB", (image_size, image_size))  # a large JPEG is decoded at a lower scale
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # convert() would clip its 65,536 levels at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+        if image.size != (image_size, image_size):
+            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+        return np.asarray(image).transpose(2, 0, 1)
+
+
+def _read_images(paths: list[Path], image_size: int) -> tuple[Tensor, list[bool]]:
+    """All files as one tensor uint8 (N, 3, H, W), and which of them could be read."""
+    images = np.zeros((len(paths), 3, image_size, image_size), dtype=np.uint8)
+
+    def read_into(i: int) -> str | None:
+        try:
+            images[i] = read_image(paths[i], image_size)
+        except Exception as error:  # Pillow raises many types on broken files
+            return str(error) or type(error).__name__
+
+    return torch.from_numpy(images), _for_each_file(read_into, paths, "reading images")
+
+
+def _check_images(paths: list[Path], image_size: int) -> tuple["ImageFiles", list[bool]]:
+    """The files, to be read when they are needed, and which of them have an image's header."""
+
+    def open_header(i: int) -> str | None:
+        try:
+            Image.open(paths[i]).close()
+        except Exception as error:
+            return str(error) or type(error).__name__
+
+    return ImageFiles(paths, image_size), _for_each_file(open_header, paths, "checking images")
+
+
+def _for_each_file(action, paths: list[Path], title: str) -> list[bool]:
+    """Run `action(i)` for each path in threads (Pillow decodes outside of Python's lock)."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        work = pool.map(action, range(len(paths)), chunksize=256)
+        faults = list(tqdm(work, total=len(paths), desc=title, unit="file", leave=False))
+    broken = [(path, fault) for path, fault in zip(paths, faults, strict=True) if fault]
+    for path, fault in broken[:10]:
+        tqdm.write(f"skipped {path}: {fault}")
+    if broken:
+        tqdm.write(f"skipped {len(broken)} of {len(paths)} files that cannot be read as an image")
+    return [fault is None for fault in faults]
+
+
+class ImageFiles(Dataset):
+    """Image files that are read when they are asked for: item i is uint8 (3, H, W)."""
+
+    def __init__(self, paths: list[Path], image_size: int):
+        self.paths, self.image_size = paths, image_size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return ImageFiles(self.paths[index], self.image_size)
+        if isinstance(index, np.ndarray):
+            return ImageFiles([self.paths[i] for i in index], self.image_size)
+        try:
+            return torch.from_numpy(read_image(self.paths[index], self.image_size))
+        except Exception as error:
+            raise InputError(
+                f"{self.paths[index]} cannot be read as an image ({error}): repair or remove it, "
+                "then --resume"
+            ) from error
+
+
+# --- batches -----------------------------------------------------------------------------------
+
+
+class Batches:
+    """Shuffled training batches: each `for x in batches` is one epoch.
+
+    Yields float (B, 3, H, W) in [-1, 1] on `device`. The last images of an epoch that do not fill a
+    batch are left out (the next epoch shuffles anew), so every step averages over as many images.
+
+    All randomness of an epoch, its order and its flips, is drawn at the epoch's start from a
+    generator of this object's own. So the generator's state at that moment and the number of
+    batches given out are the whole state: after `load_state_dict` the epoch goes on where it was.
+    """
+
+    def __init__(
+        self,
+        images: "Tensor | ImageFiles",
+        batch_size: int,
+        *,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        flip: bool = True,
+    ):
+        if not 1 <= batch_size <= len(images):
+            raise InputError(
+                f"batch size {batch_size} does not fit the {len(images)} training images: "
+                f"give 1 to {len(images)}"
+            )
+        self.images = images.to(device) if isinstance(images, Tensor) else images
+        self.batch_size, self.device, self.flip = batch_size, torch.device(device), flip
+        self.generator = torch.Generator().manual_seed(seed)
+        self.epoch_start = self.generator.get_state()
+        self.position = 0  # batches of this epoch that were given out
+
+    def __len__(self) -> int:
+        return len(self.images) // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.generator.set_state(self.epoch_start)
+        order = torch.randperm(len(self.images), generator=self.generator)
+        flips = torch.rand(len(self.images), generator=self.generator) < (0.5 if self.flip else 0)
+        order = order[: len(self) * self.batch_size].view(-1, self.batch_size)  # (steps, B)
+        flips = flips[: order.numel()].view_as(order).to(self.device)
+        for images in _fetch(self.images, order[self.position :], self.device):
+            mirrored = flips[self.position][:, None, None, None]
+            self.position += 1
+            x = from_uint8(images)
+            yield torch.where(mirrored, x.flip(3), x)
+        self.epoch_start, self.position = self.generator.get_state(), 0
+
+    def state_dict(self) -> dict:
+        return {"epoch_start": self.epoch_start, "position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.epoch_start, self.position = state["epoch_start"].cpu(), state["position"]
+
+
+def batches_in_order(
+    images: "Tensor | ImageFiles", batch_size: int, *, device: torch.device | str = "cpu"
+) -> Iterator[Tensor]:
+    """All images once, in order: float (B, 3, H, W) in [-1, 1] on `device`; the last B is smaller."""
+    for chunk in _fetch(images, torch.arange(len(images)).split(batch_size), torch.device(device)):
+        yield from_uint8(chunk)
+
+
+def _fetch(images, indices, device: torch.device) -> Iterator[Tensor]:
+    """For each row of indices the images uint8 (B, 3, H, W), on the device."""
+    if isinstance(images, Tensor):
+        for row in indices:
+            yield images[row.to(images.device)].to(device)
+    else:
+        loader = DataLoader(
+            images,
+            batch_sampler=[row.tolist() for row in indices],
+            num_workers=min(4, os.cpu_count()),
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # its own, or it would advance the global one
+        )
+        for batch in loader:
+            yield batch.to(device, non_blocking=True)
+
+
+def pixel_variance(images: "Tensor | ImageFiles") -> float:
+    """Variance of all pixels of all channels, in the models' range [-1, 1].
+
+    The unit in which van den Oord's code reports the error: MSE / variance is 1 for a model that
+    always answers with the mean colour. Of a streamed folder the first 2,000 images stand for all.
+    """
+    total, total_squares, count = 0.0, 0.0, 0
+    part = images if isinstance(images, Tensor) else images[:2000]
+    for x in batches_in_order(part, 1000):
+        x = x.double()
+        total, total_squares = total + x.sum().item(), total_squares + x.square().sum().item()
+        count += x.numel()
+    variance = total_squares / count - (total / count) ** 2
+    if variance < 1e-6:
+        raise InputError("the training images are all of one colour: there is nothing to learn")
+    return variance

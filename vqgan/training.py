@@ -1,0 +1,428 @@
+"""What the training scripts share: device, precision, seed, run folder, log, checkpoint, resume.
+
+Plumbing only: each script has its own loop. A run folder holds
+
+    config.json     the flags of the run
+    <model>/        checkpoint.pt and log.csv
+    metrics.json    what was measured at the end
+    *.png           pictures
+
+A run that was killed and resumed ends with the same weights, bit for bit on a CPU, as one that was
+not: a checkpoint has everything that the next step depends on (weights, optimizers, random states,
+the place in the epoch), it replaces its predecessor in one rename, and log rows that a killed run
+wrote after its last checkpoint are cut, for they will be written again.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import vqgan
+from vqgan.errors import InputError
+
+# --- command line ------------------------------------------------------------------------------
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: 1, 2, 3, ..."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """An argparse type: a finite number above 0."""
+    value = float(text)
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
+    return value
+
+
+def non_negative_float(text: str) -> float:
+    """An argparse type: a finite number, 0 or above."""
+    value = float(text)
+    if not (value >= 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be a number, 0 or above, not {text}")
+    return value
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, *, out: str, epochs: int, lr: float):
+    """The flags that mean the same in every script."""
+    add = parser.add_argument
+    add("--data", default="cifar10", help="cifar10, shapes, or a folder of images")
+    add("--data-root", default="data", help="where CIFAR-10 is, or is downloaded to")
+    add("--image-size", type=positive_int, default=32, help="side in pixels, for a folder")
+    add("--limit", type=positive_int, help="only the first N training and test images")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="random mirror images")
+    add("--epochs", type=positive_int, default=epochs, help="passes over the training images")
+    add("--lr", type=positive_float, default=lr, help="learning rate of Adam")
+    add("--seed", type=int, default=0, help="of weights, order of the images, and drawn shapes")
+    add("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
+    add(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="see choose_precision"
+    )
+    add("--compile", action="store_true", help="torch.compile: minutes to start, then faster")
+    add("--checkpoint-every", type=positive_int, default=200, help="in optimizer steps")
+    add("--out", default=out, help="the run folder")
+    add("--resume", action="store_true", help="continue the run in --out with its own flags")
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, *, may_change: Iterable[str] = ()
+) -> argparse.Namespace:
+    """Parse the command line; with --resume, flags that are not given are those of the run.
+
+    `may_change` names the script's own flags that a resumed run may have otherwise.
+
+    Raises:
+        InputError: --resume where there is no run, or with a flag that would make it another run;
+            no --resume where there is a run already.
+    """
+    args = parser.parse_args()
+    config_path = Path(args.out) / "config.json"
+    if not args.resume:
+        if config_path.exists():
+            raise InputError(
+                f"{args.out} holds a run already: continue it with --resume, "
+                "or name another folder with --out"
+            )
+        return args
+    if not config_path.exists():
+        raise InputError(
+            f"--resume: there is no run in {args.out} (no config.json): "
+            "name its folder with --out, or start one without --resume"
+        )
+    stored = json.loads(config_path.read_text())
+    parser.set_defaults(**stored)
+    args = parser.parse_args()
+    free = {"out", "resume", "device", "compile", "checkpoint_every", "epochs", "data_root"}
+    for name, value in stored.items():
+        given = getattr(args, name, value)
+        if given != value and name not in free | set(may_change):
+            raise InputError(
+                f"--resume: the run in {args.out} has {name} = {value}, but {given} was given: "
+                "leave the flag out, or start a new run in another --out"
+            )
+    return args
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main(); a user's mistake ends it with one line and exit status 1."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(
+            f"error: {error}: check that the disk has room and the folder can be written, then "
+            "--resume (what was written before is whole), or choose another --out"
+        )
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
+
+
+# --- device, precision, seed -------------------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" takes CUDA, then Apple's MPS, then the CPU; any other name is taken as it is."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)  # fails where the machine has no such device
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise InputError(
+            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): "
+            "give auto, cpu, cuda or mps"
+        ) from error
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """bfloat16 or float32 for the matrix products of a network (weights stay float32).
+
+    "auto" takes bf16 where the hardware computes in it: CUDA since Ampere (older cards emulate it,
+    slowly, so emulation does not count), and CPUs with AMX or AVX512-BF16 instructions.
+    """
+    if name == "bf16":
+        return torch.bfloat16
+    if name == "auto" and device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16
+    if name == "auto" and device.type == "cpu":
+        # Older versions of torch cannot be asked: float32 then.
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
+            return torch.bfloat16
+    return torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Matrix products and convolutions in `dtype`; nothing changes for float32."""
+    return torch.autocast(
+        device_type=device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
+    )
+
+
+def prepare_model(model: nn.Module, device: torch.device, *, compile: bool) -> nn.Module:
+    """Move to the device, channels last (the layout that convolutions are fastest in)."""
+    model.to(device, memory_format=torch.channels_last)
+    if compile:
+        model.compile()  # in place: the names in the state dict stay
+    return model
+
+
+def describe_device(device: torch.device, dtype: torch.dtype) -> str:
+    """For metrics.json: what computed this."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
+        name = f"{name}, {torch.get_num_threads()} threads"
+    return f"{device.type} ({name}), {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+
+
+def versions() -> dict[str, str]:
+    return {
+        "vqgan": vqgan.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+    }
+
+
+# --- files that are whole or not there ---------------------------------------------------------
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside the file, then rename: a kill or a full disk leaves the old one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    model: nn.Module,
+    arguments: dict,
+    optimizers: dict[str, torch.optim.Optimizer],
+    batches,
+    step: int,
+    seconds: float,
+) -> None:
+    """Everything that the next step depends on, as plain tensors, numbers, strings and dicts.
+
+    Args:
+        arguments: the model's constructor arguments, from which it can be built again.
+        batches: a `data.Batches`, or anything else with a `state_dict`.
+        step: optimizer steps taken.
+        seconds: of training so far.
+
+    Raises:
+        InputError: a weight is not finite any more; the old checkpoint stays.
+    """
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+            raise InputError(
+                f"{name} is not finite after step {step}: training has diverged, and the last good "
+                f"checkpoint is kept; start again with a smaller --lr"
+            )
+    state = {
+        "model": type(model).__name__,
+        "arguments": arguments,
+        "weights": model.state_dict(),
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
+        "batches": batches.state_dict(),
+        "step": step,
+        "seconds": seconds,
+        "random": random_state(),
+        "threads": torch.get_num_threads(),
+        "code_version": vqgan.__version__,
+    }
+    buffer = io.BytesIO()  # torch.save reports a full disk as something other than an OSError
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path, *, model: str | None = None, arguments: dict | None = None) -> dict:
+    """Read a checkpoint, on the CPU, without running any code in it (`weights_only=True`).
+
+    To use a model: `VQVAE(**c["arguments"])`, then `load_state_dict(c["weights"])`.
+
+    Args:
+        model, arguments: what the checkpoint must be of, if given.
+
+    Raises:
+        InputError: not a checkpoint of this package, one that carries code, or of another model.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # pickle's, zipfile's and torch's own, of many types
+        reason = "it carries code, which was not run" if "Unsupported" in str(error) else "damaged?"
+        raise InputError(
+            f"{path} is not a checkpoint of plain tensors ({reason}): "
+            "give one that these scripts wrote"
+        ) from error
+    if not isinstance(state, dict) or "arguments" not in state or "weights" not in state:
+        raise InputError(f"{path} is not a checkpoint of this package: give one that it wrote")
+    if model is not None and (state["model"], state["arguments"]) != (model, arguments):
+        raise InputError(
+            f"{path} is of {state['model']}({_call(state['arguments'])}), but this run trains "
+            f"{model}({_call(arguments)}): move it away, or choose another --out"
+        )
+    return state
+
+
+def _call(arguments: dict) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+
+
+def restore(
+    state: dict,
+    *,
+    model: nn.Module,
+    optimizers: dict[str, torch.optim.Optimizer],
+    batches,
+) -> None:
+    """Put a checkpoint's state back into what `save_checkpoint` took it from."""
+    model.load_state_dict(state["weights"])
+    for name, optimizer in optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    batches.load_state_dict(state["batches"])
+    set_random_state(state["random"])
+    if state["threads"] != torch.get_num_threads():
+        print(
+            f"warning: this run had {state['threads']} threads and goes on with "
+            f"{torch.get_num_threads()}: sums are rounded in another order, so the weights will "
+            "not be the same bit for bit"
+        )
+
+
+def random_state() -> dict[str, Tensor]:
+    """States of the global generators, from which a training step draws."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+
+
+# --- log ---------------------------------------------------------------------------------------
+
+
+class Log:
+    """A CSV file of losses, averaged between two rows; and the watch over NaN.
+
+    `record` keeps a step's losses on the device, `write_row` reads them: the loop waits for the
+    GPU once a row, not once a step.
+    """
+
+    def __init__(self, path: Path, *, resume_at: int):
+        """Start a log, or go on after step `resume_at`: rows beyond it are cut."""
+        self.path, self.pending = path, []
+        rows = read_log(path) if resume_at > 0 else []
+        self.rows = [row for row in rows if row["step"] <= resume_at]
+        content = io.StringIO()
+        if self.rows:
+            writer = csv.DictWriter(content, fieldnames=list(self.rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        write_atomically(path, content.getvalue().encode())
+
+    def record(self, step: int, losses: dict[str, Tensor]) -> None:
+        """Losses of one step, each (), still on the device."""
+        self.pending.append((step, {name: loss.detach() for name, loss in losses.items()}))
+
+    def write_row(self, epoch: float) -> dict[str, float]:
+        """Average what was recorded since the last row, append it, and return it.
+
+        Raises InputError, and names step and term, where a loss is not finite.
+        """
+        steps = [step for step, _ in self.pending]
+        names = list(self.pending[0][1])
+        values = torch.stack([torch.stack(list(losses.values())) for _, losses in self.pending])
+        values = values.double().cpu() if values.device.type != "mps" else values.cpu().double()
+        for step, row in zip(steps, values, strict=True):
+            for name, value in zip(names, row.tolist(), strict=True):
+                if not math.isfinite(value):
+                    raise InputError(
+                        f"the loss term {name!r} is {value} at step {step}: training has diverged, "
+                        "and the last good checkpoint is kept; start again with a smaller --lr"
+                    )
+        means = dict(zip(names, values.mean(dim=0).tolist(), strict=True))
+        row = {"step": steps[-1], "epoch": round(epoch, 4)}
+        row |= {name: float(f"{mean:.6g}") for name, mean in means.items()}
+        with open(self.path, "a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+            if not self.rows:
+                writer.writeheader()
+            writer.writerow(row)
+        self.rows.append(row)
+        self.pending = []
+        return row
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """Rows of a log.csv; a last row that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    rows = csv.DictReader(io.StringIO(whole))
+    return [{"step": int(row.pop("step"))} | {k: float(v) for k, v in row.items()} for row in rows]
+
+
+class Stopwatch:
+    """Seconds of training, those before a resume included."""
+
+    def __init__(self, seconds_before: float = 0.0):
+        self.start = time.perf_counter() - seconds_before
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start

@@ -1,0 +1,189 @@
+"""The baseline: a variational autoencoder with a Gaussian latent.
+
+Kingma, Welling, "Auto-Encoding Variational Bayes", 2014, arXiv 1312.6114. The encoder gives a normal
+distribution q(z|x) for each image, the decoder a distribution p(x|z) for each z, and training
+minimises the negative bound on log p(x) (eq. 2 and 3):
+
+    L = -log p(x|z) + kl_weight * KL(q(z|x) || N(0, I)),   z ~ q(z|x)
+
+Both terms are summed over pixels or latent dimensions and averaged over the batch, as the bound
+demands: an average over pixels would change the weight of the KL by a factor of 3,072.
+
+Way of the data:
+
+    x (B, 3, H, W) -> encoder -> mean, log_var (B, 128) -> z (B, 128) -> decoder -> x_hat (B, 3, H, W)
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqgan.data import to_unit
+
+LIKELIHOODS = ("optimal", "learned", "fixed", "bernoulli")
+
+# An 8-bit image is not known better than its rounding error, a uniform distribution one level
+# (2/255 in [-1, 1]) wide, whose standard deviation is width / sqrt(12). No likelihood is sharper.
+SMALLEST_SCALE = 2 / 255 / math.sqrt(12)
+
+
+class VAEOutput(NamedTuple):
+    reconstruction: Tensor  # (B, 3, H, W), about [-1, 1]: the mean of p(x|z)
+    loss: Tensor  # (), the negative bound in nats an image
+    negative_log_likelihood: Tensor  # (), nats an image
+    kl: Tensor  # (B,), nats
+
+
+def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
+    """KL(N(mean, exp(log_var)) || N(0, I)) in nats: (B, Z), (B, Z) -> (B,).
+
+    In closed form (arXiv 1312.6114, appendix B): -1/2 sum_j (1 + log s_j^2 - m_j^2 - s_j^2).
+    """
+    return -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum(dim=1)
+
+
+def reparameterise(mean: Tensor, log_var: Tensor) -> Tensor:
+    """A sample z = mean + s * noise, noise ~ N(0, I), through which gradients reach both."""
+    return mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+
+
+def gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """-log N(x; mean, scale^2) in nats, summed over pixels, averaged over the batch.
+
+    One scale s for all D = 3HW values of an image: |x - mean|^2 / (2 s^2) + D log s + D/2 log 2 pi.
+    """
+    D = x[0].numel()
+    squared_error = (x - mean).square().sum() / len(x)
+    return squared_error / (2 * (2 * log_scale).exp()) + D * (
+        log_scale + 0.5 * math.log(2 * math.pi)
+    )
+
+
+class VAE(nn.Module):
+    """Four strided convolutions, a Gaussian latent, four transposed convolutions.
+
+    With the defaults 1.8 M parameters, more than twice the VQ-VAE's: what it loses, it loses in
+    its bottleneck.
+
+    Args:
+        image_size: side H = W of the images; 16 divides it.
+        latent_dim: Z, the dimensions of the latent.
+        num_hiddens: channels after the first convolution, doubled by each further one.
+        likelihood: what p(x|z) is, and so what an error costs against a nat of KL:
+            "optimal": a Gaussian whose scale is, for each batch, the one that makes the data most
+                likely, s^2 = MSE (Rybkin et al. 2021, arXiv 2006.13202, section 3.2). No weight has
+                to be guessed: as the error falls, the same error costs more.
+            "learned": a Gaussian with one scale that is a parameter (their section 3.1).
+            "fixed": a Gaussian with s = sqrt(2) in [-1, 1], which makes -log p(x|z) the squared
+                error in units of [0, 1] and a constant: the loss of many a tutorial.
+            "bernoulli": each pixel in [0, 1] is a probability, as if it were a coin.
+        kl_weight: beta of a beta-VAE; 1 is the bound.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 32,
+        latent_dim: int = 128,
+        num_hiddens: int = 32,
+        likelihood: str = "optimal",
+        kl_weight: float = 1.0,
+    ):
+        super().__init__()
+        if image_size % 16:
+            raise ValueError(
+                f"images of {image_size} pixels cannot be halved four times: give a multiple of 16"
+            )
+        if likelihood not in LIKELIHOODS:
+            raise ValueError(f"likelihood must be one of {LIKELIHOODS}, not {likelihood!r}")
+        self.latent_dim, self.likelihood, self.kl_weight = latent_dim, likelihood, kl_weight
+        self.image_size = image_size
+        widths = [num_hiddens, 2 * num_hiddens, 4 * num_hiddens, 8 * num_hiddens]
+        side = image_size // 16  # of the grid after four halvings
+        features = widths[-1] * side**2
+
+        layers, channels = [], 3
+        for width in widths:
+            layers += [nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+            channels = width
+        self.encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 2 * latent_dim))
+
+        layers = [
+            nn.Linear(latent_dim, features),
+            nn.ReLU(),
+            nn.Unflatten(1, (channels, side, side)),
+        ]
+        for width in reversed(widths[:-1]):
+            layers += [
+                nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1),
+                nn.ReLU(),
+            ]
+            channels = width
+        self.decoder = nn.Sequential(
+            *layers, nn.ConvTranspose2d(channels, 3, kernel_size=4, stride=2, padding=1)
+        )
+        if likelihood == "learned":
+            self.log_scale = nn.Parameter(torch.zeros(()))  # s = 1 at first
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, 3, H, W) in [-1, 1] -> mean, log_var of q(z|x), each (B, Z) float32."""
+        mean, log_var = self.encoder(x).float().chunk(2, dim=1)
+        return mean, log_var
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z (B, Z) -> images (B, 3, H, W), about [-1, 1]: the mean of p(x|z)."""
+        return self._mean(self.decoder(z).float())
+
+    def _mean(self, decoded: Tensor) -> Tensor:
+        # The Bernoulli decoder puts out logits; their mean sigmoid(l) in [0, 1] is, mapped to
+        # [-1, 1], 2 sigmoid(l) - 1 = tanh(l / 2).
+        return torch.tanh(decoded / 2) if self.likelihood == "bernoulli" else decoded
+
+    def negative_log_likelihood(self, x: Tensor, decoded: Tensor) -> Tensor:
+        """-log p(x|z) in nats: x and the decoder's raw output, both (B, 3, H, W) -> ()."""
+        if self.likelihood == "bernoulli":
+            return F.binary_cross_entropy_with_logits(decoded, to_unit(x), reduction="sum") / len(x)
+        if self.likelihood == "optimal":
+            # The minimum over s of gaussian_nll, where d/ds is zero: no gradient through s is
+            # needed.
+            mse = F.mse_loss(decoded.detach(), x)
+            log_scale = 0.5 * mse.clamp(min=SMALLEST_SCALE**2).log()
+        elif self.likelihood == "learned":
+            log_scale = self.log_scale.clamp(min=math.log(SMALLEST_SCALE))
+        else:
+            log_scale = x.new_tensor(0.5 * math.log(2))  # s = sqrt(2)
+        return gaussian_nll(x, decoded, log_scale)
+
+    def forward(self, x: Tensor) -> VAEOutput:
+        """x (B, 3, H, W) in [-1, 1] -> reconstruction and the terms of the bound.
+
+        In training z is sampled; in evaluation it is the mean, which gives the smallest error.
+        """
+        mean, log_var = self.encode(x)
+        z = reparameterise(mean, log_var) if self.training else mean
+        decoded = self.decoder(z).float()
+        nll = self.negative_log_likelihood(x, decoded)
+        kl = kl_divergence(mean, log_var)
+        return VAEOutput(self._mean(decoded), nll + self.kl_weight * kl.mean(), nll, kl)
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n new images (n, 3, H, W), about [-1, 1]: z ~ N(0, I), decoded.
+
+        The generator is a CPU one, so that a seed draws the same z on every device.
+        """
+        z = torch.randn(n, self.latent_dim, generator=generator)
+        return self.decode(z.to(next(self.parameters()).device))
+
+    @torch.no_grad()
+    def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
+        """On the straight line between two latents: (B, 3, H, W) twice -> (B, steps, 3, H, W).
+
+        The first and the last are the reconstructions of x0 and x1.
+        """
+        z0, z1 = self.encode(x0)[0], self.encode(x1)[0]  # (B, Z)
+        t = torch.linspace(0, 1, steps, device=z0.device)[None, :, None]
+        z = (1 - t) * z0[:, None] + t * z1[:, None]  # (B, steps, Z)
+        return self.decode(z.flatten(0, 1)).unflatten(0, (len(x0), steps))

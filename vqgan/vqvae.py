@@ -1,0 +1,154 @@
+"""VQ-VAE: an encoder and a decoder around a codebook.
+
+van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", 2017, arXiv
+1711.00937, section 4.1, with the sizes of the authors' published example for CIFAR-10.
+
+    L = |x - x_hat|^2 / variance + |sg[z_e] - e|^2 + beta |z_e - sg[e]|^2          (eq. 3)
+
+each term a mean over all its elements. The first is the script's, since the variance is the data's;
+the others are `quantizer.py`'s.
+
+Way of the data, for 32 pixels and two downsamplings:
+
+    x (B, 3, 32, 32) -> encoder -> z_e (B, 64, 8, 8) -> quantizer -> z_q (B, 64, 8, 8), indices (B, 8, 8)
+    z_q -> decoder -> reconstruction (B, 3, 32, 32)
+"""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqgan.quantizer import EMAVectorQuantizer, Quantized, VectorQuantizer
+
+
+class VQVAEOutput(NamedTuple):
+    reconstruction: Tensor  # (B, 3, H, W), about [-1, 1]
+    indices: Tensor  # (B, h, w) int64
+    loss: Tensor  # (), the quantizer's: every term but the reconstruction
+
+
+class ResidualBlock(nn.Module):
+    """x + conv1x1(relu(conv3x3(relu(x)))), (B, C, h, w) -> the same.
+
+    The first ReLU is not in place, or it would change the x that is added too.
+    """
+
+    def __init__(self, channels: int, hidden_channels: int):
+        super().__init__()
+        self.conv3x3 = nn.Conv2d(channels, hidden_channels, kernel_size=3, padding=1)
+        self.conv1x1 = nn.Conv2d(hidden_channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv1x1(F.relu(self.conv3x3(F.relu(x))))
+
+
+def residual_stack(channels: int, hidden_channels: int, num_layers: int) -> nn.Sequential:
+    """Blocks with weights of their own each, and a last ReLU."""
+    blocks = [ResidualBlock(channels, hidden_channels) for _ in range(num_layers)]
+    return nn.Sequential(*blocks, nn.ReLU())
+
+
+class VQVAE(nn.Module):
+    """The network of the paper's CIFAR-10 experiments.
+
+    With the defaults, a 32x32 image (24,576 bits) becomes 8x8 codes of 512 (576 bits), and the
+    model has 0.66 M parameters (the EMA codebook not counted: it is no parameter).
+
+    Args:
+        num_hiddens: channels of the network inside.
+        num_residual_hiddens: channels inside of a residual block.
+        num_residual_layers: residual blocks in the encoder, and as many in the decoder.
+        embedding_dim: D of the codebook.
+        num_embeddings: K of the codebook.
+        num_downsamples: how often the side is halved; 1 gives a 16x16 grid, four times the bits.
+        quantizer: "ema" or "gradient", see `quantizer.py`.
+        beta: weight of the commitment.
+        data_start, restart_dead: the two guards against collapse, see `quantizer.py`; the second
+            is the EMA quantizer's only.
+    """
+
+    def __init__(
+        self,
+        num_hiddens: int = 128,
+        num_residual_hiddens: int = 32,
+        num_residual_layers: int = 2,
+        embedding_dim: int = 64,
+        num_embeddings: int = 512,
+        num_downsamples: int = 2,
+        quantizer: str = "ema",
+        beta: float = 0.25,
+        data_start: bool = True,
+        restart_dead: bool = True,
+    ):
+        super().__init__()
+        if num_downsamples < 1:
+            raise ValueError(f"num_downsamples must be at least 1, not {num_downsamples}")
+        self.num_downsamples = num_downsamples
+        # Channels after each downsampling: half the width first, as in the authors' example.
+        widths = [num_hiddens // 2] + [num_hiddens] * (num_downsamples - 1)
+
+        # Each strided convolution halves the side: kernel 4, stride 2, padding 1.
+        layers, channels = [], 3
+        for width in widths:
+            layers += [nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+            channels = width
+        self.encoder = nn.Sequential(
+            *layers,
+            nn.Conv2d(channels, num_hiddens, kernel_size=3, padding=1),
+            residual_stack(num_hiddens, num_residual_hiddens, num_residual_layers),
+            nn.Conv2d(num_hiddens, embedding_dim, kernel_size=1),  # to the codebook's dimensions
+        )
+
+        if quantizer == "ema":
+            self.quantizer = EMAVectorQuantizer(
+                num_embeddings,
+                embedding_dim,
+                beta=beta,
+                data_start=data_start,
+                restart_dead=restart_dead,
+            )
+        elif quantizer == "gradient":
+            self.quantizer = VectorQuantizer(
+                num_embeddings, embedding_dim, beta=beta, data_start=data_start
+            )
+        else:
+            raise ValueError(f"quantizer must be 'ema' or 'gradient', not {quantizer!r}")
+
+        # The mirror image: transposed convolutions double the side.
+        layers, channels = [], num_hiddens
+        for width in reversed(widths[:-1]):
+            layers += [
+                nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1),
+                nn.ReLU(),
+            ]
+            channels = width
+        self.decoder = nn.Sequential(
+            nn.Conv2d(embedding_dim, num_hiddens, kernel_size=3, padding=1),
+            residual_stack(num_hiddens, num_residual_hiddens, num_residual_layers),
+            *layers,
+            nn.ConvTranspose2d(channels, 3, kernel_size=4, stride=2, padding=1),
+        )
+
+    def encode(self, x: Tensor) -> Quantized:
+        """x (B, 3, H, W) in [-1, 1] -> z_q (B, D, h, w), indices (B, h, w), loss ()."""
+        factor = 2**self.num_downsamples
+        if x.shape[-2] % factor or x.shape[-1] % factor:
+            raise ValueError(
+                f"images of {x.shape[-2]}x{x.shape[-1]} cannot be halved {self.num_downsamples} "
+                f"times: give sides that {factor} divides"
+            )
+        return self.quantizer(self.encoder(x))
+
+    def decode(self, z_q: Tensor) -> Tensor:
+        """z_q (B, D, h, w) -> images (B, 3, H, W), about [-1, 1]."""
+        return self.decoder(z_q)
+
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """indices (B, h, w) int64, 0 to K - 1 -> images (B, 3, H, W), about [-1, 1]."""
+        return self.decode(self.quantizer.lookup(indices))
+
+    def forward(self, x: Tensor) -> VQVAEOutput:
+        """x (B, 3, H, W) in [-1, 1] -> reconstruction, indices, quantizer's loss."""
+        z_q, indices, loss = self.encode(x)
+        return VQVAEOutput(self.decode(z_q), indices, loss)
