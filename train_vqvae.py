@@ -10,8 +10,6 @@ models with Adam, learning rate 5e-4, 40 epochs. Read `main`, then `train`, then
 """
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -126,7 +124,7 @@ def main() -> None:
     write_json(
         out / "metrics.json",
         {
-            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": args.command,
             "data": {
                 "source": args.data,
                 "training_images": len(data.train_images),
@@ -233,6 +231,7 @@ def train(
                 row = log.write_row(epoch=step / len(batches))
                 progress.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
             if checkpoint_is_due:
+                seconds = watch.seconds
                 save_checkpoint(
                     checkpoint,
                     model=model,
@@ -240,11 +239,11 @@ def train(
                     optimizers={"adam": optimizer},
                     batches=batches,
                     step=step,
-                    seconds=watch.seconds,
+                    seconds=seconds,
                 )
             progress.update(batch_size)
     progress.close()
-    return load_checkpoint(checkpoint)["seconds"]
+    return seconds
 
 
 @torch.no_grad()

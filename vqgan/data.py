@@ -353,7 +353,7 @@ class Batches:
 def batches_in_order(
     images: "Tensor | ImageFiles", batch_size: int, *, device: torch.device | str = "cpu"
 ) -> Iterator[Tensor]:
-    """All images once, in order: float (B, 3, H, W) in [-1, 1] on `device`; the last B is smaller."""
+    """All images once, in order: float (B, 3, H, W) in [-1, 1]; the last batch may be smaller."""
     for chunk in _fetch(images, torch.arange(len(images)).split(batch_size), torch.device(device)):
         yield from_uint8(chunk)
 

@@ -1,7 +1,6 @@
 """Every picture, with matplotlib. Images come as float (N, 3, H, W) in [0, 1], results as numbers.
 
-Each function writes one PNG. Colours are Okabe and Ito's, which colour-blind readers can tell apart;
-the same model has the same colour in every figure, and line styles tell what colours do.
+Each function writes one PNG. Colours are Okabe and Ito's, which colour-blind readers tell apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +40,7 @@ def _side_by_side(images: Tensor, gap: int = 2) -> np.ndarray:
 
 
 def image_rows(path: Path, rows: Mapping[str, Tensor], *, title: str) -> None:
-    """Labelled rows of images, each (N, 3, H, W) with the same N: originals over reconstructions."""
+    """Labelled rows of images, each (N, 3, H, W) with one N: originals over reconstructions."""
     for images in rows.values():
         _check_images(images)
     strips = {label: _side_by_side(images) for label, images in rows.items()}

@@ -81,7 +81,7 @@ def ssim_whole_image(x: Tensor, y: Tensor) -> Tensor:
     """SSIM with one window, the whole image of a channel, every pixel weighing alike. (B,) float64.
 
     Not the standard definition: it compares mean, contrast and correlation of whole images, which
-    a blurred copy keeps, so it is far higher than `ssim`. See docs/ssim.md.
+    a blurred copy mostly keeps, while it loses those of small windows. See docs/ssim.md.
     """
     _require_unit_range(x, y)
     return _ssim_formula(x, y, lambda images: images.flatten(2).mean(dim=2, keepdim=True))

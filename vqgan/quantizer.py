@@ -6,7 +6,7 @@ van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", 2
     z_q = e_k   with   k = argmin_j |z_e - e_j|^2                                  (eq. 1 and 2)
 
 The argmin has no gradient, so the decoder's is handed to the encoder unchanged (straight-through),
-and the loss pulls codes and vectors together, sg[.] being the stop-gradient (eq. 3, last two terms):
+and the loss pulls codes and vectors together (eq. 3, last two terms; sg[.] stops the gradient):
 
     |sg[z_e] - e|^2          codebook: moves the codes to the vectors      (VectorQuantizer)
     beta |z_e - sg[e]|^2     commitment: moves the vectors to the codes    (both quantizers)
@@ -34,7 +34,7 @@ class Quantized(NamedTuple):
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code for each vector: (N, D), (K, D) -> (N,) int64. Ties go to the first.
+    """Index of the nearest code for each vector: (N, D), (K, D) -> (N,) int64; of equals the first.
 
     |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code, so it is left out.
     Chunks of vectors bound the memory; no matrix of N x K is ever held.

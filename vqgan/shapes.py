@@ -4,8 +4,8 @@ Each picture is one of ten shapes with its own colour, size, place and tilt, on 
 texture of its own, and has a caption ("small red star on blue"). The edges and textures are what a
 model that blurs will lose.
 
-Everything is computed with additions, products, quotients and square roots, which IEEE 754 rounds
-alike on every machine (sines and exponentials it does not), so a seed gives the same bytes anywhere.
+Everything is computed with additions, products and quotients, which IEEE 754 rounds alike on every
+machine (sines and exponentials it does not), so a seed gives the same bytes anywhere.
 """
 
 import numpy as np

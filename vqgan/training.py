@@ -20,9 +20,10 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -34,6 +35,9 @@ import vqgan
 from vqgan.errors import InputError
 
 # --- command line ------------------------------------------------------------------------------
+
+# Flags that a resumed run may have otherwise: it is still the same run.
+MAY_CHANGE_ON_RESUME = {"device", "compile", "checkpoint_every", "epochs", "data_root"}
 
 
 def positive_int(text: str) -> int:
@@ -81,17 +85,16 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, out: str, epochs: i
     add("--resume", action="store_true", help="continue the run in --out with its own flags")
 
 
-def parse_arguments(
-    parser: argparse.ArgumentParser, *, may_change: Iterable[str] = ()
-) -> argparse.Namespace:
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Parse the command line; with --resume, flags that are not given are those of the run.
 
-    `may_change` names the script's own flags that a resumed run may have otherwise.
+    Also sets `command`, the command line that started the run (and those that changed it).
 
     Raises:
         InputError: --resume where there is no run, or with a flag that would make it another run;
             no --resume where there is a run already.
     """
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     args = parser.parse_args()
     config_path = Path(args.out) / "config.json"
     if not args.resume:
@@ -100,6 +103,7 @@ def parse_arguments(
                 f"{args.out} holds a run already: continue it with --resume, "
                 "or name another folder with --out"
             )
+        args.command = command
         return args
     if not config_path.exists():
         raise InputError(
@@ -109,14 +113,15 @@ def parse_arguments(
     stored = json.loads(config_path.read_text())
     parser.set_defaults(**stored)
     args = parser.parse_args()
-    free = {"out", "resume", "device", "compile", "checkpoint_every", "epochs", "data_root"}
-    for name, value in stored.items():
-        given = getattr(args, name, value)
-        if given != value and name not in free | set(may_change):
-            raise InputError(
-                f"--resume: the run in {args.out} has {name} = {value}, but {given} was given: "
-                "leave the flag out, or start a new run in another --out"
-            )
+    changed = {name for name, value in stored.items() if getattr(args, name) != value}
+    for name in sorted(changed - MAY_CHANGE_ON_RESUME):
+        raise InputError(
+            f"--resume: the run in {args.out} has {name} = {stored[name]}, but "
+            f"{getattr(args, name)} was given: leave the flag out, or start a new run in another "
+            "--out"
+        )
+    if changed:
+        args.command = f"{args.command} && {command}"
     return args
 
 

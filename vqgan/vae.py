@@ -1,8 +1,8 @@
 """The baseline: a variational autoencoder with a Gaussian latent.
 
-Kingma, Welling, "Auto-Encoding Variational Bayes", 2014, arXiv 1312.6114. The encoder gives a normal
-distribution q(z|x) for each image, the decoder a distribution p(x|z) for each z, and training
-minimises the negative bound on log p(x) (eq. 2 and 3):
+Kingma, Welling, "Auto-Encoding Variational Bayes", 2014, arXiv 1312.6114. The encoder gives a
+normal distribution q(z|x) for each image, the decoder a distribution p(x|z) for each z, and
+training minimises the negative bound on log p(x) (eq. 2 and 3):
 
     L = -log p(x|z) + kl_weight * KL(q(z|x) || N(0, I)),   z ~ q(z|x)
 
@@ -11,7 +11,8 @@ demands: an average over pixels would change the weight of the KL by a factor of
 
 Way of the data:
 
-    x (B, 3, H, W) -> encoder -> mean, log_var (B, 128) -> z (B, 128) -> decoder -> x_hat (B, 3, H, W)
+    x (B, 3, H, W) -> encoder -> mean, log_var (B, 128) -> z (B, 128)
+    z -> decoder -> reconstruction (B, 3, H, W)
 """
 
 import math

@@ -10,8 +10,9 @@ the others are `quantizer.py`'s.
 
 Way of the data, for 32 pixels and two downsamplings:
 
-    x (B, 3, 32, 32) -> encoder -> z_e (B, 64, 8, 8) -> quantizer -> z_q (B, 64, 8, 8), indices (B, 8, 8)
-    z_q -> decoder -> reconstruction (B, 3, 32, 32)
+    x (B, 3, 32, 32) -> encoder -> z_e (B, 64, 8, 8)
+    z_e -> quantizer -> z_q (B, 64, 8, 8), indices (B, 8, 8)
+    z_q (B, 64, 8, 8) -> decoder -> reconstruction (B, 3, 32, 32)
 """
 
 from typing import NamedTuple

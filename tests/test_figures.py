@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vqgan import figures
+
+MEGABYTE = 2**20
+
+
+def pixels_of(path):
+    """The picture as (H, W, 3), after a look at its size: small enough to commit."""
+    assert path.stat().st_size < MEGABYTE / 2
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def has_colour(pixels, colour, tolerance=3):
+    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+    return (np.abs(pixels.astype(int) - wanted).max(axis=-1) <= tolerance).any()
+
+
+def test_rows_show_their_images(tmp_path):
+    """Each image appears in its place: a red row over a green one."""
+    red, green = torch.zeros(2, 5, 3, 8, 8)
+    red[:, 0], green[:, 1] = 1, 1
+    figures.image_rows(tmp_path / "a.png", {"red": red, "green": green}, title="title")
+    pixels = pixels_of(tmp_path / "a.png")
+    is_red = (pixels == (255, 0, 0)).all(axis=-1)
+    is_green = (pixels == (0, 255, 0)).all(axis=-1)
+    assert is_red.mean() > 0.2 and is_green.mean() > 0.2
+    assert np.nonzero(is_red)[0].max() < np.nonzero(is_green)[0].min()
+
+
+def test_a_grid_shows_all_images(tmp_path):
+    levels = torch.linspace(0.1, 0.9, 9).view(9, 1, 1, 1).expand(9, 3, 8, 8)
+    figures.image_grid(tmp_path / "a.png", levels, title="greys", columns=4)
+    pixels = pixels_of(tmp_path / "a.png")
+    for level in levels[:, 0, 0, 0]:
+        grey = round(255 * level.item())
+        assert (np.abs(pixels.astype(int) - grey).max(axis=-1) <= 1).mean() > 0.01
+
+
+def test_curves_are_drawn_in_their_colours(tmp_path):
+    rows = [{"step": i, "epoch": i / 2, "loss": 1 / i, "kl": 0.1 * i} for i in range(1, 9)]
+    figures.losses(
+        tmp_path / "a.png", {"VAE": rows, "VQ-VAE": [r | {"q": 1} for r in rows]}, title=""
+    )
+    pixels = pixels_of(tmp_path / "a.png")
+    assert all(has_colour(pixels, colour) for colour in figures.COLOURS[:3])
+
+    results = {"VAE": {16: 0.5, 64: 0.6}, "VQ-VAE": {16: 0.8, 64: 0.85}}
+    figures.metric_by_batch_size(tmp_path / "b.png", results, ylabel="SSIM", title="")
+    assert all(has_colour(pixels_of(tmp_path / "b.png"), c) for c in figures.COLOURS[:2])
+
+    figures.codebook_usage(tmp_path / "c.png", {"VQ-VAE": torch.arange(10)}, title="")
+    assert has_colour(pixels_of(tmp_path / "c.png"), figures.COLOURS[0])
+
+    point = {"nmse": 0.1, "ssim": 0.8, "label": "K = 8"}
+    curves = {n: [point | {"bits_per_image": b} for b in (9, 99)] for n in ("VAE", "JPEG")}
+    figures.rate_distortion(tmp_path / "d.png", curves, title="")
+    assert all(has_colour(pixels_of(tmp_path / "d.png"), c) for c in figures.COLOURS[:2])
+
+
+@pytest.mark.parametrize("bad", [torch.rand(2, 3, 8, 8) - 0.5, torch.rand(2, 1, 8, 8)])
+def test_images_out_of_range_are_refused(tmp_path, bad):
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        figures.image_rows(tmp_path / "a.png", {"x": bad}, title="")
+    assert not (tmp_path / "a.png").exists()

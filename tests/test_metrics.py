@@ -1,0 +1,123 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from skimage.data import astronaut
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from vqgan.metrics import (
+    CodebookUsage,
+    code_bits,
+    nats_to_bits,
+    normalised_mse,
+    psnr,
+    ssim,
+    ssim_whole_image,
+)
+
+
+def natural_images():
+    """Crops of a photograph, float (6, 3, 48, 40) in [0, 1]."""
+    photo = torch.from_numpy(astronaut()).permute(2, 0, 1).float() / 255  # (3, 512, 512)
+    return torch.stack([photo[:, 60 * i : 60 * i + 48, 50 * i : 50 * i + 40] for i in range(6)])
+
+
+def degraded(x, how):
+    if how == "noise":
+        return (x + 0.1 * torch.randn_like(x)).clamp(0, 1)
+    if how == "blur":
+        return torch.nn.functional.avg_pool2d(x, 5, stride=1, padding=2)
+    if how == "darker":
+        return 0.7 * x
+    return torch.rand_like(x)
+
+
+@pytest.mark.parametrize("how", ["noise", "blur", "darker", "random"])
+@pytest.mark.parametrize("x", [natural_images(), torch.rand(3, 3, 11, 30)], ids=["photo", "random"])
+def test_ssim_is_scikit_images(x, how):
+    y = degraded(x, how)
+    ours = ssim(x, y)
+    assert ours.shape == (len(x),) and ours.dtype == torch.float64
+    for a, b, value in zip(x.numpy(), y.numpy(), ours.tolist(), strict=True):
+        theirs = structural_similarity(
+            a, b, channel_axis=0, gaussian_weights=True, sigma=1.5,
+            use_sample_covariance=False, data_range=1,
+        )  # fmt: skip
+        assert value == pytest.approx(theirs, abs=1e-4)
+
+
+def test_ssim_of_equal_images_is_one_and_it_is_symmetric():
+    x = natural_images()
+    y = degraded(x, "noise")
+    assert torch.allclose(ssim(x, x), torch.ones(6, dtype=torch.float64))
+    assert torch.allclose(ssim(x, y), ssim(y, x))
+
+
+def test_whole_image_ssim_by_hand():
+    x, y = natural_images(), degraded(natural_images(), "blur")
+    values = ssim_whole_image(x, y).tolist()
+    for a, b, value in zip(x.double().numpy(), y.double().numpy(), values, strict=True):
+        by_channel = []
+        for p, q in zip(a.reshape(3, -1), b.reshape(3, -1), strict=True):
+            covariance = np.cov(p, q, bias=True)
+            top = (2 * p.mean() * q.mean() + 0.01**2) * (2 * covariance[0, 1] + 0.03**2)
+            bottom = (p.mean() ** 2 + q.mean() ** 2 + 0.01**2) * (p.var() + q.var() + 0.03**2)
+            by_channel.append(top / bottom)
+        assert value == pytest.approx(np.mean(by_channel), abs=1e-9)
+
+
+def test_psnr_is_scikit_images():
+    x, y = natural_images(), degraded(natural_images(), "noise")
+    for a, b, value in zip(x.numpy(), y.numpy(), psnr(x, y).tolist(), strict=True):
+        assert value == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1), abs=1e-6)
+    assert psnr(x, x).isinf().all()
+
+
+def test_normalised_mse_is_the_same_number_in_any_range():
+    x, y = natural_images(), degraded(natural_images(), "noise")
+    variance = x.var().item()
+    in_unit = normalised_mse(x, y, variance)
+    in_model_range = normalised_mse(2 * x - 1, 2 * y - 1, 4 * variance)
+    assert torch.allclose(in_unit, in_model_range, atol=1e-6)
+    constant = torch.full_like(x, x.mean().item())
+    assert normalised_mse(x, constant, x.var(unbiased=False).item()).mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("metric", [psnr, ssim, ssim_whole_image])
+def test_images_out_of_range_or_of_other_shapes_are_refused(metric):
+    x = torch.rand(2, 3, 32, 32)
+    for bad in (x * 2 - 1, x * 1.1 + 0.05, torch.full_like(x, math.nan)):
+        with pytest.raises(ValueError, match=r"\[0, 1\]"):
+            metric(x, bad)
+    with pytest.raises(ValueError, match="one shape"):
+        metric(x, x[:, :, :16])
+
+
+def test_images_smaller_than_the_window_are_refused():
+    with pytest.raises(ValueError, match="11 pixels"):
+        ssim(torch.rand(1, 3, 10, 32), torch.rand(1, 3, 10, 32))
+
+
+def test_perplexity_of_known_frequencies():
+    usage = CodebookUsage(8)
+    usage.update(torch.tensor([[0, 1], [2, 3]]))
+    assert usage.codes_used == 4 and usage.perplexity == pytest.approx(4)
+    usage.update(torch.zeros(1000, dtype=torch.int64))
+    assert usage.codes_used == 4 and 1 < usage.perplexity < 1.1
+    p = np.array([1001, 1, 1, 1]) / 1004
+    assert usage.entropy == pytest.approx(-(p * np.log2(p)).sum())
+
+
+def test_perplexity_of_a_set_does_not_depend_on_the_batches():
+    indices = torch.randint(0, 100, (40, 8, 8))
+    whole, parts = CodebookUsage(100), CodebookUsage(100)
+    whole.update(indices)
+    for part in indices.split(3):
+        parts.update(part)
+    assert whole.perplexity == parts.perplexity
+
+
+def test_bits():
+    assert code_bits(8, 8, 512) == 576
+    assert nats_to_bits(math.log(8)) == pytest.approx(3)

@@ -1,0 +1,357 @@
+"""The study's script, run as a user runs it: in a process of its own."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from vqgan.training import read_log
+from vqgan.vae import VAE
+from vqgan.vqvae import VQVAE
+
+SCRIPT = Path(__file__).parents[1] / "train_vqvae.py"
+# Eight steps an epoch, and a checkpoint every three: neither divides the other.
+SMALL = ["--data", "shapes", "--limit", "128", "--batch-size", "16", "--epochs", "2"]
+SMALL += ["--checkpoint-every", "3", "--device", "cpu"]
+
+
+def start(out, *flags, **kwargs):
+    command = [sys.executable, str(SCRIPT), "--out", str(out), *map(str, flags)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **(pipes | kwargs))
+
+
+def run(out, *flags, **kwargs):
+    process = start(out, *flags, **kwargs)
+    stdout, stderr = process.communicate(timeout=300)
+    return process.returncode, stdout, stderr
+
+
+def error_of(out, *flags, **kwargs):
+    """The one line with which a run that fails says why."""
+    code, _, stderr = run(out, *flags, **kwargs)
+    assert code != 0
+    last = stderr.strip().splitlines()[-1]
+    assert "Traceback" not in stderr, stderr
+    return last
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small run of both models, never interrupted, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    code, stdout, stderr = run(out, *SMALL)
+    assert code == 0, stderr
+    return out, stdout
+
+
+def weights(out, name):
+    return torch.load(out / name / "checkpoint.pt", weights_only=True)["weights"]
+
+
+def same_weights(a, b):
+    assert a.keys() == b.keys()
+    return all(
+        torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name]
+        for name in a
+    )
+
+
+# --- what a run writes -------------------------------------------------------------------------
+
+
+def test_metrics_config_and_table(finished):
+    out, stdout = finished
+    written = json.loads((out / "metrics.json").read_text())
+    assert written.keys() >= {"command", "data", "device", "versions", "seconds", "models"}
+    vae, vqvae = written["models"]["vae"], written["models"]["vqvae"]
+    for result in (vae, vqvae):
+        for key in ("nmse", "psnr", "ssim", "ssim_whole_image", "bits_per_image", "seconds"):
+            assert np.isfinite(result[key])
+    assert vae["perplexity"] is None and vqvae["bits_per_image"] == 576
+    assert 1 <= vqvae["perplexity"] <= vqvae["codes_used"] <= 512
+    assert vqvae["entropy_bits_per_image"] == pytest.approx(64 * np.log2(vqvae["perplexity"]))
+    assert f"{vqvae['nmse']:.4f}" in stdout and f"{vae['ssim']:.4f}" in stdout
+    assert json.loads((out / "config.json").read_text())["epochs"] == 2
+
+
+def test_log_has_rows_at_checkpoints_and_the_end(finished):
+    out, _ = finished
+    for name in ("vae", "vqvae"):
+        rows = read_log(out / name / "log.csv")
+        assert [row["step"] for row in rows] == [3, 6, 9, 12, 15, 16]
+        assert rows[-1]["epoch"] == 2 and rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_pictures_are_there_and_not_blank(finished):
+    out, _ = finished
+    names = {path.name for path in out.glob("*.png")}
+    assert names == {
+        "reconstructions.png", "losses.png", "codebook_usage.png",
+        "vae_samples.png", "vae_interpolations.png",
+    }  # fmt: skip
+    for name in names:
+        pixels = np.asarray(Image.open(out / name).convert("L"))
+        assert 0.01 < (pixels < 250).mean() and pixels.std() > 10, name
+
+
+def test_a_checkpoint_builds_its_model_and_gives_the_measured_error(finished, shapes):
+    out, _ = finished
+    written = json.loads((out / "metrics.json").read_text())
+    x = shapes.test_images[:128].float() / 127.5 - 1
+    for name, kind in (("vae", VAE), ("vqvae", VQVAE)):
+        state = torch.load(out / name / "checkpoint.pt", weights_only=True)
+        model = kind(**state["arguments"])
+        model.load_state_dict(state["weights"])
+        with torch.no_grad():
+            error = (model.eval()(x).reconstruction - x).square().mean().item()
+        nmse = error / written["data"]["variance"]
+        assert nmse == pytest.approx(written["models"][name]["nmse"], rel=1e-4)
+
+
+# --- stop and resume ---------------------------------------------------------------------------
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def lines(path):
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_a_run_killed_at_many_moments_and_resumed_is_the_uninterrupted_one(finished, tmp_path):
+    whole, _ = finished
+    out = tmp_path / "killed"
+    moments = (
+        lambda: (out / "config.json").exists(),  # before anything is trained
+        lambda: lines(out / "vae" / "log.csv") >= 3,  # between two checkpoints of the first model
+        lambda: (out / "vqvae" / "checkpoint.pt").exists(),  # just at the second's first one
+        lambda: lines(out / "vqvae" / "log.csv") >= 6,
+        lambda: lines(out / "vqvae" / "log.csv") >= 7,  # trained: in the evaluation
+    )
+    for number, moment in enumerate(moments):
+        process = start(out, *(["--resume"] if number else SMALL))
+        wait_for(moment, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not (out / "metrics.json").exists()
+    code, stdout, stderr = run(out, "--resume")
+    assert code == 0, stderr
+    for name in ("vae", "vqvae"):
+        assert same_weights(weights(out, name), weights(whole, name))
+        log = (out / name / "log.csv").read_bytes()
+        assert log == (whole / name / "log.csv").read_bytes()
+    for key in ("nmse", "ssim", "bits_per_image"):
+        models = [json.loads((o / "metrics.json").read_text())["models"] for o in (out, whole)]
+        assert models[0]["vqvae"][key] == models[1]["vqvae"][key]
+
+
+def test_a_finished_run_can_be_resumed_for_more_epochs(finished, tmp_path):
+    """Three epochs at once are two, then one more; fewer than it has had are refused."""
+    whole, _ = finished
+    out = tmp_path / "longer"
+    shutil.copytree(whole, out)
+    assert run(out, "--resume", "--epochs", 3)[0] == 0
+    at_once = tmp_path / "at_once"
+    assert run(at_once, *SMALL, "--epochs", 3)[0] == 0
+    assert same_weights(weights(out, "vae"), weights(at_once, "vae"))
+    assert same_weights(weights(out, "vqvae"), weights(at_once, "vqvae"))
+    assert "--epochs 1" in error_of(out, "--resume", "--epochs", 1)
+
+
+def test_a_model_trains_the_same_alone(finished, tmp_path):
+    """Each model has its own start: same seed, same run, whatever was trained before it."""
+    whole, _ = finished
+    assert run(tmp_path / "alone", *SMALL, "--models", "vqvae")[0] == 0
+    assert same_weights(weights(tmp_path / "alone", "vqvae"), weights(whole, "vqvae"))
+
+
+# --- flags -------------------------------------------------------------------------------------
+
+
+def test_a_sweep_draws_its_figure_and_gives_each_run_a_folder(tmp_path):
+    out = tmp_path / "sweep"
+    code, stdout, stderr = run(out, *SMALL, "--batch-sizes", 32, 64, "--epochs", 1)
+    assert code == 0, stderr
+    models = json.loads((out / "metrics.json").read_text())["models"]
+    assert set(models) == {"vae-batch32", "vae-batch64", "vqvae-batch32", "vqvae-batch64"}
+    assert (out / "ssim_by_batch_size.png").exists()
+    assert read_log(out / "vae-batch32" / "log.csv")[-1]["step"] == 4
+    assert read_log(out / "vae-batch64" / "log.csv")[-1]["step"] == 2
+
+
+FLAGS = {
+    "lr": (["--lr", "1e-3"], "vae"),
+    "seed": (["--seed", "1"], "vae"),
+    "flip": (["--no-flip"], "vae"),
+    "likelihood": (["--likelihood", "fixed"], "vae"),
+    "kl_weight": (["--kl-weight", "2.5"], "vae"),
+    "precision": (["--precision", "PRECISION"], "vae"),
+    "quantizer": (["--quantizer", "gradient"], "vqvae"),
+    "num_embeddings": (["--num-embeddings", "64"], "vqvae"),
+    "num_downsamples": (["--num-downsamples", "1"], "vqvae"),
+    "data_start": (["--no-data-start"], "vqvae"),
+    "restart_dead": (["--no-restart-dead"], "vqvae"),
+}
+
+
+@pytest.fixture(scope="module")
+def in_process():
+    """The script's functions, for tests that need no process of their own."""
+    sys.path.insert(0, str(SCRIPT.parent))
+    import train_vqvae
+
+    yield train_vqvae
+    sys.path.remove(str(SCRIPT.parent))
+
+
+def trained(in_process, monkeypatch, out, *flags):
+    """First weights and outcome of a short run, in this process."""
+    monkeypatch.setattr(sys, "argv", ["train_vqvae.py", "--out", str(out), *flags])
+    in_process.main()
+    return out
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_changes_what_it_says(name, in_process, monkeypatch, tmp_path, finished):
+    flags, model = FLAGS[name]
+    if name == "precision":  # the other one than this machine's choice
+        auto = in_process.choose_precision("auto", torch.device("cpu"))
+        flags = ["--precision", "fp32" if auto == torch.bfloat16 else "bf16"]
+    out = trained(in_process, monkeypatch, tmp_path / "run", *SMALL, "--models", model, *flags)
+    whole, _ = finished
+    assert not (out / {"vae": "vqvae", "vqvae": "vae"}[model]).exists()  # --models
+    changed, default = weights(out, model), weights(whole, model)
+    assert changed.keys() != default.keys() or not same_weights(changed, default)
+    arguments = torch.load(out / model / "checkpoint.pt", weights_only=True)["arguments"]
+    if name in arguments:
+        config = json.loads((out / "config.json").read_text())
+        assert arguments[name] == config[name]
+
+
+def test_limit_epochs_and_batch_size_count_steps(in_process, monkeypatch, tmp_path):
+    flags = ["--data", "shapes", "--limit", "50", "--batch-size", "20", "--epochs", "3"]
+    flags += ["--models", "vae"]
+    out = trained(in_process, monkeypatch, tmp_path / "run", *flags)
+    assert read_log(out / "vae" / "log.csv")[-1]["step"] == 2 * 3
+    data = json.loads((out / "metrics.json").read_text())["data"]
+    assert data["training_images"] == data["test_images"] == 50
+
+
+def test_image_size_resizes_a_folder(in_process, monkeypatch, tmp_path, image_folder):
+    flags = ["--data", str(image_folder), "--image-size", "48", "--batch-size", "8"]
+    out = trained(in_process, monkeypatch, tmp_path / "run", *flags, "--epochs", "1")
+    assert (
+        torch.load(out / "vae" / "checkpoint.pt", weights_only=True)["arguments"]["image_size"]
+        == 48
+    )
+    vqvae = json.loads((out / "metrics.json").read_text())["models"]["vqvae"]
+    assert vqvae["bits_per_image"] == 12 * 12 * 9
+
+
+def test_compile_gives_the_same_kind_of_run(in_process, monkeypatch, tmp_path):
+    """Compiled, the first losses are those of the plain run, and the state dict has its names."""
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+    flags = [*SMALL, "--models", "vqvae", "--epochs", "1", "--precision", "fp32"]
+    plain = trained(in_process, monkeypatch, tmp_path / "plain", *flags)
+    compiled = trained(in_process, monkeypatch, tmp_path / "compiled", *flags, "--compile")
+    assert weights(plain, "vqvae").keys() == weights(compiled, "vqvae").keys()
+    first = [read_log(out / "vqvae" / "log.csv")[0] for out in (plain, compiled)]
+    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-3)
+
+
+def test_help_states_every_default(in_process, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_vqvae.py", "--help"])
+    with pytest.raises(SystemExit):
+        in_process.main()
+    text = " ".join(capsys.readouterr().out.split())
+    for flag, default in (("--epochs", "40"), ("--lr", "0.0005"), ("--out", "runs/study")):
+        assert flag in text and f"(default: {default})" in text
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+def test_flags_that_cannot_work_stop_with_one_line(in_process, monkeypatch, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (["--data", "imagenet"], "'imagenet'"),
+        (["--data", str(tmp_path / "empty")], "has no files"),
+        (["--data", "shapes", "--batch-size", "128", "--limit", "100"], "100 training images"),
+        (["--data", "shapes", "--epochs", "0"], "at least 1"),
+        (["--data", "shapes", "--epochs", "-3"], "at least 1"),
+        (["--data", "shapes", "--device", "tpu"], "'tpu'"),
+        (["--data", "shapes", "--image-size", "64"], "32 pixels"),
+        (["--data", "shapes", "--epoch", "3"], "--epoch"),
+        (["--data", "shapes", "--resume"], "no run in"),
+    ]
+    for number, (flags, expected) in enumerate(cases):
+        out = tmp_path / str(number)
+        monkeypatch.setattr(sys, "argv", ["train_vqvae.py", "--out", str(out), *flags])
+        with pytest.raises(SystemExit) as stopped:
+            in_process.run_script(in_process.main)
+        message = capsys.readouterr().err if stopped.value.code == 2 else stopped.value.code
+        assert expected in message, flags
+        assert stopped.value.code == 2 or "\n" not in message
+
+
+def test_a_run_is_not_overwritten_and_not_continued_as_another(finished):
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert "--resume" in error_of(out, *SMALL)
+    assert "num_embeddings = 512" in error_of(out, "--resume", "--num-embeddings", 64)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
+    out = tmp_path / "mixed"
+    shutil.copytree(finished[0], out)
+    shutil.copy(out / "vqvae" / "checkpoint.pt", out / "vae" / "checkpoint.pt")
+    assert "is of VQVAE(" in error_of(out, "--resume")
+
+
+def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    flags = [*SMALL, "--models", "vqvae", "--lr", "1e30"]
+    message = error_of(out, *flags)
+    assert "step" in message and "--lr" in message
+    if (out / "vqvae" / "checkpoint.pt").exists():
+        for value in weights(out, "vqvae").values():
+            assert not torch.is_tensor(value) or torch.isfinite(value).all()
+
+
+def test_a_full_disk_stops_with_one_line_and_keeps_what_was_written(finished, tmp_path):
+    """A limit on the size of files stands in for the full disk: the checkpoint does not fit."""
+    out = tmp_path / "full"
+    shutil.copytree(finished[0], out)
+    before = (out / "vae" / "checkpoint.pt").read_bytes()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    message = error_of(out, "--resume", "--epochs", 3, preexec_fn=limit)
+    assert message.startswith("error: ") and "--resume" in message
+    assert (out / "vae" / "checkpoint.pt").read_bytes() == before
+
+
+def test_an_output_folder_that_cannot_be_written_stops_with_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    assert "--out" in error_of(tmp_path / "file" / "run", *SMALL)
+    if os.access("/proc", os.W_OK) or os.geteuid() == 0:
+        assert "--out" in error_of("/proc/run", *SMALL)

@@ -1,0 +1,291 @@
+import argparse
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from vqgan import training
+from vqgan.data import Batches
+from vqgan.errors import InputError
+from vqgan.training import (
+    Log,
+    choose_device,
+    choose_precision,
+    load_checkpoint,
+    read_log,
+    restore,
+    save_checkpoint,
+    write_atomically,
+)
+
+CPU = torch.device("cpu")
+
+
+# --- device and precision ----------------------------------------------------------------------
+
+
+def test_auto_device_is_one_that_computes():
+    assert torch.ones(2, device=choose_device("auto")).sum().item() == 2
+    for bad in ("tpu-v9", "cuda:77"):
+        with pytest.raises(InputError, match=bad):
+            choose_device(bad)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_f": True}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_auto_precision_on_a_cpu_follows_its_instructions(monkeypatch, capabilities, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert choose_precision("auto", CPU) == dtype
+    assert choose_precision("fp32", CPU) == torch.float32
+    assert choose_precision("bf16", CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_auto_precision_on_cuda_asks_for_real_support(monkeypatch, real):
+    def is_bf16_supported(including_emulation=True):
+        return including_emulation or real
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    expected = torch.bfloat16 if real else torch.float32
+    assert choose_precision("auto", torch.device("cuda")) == expected
+
+
+def test_autocast_computes_in_the_precision_asked_for():
+    a = torch.randn(4, 4)
+    with training.autocast(CPU, torch.bfloat16):
+        assert (a @ a).dtype == torch.bfloat16
+    with training.autocast(CPU, torch.float32):
+        assert (a @ a).dtype == torch.float32
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+def make_run():
+    """A small network with dropout, so that a step draws random numbers, and its surroundings."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Dropout(0.5), nn.Linear(8, 12))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    images = torch.randint(0, 256, (20, 3, 2, 2), dtype=torch.uint8)
+    return model, optimizer, Batches(images, 6, seed=4)
+
+
+def train_steps(model, optimizer, batches, steps):
+    while steps:
+        for x in batches:
+            loss = (model(x) - x.flatten(1)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            steps -= 1
+            if not steps:
+                return
+
+
+def save(path, model, optimizer, batches, step=0):
+    save_checkpoint(
+        path, model=model, arguments={"width": 8}, optimizers={"adam": optimizer},
+        batches=batches, step=step, seconds=1.5,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("stop", [0, 1, 3, 7])
+def test_a_restored_run_goes_on_bit_for_bit(tmp_path, stop):
+    model, optimizer, batches = make_run()
+    train_steps(model, optimizer, batches, stop)
+    save(tmp_path / "c.pt", model, optimizer, batches, step=stop)
+    train_steps(model, optimizer, batches, 5)
+
+    other, other_optimizer, other_batches = make_run()
+    torch.manual_seed(77)
+    state = load_checkpoint(tmp_path / "c.pt", model="Sequential", arguments={"width": 8})
+    restore(state, model=other, optimizers={"adam": other_optimizer}, batches=other_batches)
+    train_steps(other, other_optimizer, other_batches, 5)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_is_plain_data(tmp_path):
+    """Tensors, numbers, strings, lists and dicts: loaded with weights_only=True, by plain torch."""
+    model, optimizer, batches = make_run()
+    train_steps(model, optimizer, batches, 2)
+    save(tmp_path / "c.pt", model, optimizer, batches, step=2)
+
+    def check(value):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                assert isinstance(key, (str, int))
+                check(inner)
+        elif isinstance(value, (list, tuple)):
+            for inner in value:
+                check(inner)
+        else:
+            assert value is None or isinstance(value, (torch.Tensor, int, float, str, bool))
+
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    check(state)
+    assert state["step"] == 2 and state["model"] == "Sequential" and state["code_version"]
+
+
+def test_a_checkpoint_that_carries_code_is_refused_and_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "was-run",))
+
+    for name, write in (
+        ("a.pt", torch.save),
+        ("b.pt", lambda o, p: p.write_bytes(pickle.dumps(o))),
+    ):
+        write({"weights": Evil(), "arguments": {}}, tmp_path / name)
+        with pytest.raises(InputError, match=name):
+            load_checkpoint(tmp_path / name)
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path):
+    model, optimizer, batches = make_run()
+    path = tmp_path / "c.pt"
+    save(path, model, optimizer, batches)
+    with pytest.raises(InputError, match="VQVAE.*other --out|another --out"):
+        load_checkpoint(path, model="VQVAE", arguments={"width": 8})
+    with pytest.raises(InputError, match="width=8.*width=9"):
+        load_checkpoint(path, model="Sequential", arguments={"width": 9})
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(InputError, match="c.pt"):
+        load_checkpoint(path)
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(InputError, match="not a checkpoint of this package"):
+        load_checkpoint(path)
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def no_space(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new and longer")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    model, optimizer, batches = make_run()
+    save(tmp_path / "c.pt", model, optimizer, batches)
+    good = (tmp_path / "c.pt").read_bytes()
+    model[1].weight.data[0, 0] = float("inf")
+    with pytest.raises(InputError, match="1.weight is not finite after step 9"):
+        save(tmp_path / "c.pt", model, optimizer, batches, step=9)
+    assert (tmp_path / "c.pt").read_bytes() == good
+
+
+def test_another_thread_count_is_warned_of(tmp_path, capsys):
+    model, optimizer, batches = make_run()
+    save(tmp_path / "c.pt", model, optimizer, batches)
+    state = load_checkpoint(tmp_path / "c.pt")
+    state["threads"] += 1
+    restore(state, model=model, optimizers={"adam": optimizer}, batches=batches)
+    assert "threads" in capsys.readouterr().out
+
+
+# --- log ---------------------------------------------------------------------------------------
+
+
+def fill(log, steps):
+    for step in steps:
+        log.record(step, {"loss": torch.tensor(float(step)), "kl": torch.tensor(2.0)})
+        if step % 2 == 0:
+            log.write_row(epoch=step / 10)
+
+
+def test_rows_average_the_steps_between_them(tmp_path):
+    fill(Log(tmp_path / "log.csv", resume_at=0), range(1, 5))
+    assert read_log(tmp_path / "log.csv") == [
+        {"step": 2, "epoch": 0.2, "loss": 1.5, "kl": 2.0},
+        {"step": 4, "epoch": 0.4, "loss": 3.5, "kl": 2.0},
+    ]
+
+
+@pytest.mark.parametrize("torn", ["", "10,1.0,9.5,2", "10,1.0"])
+def test_rows_past_the_checkpoint_are_cut(tmp_path, torn):
+    """A log that was killed, also in the middle of a row, and resumed is the uninterrupted one."""
+    fill(Log(tmp_path / "whole.csv", resume_at=0), range(1, 13))
+    fill(Log(tmp_path / "killed.csv", resume_at=0), range(1, 9))
+    with open(tmp_path / "killed.csv", "a") as file:
+        file.write(torn)
+    fill(Log(tmp_path / "killed.csv", resume_at=6), range(7, 13))
+    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path, bad):
+    log = Log(tmp_path / "log.csv", resume_at=0)
+    fill(log, range(1, 7))
+    log.record(7, {"loss": torch.tensor(1.0), "kl": torch.tensor(1.0)})
+    log.record(8, {"loss": torch.tensor(1.0), "kl": torch.tensor(bad)})
+    with pytest.raises(InputError, match="'kl' is (nan|inf) at step 8"):
+        log.write_row(epoch=1.0)
+    assert [row["step"] for row in read_log(tmp_path / "log.csv")] == [2, 4, 6]
+
+
+# --- command line ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (training.positive_int, "3", ["0", "-1", "1.5", "x"]),
+        (training.positive_float, "1e-3", ["0", "-1", "nan", "inf"]),
+        (training.non_negative_float, "0", ["-1", "nan", "inf"]),
+    ],
+)
+def test_numbers_out_of_range_are_refused(kind, good, bad):
+    assert kind(good) == float(good)
+    for text in bad:
+        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+            kind(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (InputError("no such data"), "error: no such data"),
+        (OSError(28, "No space left on device"), "No space left"),
+        (KeyboardInterrupt(), "--resume"),
+    ],
+)
+def test_a_users_mistake_ends_a_script_with_one_line(error, shown):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        training.run_script(main)
+    assert shown in stopped.value.code and "\n" not in stopped.value.code
+
+
+def test_a_fault_of_the_program_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        training.run_script(lambda: 1 / 0)
+
+
+def test_every_import_runs_one_way():
+    """Parts know no model, models know no script, and figures and metrics know neither."""
+    package = Path(training.__file__).parent
+    for part in ("figures", "metrics", "quantizer", "shapes", "errors"):
+        source = (package / f"{part}.py").read_text()
+        assert "from vqgan" not in source and "import vqgan" not in source, part
+    assert "vqgan.vae" not in (package / "training.py").read_text()
+    assert sys.modules["vqgan.training"] is training

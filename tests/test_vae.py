@@ -1,0 +1,144 @@
+import math
+
+import pytest
+import torch
+from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
+
+from vqgan import vae
+from vqgan.vae import LIKELIHOODS, SMALLEST_SCALE, VAE
+
+
+@pytest.fixture
+def x(shape_images):
+    return shape_images * 2 - 1
+
+
+def test_kl_is_that_of_torch_distributions():
+    mean, log_var = torch.randn(7, 5), torch.randn(7, 5)
+    q = Independent(Normal(mean, (0.5 * log_var).exp()), 1)
+    p = Independent(Normal(torch.zeros(5), torch.ones(5)), 1)
+    assert torch.allclose(vae.kl_divergence(mean, log_var), kl_divergence(q, p), atol=1e-5)
+
+
+def test_reparameterised_samples_have_the_moments_and_the_gradients():
+    mean = torch.tensor([[1.0, -2.0]], requires_grad=True)
+    log_var = torch.tensor([[0.0, -3.0]], requires_grad=True)
+    z = vae.reparameterise(mean.expand(100_000, 2), log_var.expand(100_000, 2))
+    assert torch.allclose(z.mean(dim=0), mean[0], atol=0.02)
+    assert torch.allclose(z.std(dim=0), (0.5 * log_var[0]).exp(), rtol=0.02)
+    z.mean(dim=0).sum().backward()
+    assert torch.allclose(mean.grad, torch.ones(1, 2))
+    # dz/dlog_var = s/2 * noise, which averages to nothing but is there.
+    assert log_var.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("likelihood", ["optimal", "learned", "fixed"])
+def test_gaussian_likelihoods_are_those_of_torch_distributions(x, likelihood):
+    model = VAE(likelihood=likelihood)
+    decoded = x + 0.3 * torch.randn_like(x)
+    scale = {
+        "optimal": (decoded - x).square().mean().sqrt(),
+        "learned": torch.tensor(1.0),
+        "fixed": torch.tensor(math.sqrt(2)),
+    }[likelihood]
+    expected = -Independent(Normal(decoded, scale), 3).log_prob(x).mean()
+    assert torch.allclose(model.negative_log_likelihood(x, decoded), expected, rtol=1e-5)
+
+
+def test_fixed_likelihood_is_the_squared_error_in_unit_range_and_a_constant(x):
+    model, decoded = VAE(likelihood="fixed"), x + 0.3 * torch.randn_like(x)
+    error = ((decoded - x) / 2).square().sum() / len(x)
+    constant = model.negative_log_likelihood(x, x)
+    nll = model.negative_log_likelihood(x, decoded)
+    assert torch.allclose(nll - constant, error, rtol=1e-4)
+
+
+def test_bernoulli_likelihood_is_that_of_torch_distributions(x):
+    logits = torch.randn_like(x)
+    coin = Independent(Bernoulli(logits=logits, validate_args=False), 3)
+    expected = -coin.log_prob((x + 1) / 2).mean()
+    model = VAE(likelihood="bernoulli")
+    assert torch.allclose(model.negative_log_likelihood(x, logits), expected, rtol=1e-5)
+    assert torch.allclose(model._mean(logits), 2 * torch.sigmoid(logits) - 1, atol=1e-6)
+
+
+def test_the_optimal_scale_is_optimal_and_needs_no_gradient(x):
+    """No other scale gives a smaller loss; the gradient is the same with s differentiated too."""
+    model = VAE(likelihood="optimal")
+    decoded = (x + 0.3 * torch.randn_like(x)).requires_grad_()
+    nll = model.negative_log_likelihood(x, decoded)
+    for factor in (0.9, 1.1):
+        other = 0.5 * ((decoded - x).square().mean() * factor**2).log()
+        assert vae.gaussian_nll(x, decoded, other) > nll
+    (gradient,) = torch.autograd.grad(nll, decoded)
+    through_scale = vae.gaussian_nll(x, decoded, 0.5 * (decoded - x).square().mean().log())
+    assert torch.allclose(gradient, torch.autograd.grad(through_scale, decoded)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("likelihood", ["optimal", "learned"])
+def test_a_perfect_reconstruction_keeps_a_finite_likelihood(x, likelihood):
+    model = VAE(likelihood=likelihood)
+    if likelihood == "learned":
+        model.log_scale.data.fill_(-50)
+    nll = model.negative_log_likelihood(x, x.clone())
+    D = x[0].numel()
+    assert nll.item() == pytest.approx(
+        D * (math.log(SMALLEST_SCALE) + 0.5 * math.log(2 * math.pi)), rel=1e-4
+    )
+
+
+def test_the_loss_sums_dimensions_and_averages_the_batch(x):
+    """Twice the same images: the same loss. The KL is weighted, and is no mean over dimensions."""
+    model = VAE(likelihood="fixed", kl_weight=3.0).eval()
+    once, twice = model(x), model(torch.cat([x, x]))
+    assert torch.allclose(once.loss, twice.loss, rtol=1e-5)
+    assert torch.allclose(once.loss, once.negative_log_likelihood + 3 * once.kl.mean())
+    mean, log_var = model.encode(x)
+    assert torch.allclose(once.kl, vae.kl_divergence(mean, log_var))
+
+
+def test_training_samples_and_evaluation_takes_the_mean(x):
+    model = VAE()
+    assert not torch.equal(model(x).reconstruction, model(x).reconstruction)
+    model.eval()
+    assert torch.equal(model(x).reconstruction, model.decode(model.encode(x)[0]))
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_every_weight_gets_a_gradient(x, likelihood):
+    model = VAE(likelihood=likelihood)
+    model(x).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_parameters_counted_by_hand():
+    widths = [3, 32, 64, 128, 256]
+    convolutions = sum(a * b * 16 + b for a, b in zip(widths, widths[1:], strict=False))
+    transposed = sum(a * b * 16 + a for a, b in zip(widths, widths[1:], strict=False))
+    linear = (256 * 4 * 256 + 256) + (128 * 1024 + 1024)
+    count = sum(p.numel() for p in VAE().parameters())
+    assert count == convolutions + transposed + linear == 1_774_531
+
+
+def test_samples_come_from_the_generator_given():
+    model = VAE().eval()
+    before = torch.get_rng_state()
+    first, again = (model.sample(5, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert first.shape == (5, 3, 32, 32) and torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_interpolation_ends_at_the_reconstructions(x):
+    model = VAE().eval()
+    images = model.interpolate(x[:2], x[2:4], steps=5)
+    assert images.shape == (2, 5, 3, 32, 32)
+    assert torch.allclose(images[:, 0], model(x[:2]).reconstruction, atol=1e-5)
+    assert torch.allclose(images[:, -1], model(x[2:4]).reconstruction, atol=1e-5)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="multiple of 16"):
+        VAE(image_size=40)
+    with pytest.raises(ValueError, match="'poisson'"):
+        VAE(likelihood="poisson")
