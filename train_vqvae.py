@@ -90,14 +90,15 @@ def main() -> None:
     out = Path(args.out)
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
-    for name in args.models:  # a flag that does not fit stops here, before anything is written
-        build_model(name, args)
+    check_sizes(args)
     config = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
     write_json(out / "config.json", config)
 
     data = load_dataset(args.data, root=args.data_root, image_size=args.image_size, seed=args.seed)
     if args.limit:
         data = data.first(args.limit)
+    for batch_size in args.batch_sizes:  # one that does not fit stops here, not after hours
+        Batches(data.train_images, batch_size)
     variance = pixel_variance(data.train_images)
     print(f"{len(data.train_images)} training and {len(data.test_images)} test images, {device}")
 
@@ -140,6 +141,16 @@ def main() -> None:
     )
     print_table(results)
     print(f"metrics.json, logs, checkpoints and pictures are in {out}")
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """Stop before anything is written where the images do not fit the models or the metrics."""
+    factor = 2 ** max(4 if "vae" in args.models else 0, args.num_downsamples)
+    if args.image_size % factor or args.image_size < metrics.SSIM_WINDOW:
+        raise InputError(
+            f"--image-size {args.image_size} does not fit: the models need a multiple of {factor}, "
+            f"and SSIM at least {metrics.SSIM_WINDOW}"
+        )
 
 
 def build_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, dict]:

@@ -1,57 +1,67 @@
-"""The study's script, run as a user runs it: in a process of its own."""
+"""The study's script: what it writes, that it resumes, that its flags act, what it refuses."""
 
+import functools
 import json
-import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vqgan.training import read_log
+import train_vqvae
+from vqgan.shapes import draw_shapes
+from vqgan.training import choose_precision, read_log, run_script
 from vqgan.vae import VAE
 from vqgan.vqvae import VQVAE
 
-SCRIPT = Path(__file__).parents[1] / "train_vqvae.py"
 # Eight steps an epoch, and a checkpoint every three: neither divides the other.
 SMALL = ["--data", "shapes", "--limit", "128", "--batch-size", "16", "--epochs", "2"]
 SMALL += ["--checkpoint-every", "3", "--device", "cpu"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shapes_drawn_once():
+    """Runs in this process share the drawn shapes, which take seconds to draw."""
+    with mock.patch("vqgan.data.draw_shapes", functools.cache(draw_shapes)):
+        yield
+
+
+def run(out, *flags):
+    """The script, in this process."""
+    argv = ["train_vqvae.py", "--out", str(out), *map(str, flags)]
+    with mock.patch.object(sys, "argv", argv):
+        run_script(train_vqvae.main)
+    return out
+
+
+def error_of(out, *flags):
+    """The one line with which the script stops."""
+    with pytest.raises(SystemExit) as stopped:
+        run(out, *flags)
+    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
+    return stopped.value.code
+
+
 def start(out, *flags, **kwargs):
-    command = [sys.executable, str(SCRIPT), "--out", str(out), *map(str, flags)]
+    """The script, in a process of its own."""
+    command = [sys.executable, train_vqvae.__file__, "--out", str(out), *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **(pipes | kwargs))
-
-
-def run(out, *flags, **kwargs):
-    process = start(out, *flags, **kwargs)
-    stdout, stderr = process.communicate(timeout=300)
-    return process.returncode, stdout, stderr
-
-
-def error_of(out, *flags, **kwargs):
-    """The one line with which a run that fails says why."""
-    code, _, stderr = run(out, *flags, **kwargs)
-    assert code != 0
-    last = stderr.strip().splitlines()[-1]
-    assert "Traceback" not in stderr, stderr
-    return last
+    return subprocess.Popen(command, **pipes, **kwargs)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A small run of both models, never interrupted, and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    code, stdout, stderr = run(out, *SMALL)
-    assert code == 0, stderr
+    stdout, stderr = start(out, *SMALL).communicate(timeout=300)
+    assert (out / "metrics.json").exists(), stderr
     return out, stdout
 
 
@@ -150,8 +160,8 @@ def test_a_run_killed_at_many_moments_and_resumed_is_the_uninterrupted_one(finis
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not (out / "metrics.json").exists()
-    code, stdout, stderr = run(out, "--resume")
-    assert code == 0, stderr
+    _, stderr = start(out, "--resume").communicate(timeout=300)
+    assert (out / "metrics.json").exists(), stderr
     for name in ("vae", "vqvae"):
         assert same_weights(weights(out, name), weights(whole, name))
         log = (out / name / "log.csv").read_bytes()
@@ -166,9 +176,8 @@ def test_a_finished_run_can_be_resumed_for_more_epochs(finished, tmp_path):
     whole, _ = finished
     out = tmp_path / "longer"
     shutil.copytree(whole, out)
-    assert run(out, "--resume", "--epochs", 3)[0] == 0
-    at_once = tmp_path / "at_once"
-    assert run(at_once, *SMALL, "--epochs", 3)[0] == 0
+    run(out, "--resume", "--epochs", 3)
+    at_once = run(tmp_path / "at_once", *SMALL, "--epochs", 3)
     assert same_weights(weights(out, "vae"), weights(at_once, "vae"))
     assert same_weights(weights(out, "vqvae"), weights(at_once, "vqvae"))
     assert "--epochs 1" in error_of(out, "--resume", "--epochs", 1)
@@ -177,7 +186,7 @@ def test_a_finished_run_can_be_resumed_for_more_epochs(finished, tmp_path):
 def test_a_model_trains_the_same_alone(finished, tmp_path):
     """Each model has its own start: same seed, same run, whatever was trained before it."""
     whole, _ = finished
-    assert run(tmp_path / "alone", *SMALL, "--models", "vqvae")[0] == 0
+    run(tmp_path / "alone", *SMALL, "--models", "vqvae")
     assert same_weights(weights(tmp_path / "alone", "vqvae"), weights(whole, "vqvae"))
 
 
@@ -185,9 +194,7 @@ def test_a_model_trains_the_same_alone(finished, tmp_path):
 
 
 def test_a_sweep_draws_its_figure_and_gives_each_run_a_folder(tmp_path):
-    out = tmp_path / "sweep"
-    code, stdout, stderr = run(out, *SMALL, "--batch-sizes", 32, 64, "--epochs", 1)
-    assert code == 0, stderr
+    out = run(tmp_path / "sweep", *SMALL, "--batch-sizes", 32, 64, "--epochs", 1)
     models = json.loads((out / "metrics.json").read_text())["models"]
     assert set(models) == {"vae-batch32", "vae-batch64", "vqvae-batch32", "vqvae-batch64"}
     assert (out / "ssim_by_batch_size.png").exists()
@@ -210,30 +217,13 @@ FLAGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def in_process():
-    """The script's functions, for tests that need no process of their own."""
-    sys.path.insert(0, str(SCRIPT.parent))
-    import train_vqvae
-
-    yield train_vqvae
-    sys.path.remove(str(SCRIPT.parent))
-
-
-def trained(in_process, monkeypatch, out, *flags):
-    """First weights and outcome of a short run, in this process."""
-    monkeypatch.setattr(sys, "argv", ["train_vqvae.py", "--out", str(out), *flags])
-    in_process.main()
-    return out
-
-
 @pytest.mark.parametrize("name", FLAGS)
-def test_every_flag_changes_what_it_says(name, in_process, monkeypatch, tmp_path, finished):
+def test_every_flag_changes_what_it_says(name, tmp_path, finished):
     flags, model = FLAGS[name]
     if name == "precision":  # the other one than this machine's choice
-        auto = in_process.choose_precision("auto", torch.device("cpu"))
+        auto = choose_precision("auto", torch.device("cpu"))
         flags = ["--precision", "fp32" if auto == torch.bfloat16 else "bf16"]
-    out = trained(in_process, monkeypatch, tmp_path / "run", *SMALL, "--models", model, *flags)
+    out = run(tmp_path / "run", *SMALL, "--models", model, *flags)
     whole, _ = finished
     assert not (out / {"vae": "vqvae", "vqvae": "vae"}[model]).exists()  # --models
     changed, default = weights(out, model), weights(whole, model)
@@ -244,18 +234,18 @@ def test_every_flag_changes_what_it_says(name, in_process, monkeypatch, tmp_path
         assert arguments[name] == config[name]
 
 
-def test_limit_epochs_and_batch_size_count_steps(in_process, monkeypatch, tmp_path):
+def test_limit_epochs_and_batch_size_count_steps(tmp_path):
     flags = ["--data", "shapes", "--limit", "50", "--batch-size", "20", "--epochs", "3"]
     flags += ["--models", "vae"]
-    out = trained(in_process, monkeypatch, tmp_path / "run", *flags)
+    out = run(tmp_path / "run", *flags)
     assert read_log(out / "vae" / "log.csv")[-1]["step"] == 2 * 3
     data = json.loads((out / "metrics.json").read_text())["data"]
     assert data["training_images"] == data["test_images"] == 50
 
 
-def test_image_size_resizes_a_folder(in_process, monkeypatch, tmp_path, image_folder):
+def test_image_size_resizes_a_folder(tmp_path, image_folder):
     flags = ["--data", str(image_folder), "--image-size", "48", "--batch-size", "8"]
-    out = trained(in_process, monkeypatch, tmp_path / "run", *flags, "--epochs", "1")
+    out = run(tmp_path / "run", *flags, "--epochs", "1")
     assert (
         torch.load(out / "vae" / "checkpoint.pt", weights_only=True)["arguments"]["image_size"]
         == 48
@@ -264,22 +254,27 @@ def test_image_size_resizes_a_folder(in_process, monkeypatch, tmp_path, image_fo
     assert vqvae["bits_per_image"] == 12 * 12 * 9
 
 
-def test_compile_gives_the_same_kind_of_run(in_process, monkeypatch, tmp_path):
-    """Compiled, the first losses are those of the plain run, and the state dict has its names."""
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        pytest.skip("torch.compile needs a C++ compiler on a CPU")
+def test_compile_gives_the_same_run_and_the_same_names(tmp_path):
+    """Traced by torch.compile (without its C++ compiler, which takes a minute here)."""
     flags = [*SMALL, "--models", "vqvae", "--epochs", "1", "--precision", "fp32"]
-    plain = trained(in_process, monkeypatch, tmp_path / "plain", *flags)
-    compiled = trained(in_process, monkeypatch, tmp_path / "compiled", *flags, "--compile")
+    plain = run(tmp_path / "plain", *flags)
+    traced = []
+
+    def compile(self):
+        traced.append(self)
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager")
+
+    with mock.patch.object(torch.nn.Module, "compile", compile):
+        compiled = run(tmp_path / "compiled", *flags, "--compile")
+    assert len(traced) == 1
     assert weights(plain, "vqvae").keys() == weights(compiled, "vqvae").keys()
-    first = [read_log(out / "vqvae" / "log.csv")[0] for out in (plain, compiled)]
-    assert first[0]["loss"] == pytest.approx(first[1]["loss"], rel=1e-3)
+    losses = [[row["loss"] for row in read_log(o / "vqvae" / "log.csv")] for o in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
-def test_help_states_every_default(in_process, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_vqvae.py", "--help"])
+def test_help_states_every_default(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        in_process.main()
+        run(tmp_path, "--help")
     text = " ".join(capsys.readouterr().out.split())
     for flag, default in (("--epochs", "40"), ("--lr", "0.0005"), ("--out", "runs/study")):
         assert flag in text and f"(default: {default})" in text
@@ -288,27 +283,33 @@ def test_help_states_every_default(in_process, monkeypatch, capsys):
 # --- bad input ---------------------------------------------------------------------------------
 
 
-def test_flags_that_cannot_work_stop_with_one_line(in_process, monkeypatch, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    cases = [
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
         (["--data", "imagenet"], "'imagenet'"),
-        (["--data", str(tmp_path / "empty")], "has no files"),
+        (["--data", "EMPTY"], "has no files"),
         (["--data", "shapes", "--batch-size", "128", "--limit", "100"], "100 training images"),
-        (["--data", "shapes", "--epochs", "0"], "at least 1"),
-        (["--data", "shapes", "--epochs", "-3"], "at least 1"),
         (["--data", "shapes", "--device", "tpu"], "'tpu'"),
         (["--data", "shapes", "--image-size", "64"], "32 pixels"),
-        (["--data", "shapes", "--epoch", "3"], "--epoch"),
+        (["--data", "shapes", "--image-size", "40"], "multiple of 16"),
+        (["--data", "EMPTY", "--models", "vqvae", "--image-size", "8"], "at least 11"),
         (["--data", "shapes", "--resume"], "no run in"),
-    ]
-    for number, (flags, expected) in enumerate(cases):
-        out = tmp_path / str(number)
-        monkeypatch.setattr(sys, "argv", ["train_vqvae.py", "--out", str(out), *flags])
-        with pytest.raises(SystemExit) as stopped:
-            in_process.run_script(in_process.main)
-        message = capsys.readouterr().err if stopped.value.code == 2 else stopped.value.code
-        assert expected in message, flags
-        assert stopped.value.code == 2 or "\n" not in message
+    ],
+)
+def test_what_cannot_work_stops_with_one_line(flags, expected, tmp_path):
+    (tmp_path / "empty").mkdir()
+    flags = [str(tmp_path / "empty") if flag == "EMPTY" else flag for flag in flags]
+    assert expected in error_of(tmp_path / "run", *flags)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--epochs", "0"], ["--epochs", "-3"], ["--epoch", "3"], ["--lr", "nan"]]
+)
+def test_flags_out_of_range_or_unknown_are_named(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "run", *flags)
+    assert stopped.value.code != 0 and flags[0] in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_not_overwritten_and_not_continued_as_another(finished):
@@ -345,13 +346,14 @@ def test_a_full_disk_stops_with_one_line_and_keeps_what_was_written(finished, tm
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    message = error_of(out, "--resume", "--epochs", 3, preexec_fn=limit)
-    assert message.startswith("error: ") and "--resume" in message
+    process = start(out, "--resume", "--epochs", 3, preexec_fn=limit)
+    _, stderr = process.communicate(timeout=300)
+    message = stderr.strip().splitlines()[-1]
+    assert process.returncode != 0 and message.startswith("error: ") and "--resume" in message
+    assert "Traceback" not in stderr
     assert (out / "vae" / "checkpoint.pt").read_bytes() == before
 
 
 def test_an_output_folder_that_cannot_be_written_stops_with_one_line(tmp_path):
     (tmp_path / "file").touch()
     assert "--out" in error_of(tmp_path / "file" / "run", *SMALL)
-    if os.access("/proc", os.W_OK) or os.geteuid() == 0:
-        assert "--out" in error_of("/proc/run", *SMALL)

@@ -92,13 +92,13 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
     Raises:
         InputError: --resume where there is no run, or with a flag that would make it another run;
-            no --resume where there is a run already.
+            no --resume where there is a checkpoint already.
     """
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     args = parser.parse_args()
     config_path = Path(args.out) / "config.json"
     if not args.resume:
-        if config_path.exists():
+        if any(Path(args.out).rglob("checkpoint.pt")):
             raise InputError(
                 f"{args.out} holds a run already: continue it with --resume, "
                 "or name another folder with --out"

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqgan.data import to_unit
+from vqgan.errors import InputError
 
 LIKELIHOODS = ("optimal", "learned", "fixed", "bernoulli")
 
@@ -94,11 +95,11 @@ class VAE(nn.Module):
     ):
         super().__init__()
         if image_size % 16:
-            raise ValueError(
+            raise InputError(
                 f"images of {image_size} pixels cannot be halved four times: give a multiple of 16"
             )
         if likelihood not in LIKELIHOODS:
-            raise ValueError(f"likelihood must be one of {LIKELIHOODS}, not {likelihood!r}")
+            raise InputError(f"likelihood must be one of {LIKELIHOODS}, not {likelihood!r}")
         self.latent_dim, self.likelihood, self.kl_weight = latent_dim, likelihood, kl_weight
         self.image_size = image_size
         widths = [num_hiddens, 2 * num_hiddens, 4 * num_hiddens, 8 * num_hiddens]

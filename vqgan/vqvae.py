@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqgan.errors import InputError
 from vqgan.quantizer import EMAVectorQuantizer, Quantized, VectorQuantizer
 
 
@@ -84,7 +85,7 @@ class VQVAE(nn.Module):
     ):
         super().__init__()
         if num_downsamples < 1:
-            raise ValueError(f"num_downsamples must be at least 1, not {num_downsamples}")
+            raise InputError(f"num_downsamples must be at least 1, not {num_downsamples}")
         self.num_downsamples = num_downsamples
         # Channels after each downsampling: half the width first, as in the authors' example.
         widths = [num_hiddens // 2] + [num_hiddens] * (num_downsamples - 1)
@@ -114,7 +115,7 @@ class VQVAE(nn.Module):
                 num_embeddings, embedding_dim, beta=beta, data_start=data_start
             )
         else:
-            raise ValueError(f"quantizer must be 'ema' or 'gradient', not {quantizer!r}")
+            raise InputError(f"quantizer must be 'ema' or 'gradient', not {quantizer!r}")
 
         # The mirror image: transposed convolutions double the side.
         layers, channels = [], num_hiddens
@@ -135,7 +136,7 @@ class VQVAE(nn.Module):
         """x (B, 3, H, W) in [-1, 1] -> z_q (B, D, h, w), indices (B, h, w), loss ()."""
         factor = 2**self.num_downsamples
         if x.shape[-2] % factor or x.shape[-1] % factor:
-            raise ValueError(
+            raise InputError(
                 f"images of {x.shape[-2]}x{x.shape[-1]} cannot be halved {self.num_downsamples} "
                 f"times: give sides that {factor} divides"
             )
