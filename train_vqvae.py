@@ -349,12 +349,14 @@ def draw_pictures(
             figures.image_grid(
                 out / f"{run}_samples.png", to_unit(samples), title="Samples from the VAE's prior"
             )
-            pairs = model.interpolate(x[0::2], x[1::2], steps=10)  # (6, 10, 3, H, W)
-            rows = {" " * (i + 1): to_unit(images) for i, images in enumerate(pairs)}
+            x0, x1 = x[0::2], x[1::2]
+            between = model.interpolate(x0, x1, steps=8)  # (6, 8, 3, H, W)
+            strips = torch.cat([x0[:, None], between, x1[:, None]], dim=1)  # (6, 10, 3, H, W)
+            rows = {" " * (i + 1): to_unit(images) for i, images in enumerate(strips)}
             figures.image_rows(
                 out / f"{run}_interpolations.png",
                 rows,
-                title="The VAE between the latents of two test images, left and right",
+                title="First and last column: test images; between: the VAE's path in latent space",
             )
 
 

@@ -1,0 +1,135 @@
+"""The two pictures that compare several runs of train_vqvae.py on the same test images.
+
+    python docs/make_figures.py --data data/cifar10-images
+
+reads the run folders below runs/ that `RUNS` names (docs/results/README.md has their commands) and
+writes, in docs/results/rate-distortion/:
+
+    ladder.png            the same images through each model, from the fewest bits to the most
+    rate_distortion.png   bits per image against error and SSIM, with JPEG as the landmark
+    points.json           the numbers of the chart
+"""
+
+import argparse
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vqgan import figures, metrics
+from vqgan.data import batches_in_order, from_uint8, load_dataset, to_unit
+from vqgan.training import load_checkpoint, run_script, write_json
+from vqgan.vae import VAE
+from vqgan.vqvae import VQVAE
+
+OUT = Path("docs/results/rate-distortion")
+JPEG_QUALITIES = (10, 20, 30, 40, 50)
+NUM_PICTURES = 12
+
+# Curves of the chart: label -> {label of the point: (run folder, model)}.
+RUNS = {
+    "VAE, by KL weight": {
+        f"w = {weight}": (f"rate/vae-kl{weight}", "vae") for weight in ("0.03", "0.1", "0.3", "1")
+    },
+    "VQ-VAE 8x8, by codebook size": {
+        f"K = {size}": (f"rate/vqvae-8x8-k{size}", "vqvae") for size in (32, 128, 512, 2048)
+    },
+    "VQ-VAE 16x16, by codebook size": {
+        "K = 32": ("rate/vqvae-16x16-k32", "vqvae"),
+        "K = 512": ("grid16", "vqvae"),
+    },
+    "trained for 40 epochs": {
+        "VAE, squared error": ("study-fixed", "vae"),
+        "VAE, optimal scale": ("study", "vae"),
+        "VQ-VAE 8x8": ("study", "vqvae"),
+    },
+}
+LADDER = {
+    "VAE, squared error": ("study-fixed", "vae", VAE),
+    "VAE, optimal scale": ("study", "vae", VAE),
+    "VQ-VAE, 8x8 codes": ("study", "vqvae", VQVAE),
+    "VQ-VAE, 16x16 codes": ("grid16", "vqvae", VQVAE),
+}
+
+
+def measured(folder: Path, name: str) -> dict:
+    return json.loads((folder / "metrics.json").read_text())["models"][name]
+
+
+def point(result: dict, label: str) -> dict:
+    keys = ("bits_per_image", "nmse", "ssim", "ssim_whole_image")
+    return {"label": label} | {key: result[key] for key in keys}
+
+
+def scan_bytes(jpeg: bytes) -> int:
+    """Bytes of a JPEG file's image data: what follows the start-of-scan header, without headers.
+
+    (The headers, some 600 bytes of tables, are the same for every image of a quality.)
+    """
+    start = jpeg.index(b"\xff\xda")
+    header = int.from_bytes(jpeg[start + 2 : start + 4], "big")
+    return len(jpeg) - (start + 2 + header) - 2  # the last two are the end-of-image marker
+
+
+def jpeg_point(images: torch.Tensor, quality: int, variance: float) -> dict:
+    """What JPEG at a quality keeps of uint8 images (N, 3, H, W), and the bits it takes."""
+    decoded, bits = torch.empty_like(images), []
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        bits.append(8 * scan_bytes(file.getvalue()))
+        decoded[i] = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+    x, y = from_uint8(images), from_uint8(decoded)
+    result = {
+        "bits_per_image": float(np.mean(bits)),
+        "nmse": metrics.normalised_mse(x, y, variance).mean().item(),
+        "ssim": metrics.ssim(to_unit(x), to_unit(y)).mean().item(),
+        "ssim_whole_image": metrics.ssim_whole_image(to_unit(x), to_unit(y)).mean().item(),
+    }
+    return point(result, f"q = {quality}")
+
+
+@torch.no_grad()
+def draw_ladder(runs: Path, images: torch.Tensor) -> None:
+    x = next(batches_in_order(images[:NUM_PICTURES], NUM_PICTURES))
+    rows = {"original\n24,576 bits": to_unit(x)}
+    for label, (folder, name, kind) in LADDER.items():
+        state = load_checkpoint(runs / folder / name / "checkpoint.pt")
+        model = kind(**state["arguments"])
+        model.load_state_dict(state["weights"])
+        result = measured(runs / folder, name)
+        label = f"{label}\n{result['bits_per_image']:,.0f} bits, SSIM {result['ssim']:.2f}"
+        rows[label] = to_unit(model.eval()(x).reconstruction)
+    figures.image_rows(
+        OUT / "ladder.png", rows, title="The same test images, from the fewest bits to the most"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the pictures that compare several runs.")
+    parser.add_argument("--data", required=True, help="the data of the runs, as train_vqvae.py's")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
+    args = parser.parse_args()
+
+    data = load_dataset(args.data)
+    variance = json.loads((args.runs / "study" / "metrics.json").read_text())["data"]["variance"]
+    curves = {
+        label: [point(measured(args.runs / f, name), text) for text, (f, name) in runs.items()]
+        for label, runs in RUNS.items()
+    }
+    curves["JPEG, without headers"] = [
+        jpeg_point(data.test_images, quality, variance) for quality in JPEG_QUALITIES
+    ]
+    figures.rate_distortion(
+        OUT / "rate_distortion.png", curves, title="What a bit buys (10,000 test images)"
+    )
+    write_json(OUT / "points.json", curves)
+    draw_ladder(args.runs, data.test_images)
+    print(f"ladder.png, rate_distortion.png and points.json are in {OUT}")
+
+
+if __name__ == "__main__":
+    run_script(main)
