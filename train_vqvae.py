@@ -266,8 +266,10 @@ def evaluate(model: nn.Module, data: ImageDataset, variance: float, device: torc
     per_image = {"nmse": [], "psnr": [], "ssim": [], "ssim_whole_image": [], "kl": []}
     for x in batches_in_order(data.test_images, EVALUATION_BATCH, device=device):
         output = model(x)
-        original, reconstruction = to_unit(x), to_unit(output.reconstruction)
-        per_image["nmse"].append(metrics.normalised_mse(x, output.reconstruction, variance))
+        # The metrics compute in float64, which not every device has.
+        x, reconstruction = x.cpu(), output.reconstruction.cpu()
+        per_image["nmse"].append(metrics.normalised_mse(x, reconstruction, variance))
+        original, reconstruction = to_unit(x), to_unit(reconstruction)
         per_image["psnr"].append(metrics.psnr(original, reconstruction))
         per_image["ssim"].append(metrics.ssim(original, reconstruction))
         per_image["ssim_whole_image"].append(metrics.ssim_whole_image(original, reconstruction))

@@ -336,6 +336,8 @@ class Batches:
         flips = torch.rand(len(self.images), generator=self.generator) < (0.5 if self.flip else 0)
         order = order[: len(self) * self.batch_size].view(-1, self.batch_size)  # (steps, B)
         flips = flips[: order.numel()].view_as(order).to(self.device)
+        if isinstance(self.images, Tensor):
+            order = order.to(self.device)  # once an epoch: no copy to the GPU at every step
         for images in _fetch(self.images, order[self.position :], self.device):
             mirrored = flips[self.position][:, None, None, None]
             self.position += 1
@@ -362,7 +364,7 @@ def _fetch(images, indices, device: torch.device) -> Iterator[Tensor]:
     """For each row of indices the images uint8 (B, 3, H, W), on the device."""
     if isinstance(images, Tensor):
         for row in indices:
-            yield images[row.to(images.device)].to(device)
+            yield images[row].to(device)
     else:
         loader = DataLoader(
             images,

@@ -155,7 +155,7 @@ class VAE(nn.Module):
         elif self.likelihood == "learned":
             log_scale = self.log_scale.clamp(min=math.log(SMALLEST_SCALE))
         else:
-            log_scale = x.new_tensor(0.5 * math.log(2))  # s = sqrt(2)
+            log_scale = x.new_full((), 0.5 * math.log(2))  # s = sqrt(2)
         return gaussian_nll(x, decoded, log_scale)
 
     def forward(self, x: Tensor) -> VAEOutput:
