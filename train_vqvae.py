@@ -10,6 +10,7 @@ models with Adam, learning rate 5e-4, 40 epochs. Read `main`, then `train`, then
 """
 
 import argparse
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ from vqgan.training import (
     versions,
     write_json,
 )
-from vqgan.vae import LIKELIHOODS, VAE
+from vqgan.vae import LIKELIHOODS, VAE, reparameterise
 from vqgan.vqvae import VQVAE
 
 LOG_EVERY = 50  # steps averaged in a row of log.csv
@@ -259,29 +260,39 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: ImageDataset, variance: float, device: torch.device) -> dict:
-    """Errors and bits over the whole test set, in float32."""
+    """Errors and bits over the whole test set, in float32.
+
+    A VAE is measured twice: with z at the mean of q(z|x), the usual reconstruction, and with a
+    sampled z ("..._sampled"), for it is a sample that the bits of the KL can transmit.
+    """
     model.eval()
     is_vae = isinstance(model, VAE)
     usage = None if is_vae else metrics.CodebookUsage(model.quantizer.num_embeddings)
-    per_image = {"nmse": [], "psnr": [], "ssim": [], "ssim_whole_image": [], "kl": []}
+    generator = torch.Generator().manual_seed(0)  # its own: evaluation must not disturb training
+    per_image = defaultdict(list)
     for x in batches_in_order(data.test_images, EVALUATION_BATCH, device=device):
         output = model(x)
-        # The metrics compute in float64, which not every device has.
-        x, reconstruction = x.cpu(), output.reconstruction.cpu()
-        per_image["nmse"].append(metrics.normalised_mse(x, reconstruction, variance))
-        original, reconstruction = to_unit(x), to_unit(reconstruction)
-        per_image["psnr"].append(metrics.psnr(original, reconstruction))
-        per_image["ssim"].append(metrics.ssim(original, reconstruction))
-        per_image["ssim_whole_image"].append(metrics.ssim_whole_image(original, reconstruction))
+        reconstruction = output.reconstruction.cpu()
         if is_vae:
-            per_image["kl"].append(output.kl)
+            per_image["kl"].append(output.kl.cpu())
+            mean, log_var = model.encode(x)
+            noise = torch.randn(mean.shape, generator=generator).to(device)
+            sampled = model.decode(reparameterise(mean, log_var, noise)).cpu()
         else:
             usage.update(output.indices)
             grid = output.indices.shape[1:]
-    means = {name: torch.cat(values).mean().item() for name, values in per_image.items() if values}
-    result = {name: means[name] for name in ("nmse", "psnr", "ssim", "ssim_whole_image")}
+            sampled = reconstruction  # a code is not random
+        x = x.cpu()  # the metrics compute in float64, which not every device has
+        original, unit = to_unit(x), to_unit(reconstruction)
+        per_image["nmse"].append(metrics.normalised_mse(x, reconstruction, variance))
+        per_image["psnr"].append(metrics.psnr(original, unit))
+        per_image["ssim"].append(metrics.ssim(original, unit))
+        per_image["ssim_whole_image"].append(metrics.ssim_whole_image(original, unit))
+        per_image["nmse_sampled"].append(metrics.normalised_mse(x, sampled, variance))
+        per_image["ssim_sampled"].append(metrics.ssim(original, to_unit(sampled)))
+    result = {name: torch.cat(values).mean().item() for name, values in per_image.items()}
     if is_vae:
-        bits = metrics.nats_to_bits(means["kl"])
+        bits = metrics.nats_to_bits(result.pop("kl"))
         return result | {
             "perplexity": None, "codes_used": None, "bits_per_image": bits,
             "entropy_bits_per_image": None, "code_counts": None,

@@ -47,9 +47,10 @@ def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
     return -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum(dim=1)
 
 
-def reparameterise(mean: Tensor, log_var: Tensor) -> Tensor:
-    """A sample z = mean + s * noise, noise ~ N(0, I), through which gradients reach both."""
-    return mean + (0.5 * log_var).exp() * torch.randn_like(mean)
+def reparameterise(mean: Tensor, log_var: Tensor, noise: Tensor | None = None) -> Tensor:
+    """A sample z = mean + s * noise, noise ~ N(0, I), through which gradients reach both. (B, Z)."""
+    noise = torch.randn_like(mean) if noise is None else noise
+    return mean + (0.5 * log_var).exp() * noise
 
 
 def gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
