@@ -7,7 +7,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=["vqgan"],
-    install_requires=["torch>=2.4", "torchvision>=0.19", "numpy", "matplotlib", "tqdm"],
+    install_requires=["torch>=2.5", "torchvision>=0.20", "numpy", "matplotlib", "tqdm"],
     extras_require={
         # The peers whose numbers the tests and benchmarks compare with.
         "test": ["pytest", "ruff", "scikit-image", "vector-quantize-pytorch"],

@@ -91,27 +91,40 @@ def main() -> None:
     out = Path(args.out)
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
-    check_sizes(args)
+    args.precision = "bf16" if dtype == torch.bfloat16 else "fp32"  # a resumed run keeps it
+    check_arguments(args)
     config = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-    write_json(out / "config.json", config)
+    if not args.resume:  # early, so that a run killed while it reads its data can be resumed
+        write_json(out / "config.json", config)
 
     data = load_dataset(args.data, root=args.data_root, image_size=args.image_size, seed=args.seed)
     if args.limit:
         data = data.first(args.limit)
     for batch_size in args.batch_sizes:  # one that does not fit stops here, not after hours
         Batches(data.train_images, batch_size)
+    write_json(out / "config.json", config)
     variance = pixel_variance(data.train_images)
     print(f"{len(data.train_images)} training and {len(data.test_images)} test images, {device}")
 
-    results, logs, models = {}, {}, {}
-    for batch_size in args.batch_sizes:
+    results, counts, logs, models = {}, {}, {}, {}
+    for batch_size in dict.fromkeys(args.batch_sizes):  # each once
         for name in args.models:
             run = name if len(args.batch_sizes) == 1 else f"{name}-batch{batch_size}"
             torch.manual_seed(args.seed)  # each model's own start, whatever was trained before it
             model, arguments = build_model(name, args)
             prepare_model(model, device, compile=args.compile)
-            seconds = train(run, model, arguments, data, variance, batch_size, args, device, dtype)
-            results[run] = evaluate(model, data, variance, device)
+            seconds = train(
+                model,
+                arguments,
+                folder=out / run,
+                data=data,
+                variance=variance,
+                batch_size=batch_size,
+                device=device,
+                dtype=dtype,
+                args=args,
+            )
+            results[run], counts[run] = evaluate(model, data, variance, device)
             results[run] |= {
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "batch_size": batch_size,
@@ -121,8 +134,6 @@ def main() -> None:
             }
             logs[run], models[run] = read_log(out / run / "log.csv"), model
 
-    draw_pictures(out, data, models, results, logs, device)
-    counts = {run: result.pop("code_counts") for run, result in results.items()}
     write_json(
         out / "metrics.json",
         {
@@ -137,20 +148,27 @@ def main() -> None:
             "versions": versions(),
             "seconds": sum(result["seconds"] for result in results.values()),
             "models": results,
-            "code_counts": {run: count for run, count in counts.items() if count},
         },
     )
     print_table(results)
+    draw_pictures(out, data, models, results, counts, logs, device)
     print(f"metrics.json, logs, checkpoints and pictures are in {out}")
 
 
-def check_sizes(args: argparse.Namespace) -> None:
-    """Stop before anything is written where the images do not fit the models or the metrics."""
-    factor = 2 ** max(4 if "vae" in args.models else 0, args.num_downsamples)
+def check_arguments(args: argparse.Namespace) -> None:
+    """Stop before anything is written where flags do not fit each other."""
+    halvings = [4] if "vae" in args.models else []
+    halvings += [args.num_downsamples] if "vqvae" in args.models else []
+    factor = 2 ** max(halvings)
     if args.image_size % factor or args.image_size < metrics.SSIM_WINDOW:
         raise InputError(
             f"--image-size {args.image_size} does not fit: the models need a multiple of {factor}, "
             f"and SSIM at least {metrics.SSIM_WINDOW}"
+        )
+    if args.quantizer == "gradient" and not args.restart_dead:
+        raise InputError(
+            "--no-restart-dead is for --quantizer ema, the only one that restarts dead codes: "
+            "leave it out"
         )
 
 
@@ -183,7 +201,7 @@ def training_losses(model: nn.Module, x: Tensor, variance: float) -> dict[str, T
             "negative log-likelihood": output.negative_log_likelihood,
             "KL": output.kl.mean(),
         }
-    # Means over all elements. Divided by the variance, the error is 1 for a constant image.
+    # Means over all elements. Divided by the variance, the error of one mean grey is 1.
     reconstruction = F.mse_loss(output.reconstruction.float(), x) / variance
     return {
         "loss": reconstruction + output.loss,
@@ -193,39 +211,38 @@ def training_losses(model: nn.Module, x: Tensor, variance: float) -> dict[str, T
 
 
 def train(
-    run: str,
     model: nn.Module,
     arguments: dict,
+    *,
+    folder: Path,
     data: ImageDataset,
     variance: float,
     batch_size: int,
-    args: argparse.Namespace,
     device: torch.device,
     dtype: torch.dtype,
+    args: argparse.Namespace,
 ) -> float:
-    """Train to the last epoch, from the checkpoint if there is one; return the seconds it took."""
+    """Train to the last epoch, from the checkpoint if there is one; return the seconds it took.
+
+    `arguments` are the model's constructor's, for its checkpoint; `args` are the command line's.
+    """
     batches = Batches(data.train_images, batch_size, device=device, seed=args.seed, flip=args.flip)
     optimizer = torch.optim.Adam(
         model.parameters(), lr=args.lr, fused=device.type in ("cpu", "cuda")
     )
     total_steps = args.epochs * len(batches)
     step, seconds = 0, 0.0
-    checkpoint = Path(args.out) / run / "checkpoint.pt"
+    checkpoint = folder / "checkpoint.pt"
     if args.resume and checkpoint.exists():
         state = load_checkpoint(checkpoint, model=type(model).__name__, arguments=arguments)
         restore(state, model=model, optimizers={"adam": optimizer}, batches=batches)
         step, seconds = state["step"], state["seconds"]
-        if step > total_steps:
-            raise InputError(
-                f"{checkpoint} has had {step / len(batches):.3g} epochs already, more than "
-                f"--epochs {args.epochs}: ask for more, or start a new run in another --out"
-            )
-    log = Log(checkpoint.with_name("log.csv"), resume_at=step)
+    log = Log(folder / "log.csv", resume_at=step)
 
     model.train()
     watch = Stopwatch(seconds)
     progress = tqdm(
-        desc=run, total=total_steps * batch_size, initial=step * batch_size, unit="img",
+        desc=folder.name, total=total_steps * batch_size, initial=step * batch_size, unit="img",
         unit_scale=True, mininterval=0.5,
     )  # fmt: skip
     while step < total_steps:
@@ -259,8 +276,10 @@ def train(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: ImageDataset, variance: float, device: torch.device) -> dict:
-    """Errors and bits over the whole test set, in float32.
+def evaluate(
+    model: nn.Module, data: ImageDataset, variance: float, device: torch.device
+) -> tuple[dict, Tensor | None]:
+    """Errors and bits over the whole test set, in float32; and how often each code is used, (K,).
 
     A VAE is measured twice: with z at the mean of q(z|x), the usual reconstruction, and with a
     sampled z ("..._sampled"), for it is a sample that the bits of the KL can transmit.
@@ -294,16 +313,17 @@ def evaluate(model: nn.Module, data: ImageDataset, variance: float, device: torc
     if is_vae:
         bits = metrics.nats_to_bits(result.pop("kl"))
         return result | {
-            "perplexity": None, "codes_used": None, "bits_per_image": bits,
-            "entropy_bits_per_image": None, "code_counts": None,
-        }  # fmt: skip
+            "perplexity": None,
+            "codes_used": None,
+            "bits_per_image": bits,
+            "entropy_bits_per_image": None,
+        }, None
     return result | {
         "perplexity": usage.perplexity,
         "codes_used": usage.codes_used,
         "bits_per_image": metrics.code_bits(*grid, model.quantizer.num_embeddings),
         "entropy_bits_per_image": grid.numel() * usage.entropy,
-        "code_counts": usage.counts.tolist(),
-    }
+    }, usage.counts
 
 
 TITLES = {"vae": "VAE", "vqvae": "VQ-VAE"}
@@ -317,37 +337,41 @@ def title_of(run: str) -> str:
 
 @torch.no_grad()
 def draw_pictures(
-    out: Path, data: ImageDataset, models: dict, results: dict, logs: dict, device: torch.device
+    out: Path,
+    data: ImageDataset,
+    models: dict[str, nn.Module],
+    results: dict[str, dict],
+    counts: dict[str, Tensor | None],
+    logs: dict[str, list[dict]],
+    device: torch.device,
 ) -> None:
+    """Every picture of the run; each dict has an entry for each model that was trained."""
     x = next(batches_in_order(data.test_images[:NUM_PICTURES], NUM_PICTURES, device=device))
-    rows = {"original": to_unit(x)}
+    rows = [("original", to_unit(x))]
     for run, model in models.items():
         label = f"{title_of(run)}\n{results[run]['bits_per_image']:.0f} bits"
-        rows[label] = to_unit(model(x).reconstruction)
+        rows.append((label, to_unit(model(x).reconstruction)))
     figures.image_rows(
         out / "reconstructions.png", rows, title="Test images and what each model keeps of them"
     )
     figures.losses(
         out / "losses.png",
-        {title_of(run): log for run, log in logs.items()},
+        {title_of(run): log for run, log in logs.items() if log},
         title="Training losses",
     )
-    counts = {
-        f"{title_of(run)}: {result['codes_used']} used, perplexity {result['perplexity']:.0f}":
-        torch.tensor(result["code_counts"])
-        for run, result in results.items()
-        if result["code_counts"]
-    }  # fmt: skip
-    if counts:
+    usage = {}
+    for run, count in counts.items():
+        if count is not None:
+            used, perplexity = results[run]["codes_used"], results[run]["perplexity"]
+            usage[f"{title_of(run)}: {used} used, perplexity {perplexity:.0f}"] = count
+    if usage:
         figures.codebook_usage(
-            out / "codebook_usage.png", counts, title="How often each code is used (test set)"
+            out / "codebook_usage.png", usage, title="How often each code is used (test set)"
         )
-    batch_sizes = {result["batch_size"] for result in results.values()}
-    if len(batch_sizes) > 1:
-        by_model = {}
+    if len({result["batch_size"] for result in results.values()}) > 1:
+        by_model = defaultdict(dict)
         for run, result in results.items():
-            line = by_model.setdefault(TITLES[run.partition("-")[0]], {})
-            line[result["batch_size"]] = result["ssim"]
+            by_model[TITLES[run.partition("-")[0]]][result["batch_size"]] = result["ssim"]
         epochs = next(iter(results.values()))["epochs"]
         figures.metric_by_batch_size(
             out / "ssim_by_batch_size.png",
@@ -356,20 +380,21 @@ def draw_pictures(
             title=f"SSIM by batch size, {epochs} epochs each\n"
             "(equal epochs are not equal steps: small batches take more)",
         )
+    pairs = len(x) // 2  # the first half of the images on the left, the second on the right
+    x0, x1 = x[:pairs], x[pairs : 2 * pairs]
     for run, model in models.items():
         if isinstance(model, VAE):
             samples = model.sample(48, generator=torch.Generator().manual_seed(0))
             figures.image_grid(
                 out / f"{run}_samples.png", to_unit(samples), title="Samples from the VAE's prior"
             )
-            x0, x1 = x[0::2], x[1::2]
+        if isinstance(model, VAE) and pairs:
             between = model.interpolate(x0, x1, steps=8)  # (6, 8, 3, H, W)
-            strips = torch.cat([x0[:, None], between, x1[:, None]], dim=1)  # (6, 10, 3, H, W)
-            rows = {" " * (i + 1): to_unit(images) for i, images in enumerate(strips)}
+            strips = torch.cat([x0[:, None], between, x1[:, None]], dim=1)
             figures.image_rows(
                 out / f"{run}_interpolations.png",
-                rows,
-                title="First and last column: test images; between: the VAE's path in latent space",
+                [("", to_unit(strip)) for strip in strips],
+                title="First and last column: test images. Between them: the VAE's latent space",
             )
 
 

@@ -85,6 +85,12 @@ def test_batches_go_on_where_their_state_was_taken(stop):
     assert all(torch.equal(next(stream), x) for x in expected)
 
 
+def test_batches_of_another_set_are_refused():
+    batches = Batches(numbered(21), 5)
+    with pytest.raises(InputError, match="20 training images.*21"):
+        batches.load_state_dict(Batches(numbered(20), 5).state_dict())
+
+
 def test_batches_leave_the_global_generator_alone(image_folder):
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -131,6 +137,16 @@ def test_train_and_test_folders_are_kept_apart(image_folder, tmp_path):
     (root / "test" / "dogs").rename(root / "test" / "wolves")
     with pytest.raises(InputError, match="dogs, wolves"):
         load_dataset(str(root))
+    (root / "test").rename(root / "val")
+    with pytest.raises(InputError, match="train/ but no test/"):
+        load_dataset(str(root))
+
+
+def test_files_beside_class_folders_are_counted(image_folder, capsys):
+    (image_folder / "notes.txt").touch()
+    (image_folder / ".DS_Store").touch()
+    load_dataset(str(image_folder))
+    assert "skipped 1 files beside" in capsys.readouterr().out
 
 
 def test_loose_images_have_no_labels(image_folder):
@@ -149,20 +165,27 @@ def test_a_large_folder_streams_the_same_images(image_folder, monkeypatch):
     assert pixel_variance(held.train_images) == pixel_variance(streamed.train_images)
 
 
-def test_unreadable_files_are_named_skipped_and_counted(image_folder, capsys):
+@pytest.mark.parametrize("limit", [data.MEMORY_LIMIT, 0], ids=["held", "streamed"])
+def test_unreadable_files_are_named_skipped_and_counted(image_folder, capsys, monkeypatch, limit):
+    monkeypatch.setattr(data, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(data, "MOST_NAMED", 2)
+    truncated = image_folder / "dogs" / "00.png"
+    truncated.write_bytes(truncated.read_bytes()[:200])
     (image_folder / "cats" / "broken.png").write_bytes(b"not an image")
     (image_folder / "dogs" / "empty.jpg").touch()
     dataset = load_dataset(str(image_folder))
     printed = capsys.readouterr().out
-    assert "broken.png" in printed and "empty.jpg" in printed and "skipped 2 of 42" in printed
-    assert len(dataset.train_images) + len(dataset.test_images) == 40
+    assert "broken.png" in printed and "00.png" in printed
+    assert "skipped 1 more" in printed and "skipped 3 of 42" in printed
+    assert len(dataset.train_images) + len(dataset.test_images) == 39
 
 
 def test_a_truncated_file_of_a_streamed_folder_is_named(image_folder):
     path = image_folder / "cats" / "00.png"
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(InputError, match="00.png"):
-        ImageFiles([path], 32)[0]
+    with pytest.raises(InputError, match="00.png") as error:
+        list(batches_in_order(ImageFiles([path], 32), 1))
+    assert "\n" not in str(error.value)  # although a worker process raised it
 
 
 def test_folders_without_images_are_refused(tmp_path, image_folder):

@@ -23,7 +23,7 @@ def test_rows_show_their_images(tmp_path):
     """Each image appears in its place: a red row over a green one."""
     red, green = torch.zeros(2, 5, 3, 8, 8)
     red[:, 0], green[:, 1] = 1, 1
-    figures.image_rows(tmp_path / "a.png", {"red": red, "green": green}, title="title")
+    figures.image_rows(tmp_path / "a.png", [("red", red), ("green", green)], title="title")
     pixels = pixels_of(tmp_path / "a.png")
     is_red = (pixels == (255, 0, 0)).all(axis=-1)
     is_green = (pixels == (0, 255, 0)).all(axis=-1)
@@ -64,5 +64,5 @@ def test_curves_are_drawn_in_their_colours(tmp_path):
 @pytest.mark.parametrize("bad", [torch.rand(2, 3, 8, 8) - 0.5, torch.rand(2, 1, 8, 8)])
 def test_images_out_of_range_are_refused(tmp_path, bad):
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
-        figures.image_rows(tmp_path / "a.png", {"x": bad}, title="")
+        figures.image_rows(tmp_path / "a.png", [("x", bad)], title="")
     assert not (tmp_path / "a.png").exists()

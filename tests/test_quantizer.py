@@ -31,7 +31,7 @@ def test_nearest_codes_by_brute_force(monkeypatch):
     vectors, codebook = torch.randn(300, 8), torch.randn(50, 8)
     expected = torch.cdist(vectors.double(), codebook.double()).argmin(dim=1)
     assert torch.equal(nearest_codes(vectors, codebook), expected)
-    monkeypatch.setattr(quantizer_module, "DISTANCES_AT_ONCE", 7 * 50)  # in chunks of 7 vectors
+    monkeypatch.setattr(quantizer_module, "DISTANCES_AT_ONCE_CPU", 7 * 50)  # in chunks of 7 vectors
     assert torch.equal(nearest_codes(vectors, codebook), expected)
 
 
@@ -57,6 +57,17 @@ def test_half_precision_input_is_searched_in_float32(kind):
         z_q, indices, loss = quantizer(z_e)
     assert torch.equal(indices.flatten(), torch.arange(64))
     assert z_q.dtype == loss.dtype == torch.float32
+
+
+def test_a_lower_matmul_precision_does_not_reach_the_search():
+    vectors, codebook = torch.randn(4000, 64), torch.randn(512, 64)
+    expected = nearest_codes(vectors, codebook)
+    torch.set_float32_matmul_precision("medium")  # bfloat16 inside, where the hardware has it
+    try:
+        assert torch.equal(nearest_codes(vectors, codebook), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @BOTH

@@ -10,7 +10,7 @@ operation: no worker processes, no Python per image. A larger folder streams thr
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from vqgan.shapes import draw_shapes
 
 NUM_SHAPES = (10_000, 2_000)  # drawn for training, for testing
 TEST_SHARE = 0.1  # of a folder that has no test/ of its own
+MOST_NAMED = 100  # unreadable files that are named, before the rest is only counted
 MEMORY_LIMIT = 4 * 2**30  # bytes of uint8 images to hold at once; a larger folder streams
 
 
@@ -58,20 +59,18 @@ class ImageDataset:
 
     def first(self, limit: int) -> "ImageDataset":
         """The same set with at most `limit` training and `limit` test images."""
-        return ImageDataset(
-            *(part[:limit] if part is not None else None for part in self._per_image()[:4]),
-            self.class_names,
-            *(part[:limit] if part is not None else None for part in self._per_image()[4:]),
-        )
 
-    def _per_image(self) -> tuple:
-        return (
-            self.train_images,
-            self.test_images,
-            self.train_labels,
-            self.test_labels,
-            self.train_captions,
-            self.test_captions,
+        def cut(part):
+            return None if part is None else part[:limit]
+
+        return replace(
+            self,
+            train_images=cut(self.train_images),
+            test_images=cut(self.test_images),
+            train_labels=cut(self.train_labels),
+            test_labels=cut(self.test_labels),
+            train_captions=cut(self.train_captions),
+            test_captions=cut(self.test_captions),
         )
 
 
@@ -148,7 +147,13 @@ def _load_cifar10(root: Path) -> ImageDataset:
 
 
 def _load_folder(folder: Path, *, image_size: int, seed: int) -> ImageDataset:
-    if (folder / "train").is_dir() and (folder / "test").is_dir():
+    if (folder / "train").is_dir() != (folder / "test").is_dir():
+        there, missing = ("train", "test") if (folder / "train").is_dir() else ("test", "train")
+        raise InputError(
+            f"{folder} has a folder {there}/ but no {missing}/: give both, with the same class "
+            "folders, or one folder of class folders to be split"
+        )
+    if (folder / "train").is_dir():
         train_paths, train_labels, class_names = _list_images(folder / "train")
         test_paths, test_labels, test_names = _list_images(folder / "test")
         if test_names != class_names:
@@ -163,14 +168,15 @@ def _load_folder(folder: Path, *, image_size: int, seed: int) -> ImageDataset:
         train_paths = None
 
     fits = len(paths) * 3 * image_size**2 <= MEMORY_LIMIT
-    images, readable = (_read_images if fits else _check_images)(paths, image_size)
+    images, readable = _read_images(paths, image_size, hold=fits)
     if not any(readable):
         raise InputError(
             f"none of the {len(paths)} files in {folder} can be read as an image: "
             "give a folder of PNG, JPEG or other files that Pillow opens"
         )
+    readable_labels = {label for label, ok in zip(labels, readable, strict=True) if ok}
     for label, name in enumerate(class_names):
-        if not any(ok and label == other for ok, other in zip(readable, labels, strict=True)):
+        if label not in readable_labels:
             raise InputError(
                 f"class {name!r} in {folder} has no readable image: add some, or remove it"
             )
@@ -200,7 +206,11 @@ def _load_folder(folder: Path, *, image_size: int, seed: int) -> ImageDataset:
 
 def _list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
     """Files of a folder of class folders (with labels), or of loose files (labels all 0)."""
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    entries = sorted(p for p in folder.iterdir() if p.name[0] != ".")
+    classes = [p for p in entries if p.is_dir()]
+    if 0 < len(classes) < len(entries):
+        loose = len(entries) - len(classes)
+        print(f"skipped {loose} files beside the class folders of {folder}: they have no class")
     paths, labels = [], []
     for label, directory in enumerate(classes or [folder]):
         files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name[0] != ".")
@@ -223,7 +233,7 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16"):  # convert() would clip its 65,536 levels at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
+        if "A" in image.mode or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
@@ -232,42 +242,37 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
         return np.asarray(image).transpose(2, 0, 1)
 
 
-def _read_images(paths: list[Path], image_size: int) -> tuple[Tensor, list[bool]]:
-    """All files as one tensor uint8 (N, 3, H, W), and which of them could be read."""
-    images = np.zeros((len(paths), 3, image_size, image_size), dtype=np.uint8)
+def _read_images(
+    paths: list[Path], image_size: int, *, hold: bool
+) -> tuple["Tensor | ImageFiles", list[bool]]:
+    """Read every file once: what can be read is known before training, not hours into it.
 
-    def read_into(i: int) -> str | None:
+    Returns all images as uint8 (N, 3, H, W), or, unless they are to be held, as `ImageFiles`; and
+    which of them could be read. Those that could not are named, and counted.
+    """
+    images = np.zeros((len(paths) if hold else 0, 3, image_size, image_size), dtype=np.uint8)
+
+    def read(i: int) -> str | None:
         try:
-            images[i] = read_image(paths[i], image_size)
+            image = read_image(paths[i], image_size)
         except Exception as error:  # Pillow raises many types on broken files
             return str(error) or type(error).__name__
+        if hold:
+            images[i] = image
+        return None
 
-    return torch.from_numpy(images), _for_each_file(read_into, paths, "reading images")
-
-
-def _check_images(paths: list[Path], image_size: int) -> tuple["ImageFiles", list[bool]]:
-    """The files, to be read when they are needed, and which of them have an image's header."""
-
-    def open_header(i: int) -> str | None:
-        try:
-            Image.open(paths[i]).close()
-        except Exception as error:
-            return str(error) or type(error).__name__
-
-    return ImageFiles(paths, image_size), _for_each_file(open_header, paths, "checking images")
-
-
-def _for_each_file(action, paths: list[Path], title: str) -> list[bool]:
-    """Run `action(i)` for each path in threads (Pillow decodes outside of Python's lock)."""
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        work = pool.map(action, range(len(paths)), chunksize=256)
-        faults = list(tqdm(work, total=len(paths), desc=title, unit="file", leave=False))
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes in parallel
+        work = pool.map(read, range(len(paths)))
+        faults = list(tqdm(work, total=len(paths), desc="reading", unit="file", leave=False))
     broken = [(path, fault) for path, fault in zip(paths, faults, strict=True) if fault]
-    for path, fault in broken[:10]:
-        tqdm.write(f"skipped {path}: {fault}")
+    for path, fault in broken[:MOST_NAMED]:
+        print(f"skipped {path}: {fault}")
+    if len(broken) > MOST_NAMED:
+        print(f"skipped {len(broken) - MOST_NAMED} more")
     if broken:
-        tqdm.write(f"skipped {len(broken)} of {len(paths)} files that cannot be read as an image")
-    return [fault is None for fault in faults]
+        print(f"skipped {len(broken)} of {len(paths)} files that cannot be read as an image")
+    held = torch.from_numpy(images) if hold else ImageFiles(paths, image_size)
+    return held, [fault is None for fault in faults]
 
 
 class ImageFiles(Dataset):
@@ -279,7 +284,8 @@ class ImageFiles(Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: "int | slice | np.ndarray") -> "Tensor | ImageFiles":
+        """One image; or, of a slice or an array of indices, the smaller set."""
         if isinstance(index, slice):
             return ImageFiles(self.paths[index], self.image_size)
         if isinstance(index, np.ndarray):
@@ -288,8 +294,8 @@ class ImageFiles(Dataset):
             return torch.from_numpy(read_image(self.paths[index], self.image_size))
         except Exception as error:
             raise InputError(
-                f"{self.paths[index]} cannot be read as an image ({error}): repair or remove it, "
-                "then --resume"
+                f"{self.paths[index]} cannot be read any more ({error}): "
+                "put it back and --resume, or start a new run without it"
             ) from error
 
 
@@ -346,9 +352,18 @@ class Batches:
         self.epoch_start, self.position = self.generator.get_state(), 0
 
     def state_dict(self) -> dict:
-        return {"epoch_start": self.epoch_start, "position": self.position}
+        return {
+            "epoch_start": self.epoch_start,
+            "position": self.position,
+            "num_images": len(self.images),
+        }
 
     def load_state_dict(self, state: dict) -> None:
+        if state["num_images"] != len(self.images):
+            raise InputError(
+                f"the run had {state['num_images']} training images, and now there are "
+                f"{len(self.images)}: give it the same images, or start a new run in another --out"
+            )
         self.epoch_start, self.position = state["epoch_start"].cpu(), state["position"]
 
 
@@ -373,15 +388,19 @@ def _fetch(images, indices, device: torch.device) -> Iterator[Tensor]:
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # its own, or it would advance the global one
         )
-        for batch in loader:
-            yield batch.to(device, non_blocking=True)
+        try:
+            for batch in loader:
+                yield batch.to(device, non_blocking=True)
+        except InputError as error:  # a worker's comes with its traceback: its last line is ours
+            line = str(error).strip().splitlines()[-1]
+            raise InputError(line.removeprefix(f"{InputError.__module__}.InputError: ")) from None
 
 
 def pixel_variance(images: "Tensor | ImageFiles") -> float:
     """Variance of all pixels of all channels, in the models' range [-1, 1].
 
     The unit in which van den Oord's code reports the error: MSE / variance is 1 for a model that
-    always answers with the mean colour. Of a streamed folder the first 2,000 images stand for all.
+    always answers with one mean grey. Of a streamed folder the first 2,000 images stand for all.
     """
     total, total_squares, count = 0.0, 0.0, 0
     part = images if isinstance(images, Tensor) else images[:2000]

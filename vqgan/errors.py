@@ -1,7 +1,9 @@
 """A user's mistake, told apart from a fault of the program.
 
-The library raises `InputError` (a `ValueError`) with one line that names what was given, what was
-expected and what to do. Scripts print that line and stop; any other exception keeps its traceback.
+What a user's flags, files or folders can cause raises `InputError`, a `ValueError` with one line
+that names what was given, what was expected and what to do; scripts print that line and stop. A
+function that code calls with tensors it cannot take raises a plain `ValueError`, and keeps its
+traceback.
 """
 
 

@@ -39,24 +39,26 @@ def _side_by_side(images: Tensor, gap: int = 2) -> np.ndarray:
     return strip
 
 
-def image_rows(path: Path, rows: Mapping[str, Tensor], *, title: str) -> None:
-    """Labelled rows of images, each (N, 3, H, W) with one N: originals over reconstructions."""
-    for images in rows.values():
+def image_rows(path: Path, rows: Sequence[tuple[str, Tensor]], *, title: str) -> None:
+    """Rows of images, each a label and (N, 3, H, W): originals over reconstructions."""
+    for _, images in rows:
         _check_images(images)
-    strips = {label: _side_by_side(images) for label, images in rows.items()}
-    height, width, _ = next(iter(strips.values())).shape
-    label_width = 0.085 * max(len(line) for label in rows for line in label.split("\n")) + 0.15
+    strips = [_side_by_side(images) for _, images in rows]
+    height, width = strips[0].shape[0], max(strip.shape[1] for strip in strips)
+    # In inches: the longest line of a label at 10 points, and a margin.
+    label_width = 0.085 * max(len(line) for label, _ in rows for line in label.split("\n")) + 0.15
     picture_width = 9.0
     row_height = picture_width * height / width + 0.06
     total_height = row_height * len(rows) + 0.45
     figure = Figure(figsize=(label_width + picture_width + 0.1, total_height))
     figure.suptitle(title, y=1 - 0.1 / total_height, va="top", fontsize=12)
-    for i, (label, strip) in enumerate(strips.items()):
+    for i, ((label, _), strip) in enumerate(zip(rows, strips, strict=True)):
+        strip_width = picture_width * strip.shape[1] / width  # a last row may be shorter
         axes = figure.add_axes(
             (
                 label_width / figure.get_figwidth(),
                 1 - (0.45 + (i + 1) * row_height - 0.06) / total_height,
-                picture_width / figure.get_figwidth(),
+                strip_width / figure.get_figwidth(),
                 (row_height - 0.06) / total_height,
             )
         )
@@ -69,8 +71,7 @@ def image_rows(path: Path, rows: Mapping[str, Tensor], *, title: str) -> None:
 
 def image_grid(path: Path, images: Tensor, *, title: str, columns: int = 12) -> None:
     """Images (N, 3, H, W) in rows of `columns`, unlabelled."""
-    chunks = [images[i : i + columns] for i in range(0, len(images), columns)]
-    image_rows(path, {" " * (i + 1): chunk for i, chunk in enumerate(chunks)}, title=title)
+    image_rows(path, [("", chunk) for chunk in images.split(columns)], title=title)
 
 
 def _plot_axes(figure: Figure, places: tuple[int, int, int], *, xlabel: str, ylabel: str) -> Axes:
@@ -125,7 +126,7 @@ def metric_by_batch_size(
             sizes,
             [values[size] for size in sizes],
             label=name,
-            color=COLOURS[i],
+            color=COLOURS[i % len(COLOURS)],
             marker="os^D"[i % 4],
         )
         for size in sizes:
@@ -158,7 +159,7 @@ def codebook_usage(path: Path, counts: Mapping[str, Tensor], *, title: str) -> N
     )
     for i, (name, count) in enumerate(counts.items()):
         share = np.sort((count.double() / count.sum()).numpy())[::-1]
-        axes.plot(np.arange(1, len(share) + 1), share, color=COLOURS[i], label=name)
+        axes.plot(np.arange(1, len(share) + 1), share, color=COLOURS[i % len(COLOURS)], label=name)
     axes.axhline(
         1 / len(share), color="0.4", linestyle="--", linewidth=1, label="all codes alike (1/K)"
     )
@@ -186,7 +187,8 @@ def rate_distortion(path: Path, curves: Mapping[str, Sequence[Mapping]], *, titl
             points = sorted(points, key=lambda point: point["bits_per_image"])
             bits = [point["bits_per_image"] for point in points]
             values = [point[key] for point in points]
-            style = {"color": COLOURS[i], "marker": "os^DvP"[i % 6], "markersize": 5}
+            colour = COLOURS[i % len(COLOURS)]
+            style = {"color": colour, "marker": "os^DvP"[i % 6], "markersize": 5}
             axes.plot(bits, values, label=name, linewidth=1.2, **style)
             for point in points:
                 axes.annotate(
@@ -195,7 +197,7 @@ def rate_distortion(path: Path, curves: Mapping[str, Sequence[Mapping]], *, titl
                     xytext=(4, 5),
                     textcoords="offset points",
                     fontsize=7,
-                    color=COLOURS[i],
+                    color=colour,
                 )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # Wang et al. 2004, section III.B
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # Wang et al. 2004, section III.C
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2 with L = 1, the range of the data
 
 
@@ -32,8 +32,8 @@ def _require_unit_range(*images: Tensor) -> None:
 def normalised_mse(x: Tensor, reconstruction: Tensor, variance: float) -> Tensor:
     """MSE of raw model outputs by the variance of the training pixels, per image: (B,).
 
-    Any range, as long as all three are in the same. 1 is the error of answering with the mean
-    colour. (The `nmse` of van den Oord et al. 2017's code.)
+    Any range, as long as all three are in the same. 1 is the error of answering with one
+    mean grey. (The `nmse` of van den Oord et al. 2017's code.)
     """
     return (x - reconstruction).double().square().mean(dim=(1, 2, 3)) / variance
 

@@ -23,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Distances held at once: 2^20 floats are 4 MiB, which stay in a CPU's cache, and fill a GPU.
-DISTANCES_AT_ONCE = 2**20
+# Distances held at once: 2^20 floats are 4 MiB, which stay in a CPU's cache; a GPU wants more work
+# in a kernel, and has room for 64 MiB.
+DISTANCES_AT_ONCE_CPU, DISTANCES_AT_ONCE_GPU = 2**20, 2**24
 
 
 class Quantized(NamedTuple):
@@ -33,20 +34,27 @@ class Quantized(NamedTuple):
     loss: Tensor  # (), every term but the reconstruction
 
 
+@torch.compiler.disable  # compiled, it would gain nothing and could not change the precision
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code for each vector: (N, D), (K, D) -> (N,) int64; of equals the first.
 
     |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code, so it is left out.
     Chunks of vectors bound the memory; no matrix of N x K is ever held.
     """
+    on_cpu = vectors.device.type == "cpu"
+    chunk = max(1, (DISTANCES_AT_ONCE_CPU if on_cpu else DISTANCES_AT_ONCE_GPU) // len(codebook))
     squared_norms = codebook.square().sum(dim=1)  # (K,)
-    chunk = max(1, DISTANCES_AT_ONCE // len(codebook))
-    indices = [
-        torch.addmm(squared_norms, part, codebook.T, alpha=-2).argmin(
-            dim=1
-        )  # (chunk, K) -> (chunk,)
-        for part in vectors.split(chunk)
-    ]
+    # TF32, or bfloat16 in disguise, chooses wrong codes: whatever a script has set, not here.
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        indices = [
+            # (chunk, K) -> (chunk,)
+            torch.addmm(squared_norms, part, codebook.T, alpha=-2).argmin(dim=1)
+            for part in vectors.split(chunk)
+        ]
+    finally:
+        torch.set_float32_matmul_precision(precision)
     return torch.cat(indices)
 
 
@@ -240,8 +248,9 @@ class EMAVectorQuantizer(Quantizer):
     def batch_statistics(self, vectors: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Counts n_i (K,) and sums (K, D) of the vectors that chose each code.
 
-        All that a batch tells the codebook: processes that train together must add these two up
-        before `update` uses them, or their codebooks drift apart.
+        Processes that train together must add these two up before the averages take them (and
+        share the vectors that `start_from` and `_restart_dead` draw), or their codebooks drift
+        apart.
         """
         counts = torch.zeros_like(self.ema_counts)
         counts.index_add_(0, indices, torch.ones_like(indices, dtype=counts.dtype))

@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -45,6 +46,14 @@ def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def non_negative_int(text: str) -> int:
+    """An argparse type: 0, 1, 2, ..."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
     return value
 
 
@@ -74,7 +83,12 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, out: str, epochs: i
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="random mirror images")
     add("--epochs", type=positive_int, default=epochs, help="passes over the training images")
     add("--lr", type=positive_float, default=lr, help="learning rate of Adam")
-    add("--seed", type=int, default=0, help="of weights, order of the images, and drawn shapes")
+    add(
+        "--seed",
+        type=non_negative_int,
+        default=0,
+        help="of weights, order of the images, and drawn shapes",
+    )
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     add(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="see choose_precision"
@@ -98,7 +112,8 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     config_path = Path(args.out) / "config.json"
     if not args.resume:
-        if any(Path(args.out).rglob("checkpoint.pt")):
+        folder = Path(args.out)
+        if [*folder.glob("checkpoint.pt"), *folder.glob("*/checkpoint.pt")]:
             raise InputError(
                 f"{args.out} holds a run already: continue it with --resume, "
                 "or name another folder with --out"
@@ -110,15 +125,28 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
             f"--resume: there is no run in {args.out} (no config.json): "
             "name its folder with --out, or start one without --resume"
         )
-    stored = json.loads(config_path.read_text())
+    try:
+        stored = json.loads(config_path.read_text())
+    except ValueError as error:
+        raise InputError(f"{config_path} is not JSON any more ({error}): repair it") from error
     parser.set_defaults(**stored)
-    args = parser.parse_args()
+    known, args = set(vars(args)) | {"command"}, parser.parse_args()
+    if set(stored) - known:
+        raise InputError(
+            f"{config_path} has flags that this script does not: "
+            f"{', '.join(sorted(set(stored) - known))}; is it another script's run?"
+        )
     changed = {name for name, value in stored.items() if getattr(args, name) != value}
     for name in sorted(changed - MAY_CHANGE_ON_RESUME):
         raise InputError(
             f"--resume: the run in {args.out} has {name} = {stored[name]}, but "
             f"{getattr(args, name)} was given: leave the flag out, or start a new run in another "
             "--out"
+        )
+    if args.epochs < stored["epochs"]:
+        raise InputError(
+            f"--resume: the run in {args.out} has {stored['epochs']} epochs, which can be "
+            f"more, but not {args.epochs}"
         )
     if changed:
         args.command = f"{args.command} && {command}"
@@ -130,6 +158,13 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"error: {str(error).splitlines()[0]} Free memory and --resume, or start again with a "
+            "smaller --batch-size"
+        )
+    except FileNotFoundError as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(
@@ -152,6 +187,8 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)  # fails where the machine has no such device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # whose random state is saved, and precision asked for
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise InputError(
             f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): "
@@ -161,7 +198,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """bfloat16 or float32 for the matrix products of a network (weights stay float32).
+    """bfloat16 or float32 for the matrix products of a network (the weights stay float32).
 
     "auto" takes bf16 where the hardware computes in it: CUDA since Ampere (older cards emulate it,
     slowly, so emulation does not count), and CPUs with AMX or AVX512-BF16 instructions.
@@ -189,6 +226,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def prepare_model(model: nn.Module, device: torch.device, *, compile: bool) -> nn.Module:
     """Move to the device, channels last (the layout that convolutions are fastest in)."""
     model.to(device, memory_format=torch.channels_last)
+    if compile and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise InputError(
+            "--compile needs a C++ compiler on a CPU, and none is installed: leave it out"
+        )
     if compile:
         model.compile()  # in place: the names in the state dict stay
     return model
@@ -236,6 +277,11 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+START_AGAIN = (
+    "Checkpoints written before are kept as they are; start again with a smaller --lr in another "
+    "--out"
+)
+
 # --- checkpoints -------------------------------------------------------------------------------
 
 
@@ -263,8 +309,7 @@ def save_checkpoint(
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise InputError(
-                f"{name} is not finite after step {step}: training has diverged, and the last good "
-                f"checkpoint is kept; start again with a smaller --lr"
+                f"{name} is not finite after step {step}: training has diverged. {START_AGAIN}"
             )
     state = {
         "model": type(model).__name__,
@@ -304,7 +349,7 @@ def load_checkpoint(path: Path, *, model: str | None = None, arguments: dict | N
             f"{path} is not a checkpoint of plain tensors ({reason}): "
             "give one that these scripts wrote"
         ) from error
-    if not isinstance(state, dict) or "arguments" not in state or "weights" not in state:
+    if not isinstance(state, dict) or not {"model", "arguments", "weights"} <= state.keys():
         raise InputError(f"{path} is not a checkpoint of this package: give one that it wrote")
     if model is not None and (state["model"], state["arguments"]) != (model, arguments):
         raise InputError(
@@ -342,7 +387,7 @@ def restore(
 def random_state() -> dict[str, Tensor]:
     """States of the global generators, from which a training step draws."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking would initialise it, on a run that uses the CPU
         state["cuda"] = torch.cuda.get_rng_state()
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
@@ -392,12 +437,14 @@ class Log:
         names = list(self.pending[0][1])
         values = torch.stack([torch.stack(list(losses.values())) for _, losses in self.pending])
         values = values.double().cpu() if values.device.type != "mps" else values.cpu().double()
-        for step, row in zip(steps, values, strict=True):
-            for name, value in zip(names, row.tolist(), strict=True):
-                if not math.isfinite(value):
+        for step, row in zip(steps, values.tolist(), strict=True):
+            losses = dict(zip(names, row, strict=True))
+            # The sum comes last: it is not finite whenever a term is not.
+            for name in sorted(names, key=lambda name: name == "loss"):
+                if not math.isfinite(losses[name]):
                     raise InputError(
-                        f"the loss term {name!r} is {value} at step {step}: training has diverged, "
-                        "and the last good checkpoint is kept; start again with a smaller --lr"
+                        f"the loss term {name!r} is {losses[name]} at step {step}: training has "
+                        f"diverged. {START_AGAIN}"
                     )
         means = dict(zip(names, values.mean(dim=0).tolist(), strict=True))
         row = {"step": steps[-1], "epoch": round(epoch, 4)}

@@ -48,7 +48,7 @@ def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
 
 
 def reparameterise(mean: Tensor, log_var: Tensor, noise: Tensor | None = None) -> Tensor:
-    """A sample z = mean + s * noise, noise ~ N(0, I), through which gradients reach both. (B, Z)."""
+    """A sample z = mean + s * noise, noise ~ N(0, I), with gradients to both. (B, Z)."""
     noise = torch.randn_like(mean) if noise is None else noise
     return mean + (0.5 * log_var).exp() * noise
 
@@ -77,9 +77,9 @@ class VAE(nn.Module):
         num_hiddens: channels after the first convolution, doubled by each further one.
         likelihood: what p(x|z) is, and so what an error costs against a nat of KL:
             "optimal": a Gaussian whose scale is, for each batch, the one that makes the data most
-                likely, s^2 = MSE (Rybkin et al. 2021, arXiv 2006.13202, section 3.2). No weight has
-                to be guessed: as the error falls, the same error costs more.
-            "learned": a Gaussian with one scale that is a parameter (their section 3.1).
+                likely, s^2 = MSE (the optimal sigma-VAE of Rybkin et al. 2021, arXiv 2006.13202).
+                No weight has to be guessed: as the error falls, the same error costs more.
+            "learned": a Gaussian with one scale that is a parameter (their shared sigma).
             "fixed": a Gaussian with s = sqrt(2) in [-1, 1], which makes -log p(x|z) the squared
                 error in units of [0, 1] and a constant: the loss of many a tutorial.
             "bernoulli": each pixel in [0, 1] is a probability, as if it were a coin.

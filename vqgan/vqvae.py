@@ -52,7 +52,7 @@ def residual_stack(channels: int, hidden_channels: int, num_layers: int) -> nn.S
 
 
 class VQVAE(nn.Module):
-    """The network of the paper's CIFAR-10 experiments.
+    """The network for CIFAR-10 of the authors' published example.
 
     With the defaults, a 32x32 image (24,576 bits) becomes 8x8 codes of 512 (576 bits), and the
     model has 0.66 M parameters (the EMA codebook not counted: it is no parameter).

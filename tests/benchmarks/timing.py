@@ -1,11 +1,10 @@
 """Fair comparisons: the contestants take turns, and the median of their times counts."""
 
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -24,23 +23,27 @@ def median_seconds(contestants: dict[str, Callable[[], None]], rounds: int) -> d
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _peak_rss() -> float:
-    """The most memory that this process has held, in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
 def _measure(prepare: Callable, name: str, queue) -> None:
     call = prepare(name)
-    before = _peak_rss()
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not status.exists():
+        queue.put(float("nan"))  # only Linux tells, and forgets when asked to
+        return
+
+    def peak() -> float:
+        line = next(line for line in status.read_text().splitlines() if "VmHWM" in line)
+        return int(line.split()[1]) / 2**10
+
+    clear.write_text("5")  # the peak so far is forgotten: it is what is held now
+    before = peak()
     call()
-    queue.put(_peak_rss() - before)
+    queue.put(peak() - before)
 
 
 def peak_extra_mebibytes(prepare: Callable[[str], Callable[[], None]], name: str) -> float:
     """What `prepare(name)()` needs beyond what `prepare(name)` has allocated, in MiB.
 
-    In a fresh process on the CPU, whose peak it raises. `prepare` is a function of a module.
+    In a fresh process on the CPU; not a number where the system does not tell (only Linux does).
     """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
