@@ -31,21 +31,15 @@ NUM_PICTURES = 12
 
 # Curves of the chart: label -> {label of the point: (run folder, model)}.
 RUNS = {
-    "VAE, by KL weight": {
-        f"w = {weight}": (f"rate/vae-kl{weight}", "vae") for weight in ("0.03", "0.1", "0.3", "1")
+    "VAE, KL weight w, 4 epochs": {
+        f"w = {weight}": (f"rate/vae-kl{weight}", "vae") for weight in ("0.03", "0.1", "0.3")
     },
-    "VQ-VAE 8x8, by codebook size": {
-        f"K = {size}": (f"rate/vqvae-8x8-k{size}", "vqvae") for size in (32, 128, 512, 2048)
+    "VAE, 40 epochs": {"w = 1": ("study-fixed", "vae"), "optimal scale": ("study", "vae")},
+    "VQ-VAE, 8x8 of K codes, 4 epochs": {
+        f"K = {size}": (f"rate/vqvae-8x8-k{size}", "vqvae") for size in (32, 128, 512)
     },
-    "VQ-VAE 16x16, by codebook size": {
-        "K = 32": ("rate/vqvae-16x16-k32", "vqvae"),
-        "K = 512": ("grid16", "vqvae"),
-    },
-    "trained for 40 epochs": {
-        "VAE, squared error": ("study-fixed", "vae"),
-        "VAE, optimal scale": ("study", "vae"),
-        "VQ-VAE 8x8": ("study", "vqvae"),
-    },
+    "VQ-VAE, 8x8, 40 epochs": {"K = 512": ("study", "vqvae")},
+    "VQ-VAE, 16x16, 8 epochs": {"K = 512": ("grid16", "vqvae")},
 }
 LADDER = {
     "VAE, squared error": ("study-fixed", "vae", VAE),
