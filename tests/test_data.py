@@ -114,7 +114,7 @@ def test_batches_in_order_give_all():
 
 
 def test_class_folders_are_split_once(image_folder):
-    first, again = (load_dataset(str(image_folder), image_size=32, seed=0) for _ in range(2))
+    first, again = (load_dataset(str(image_folder), image_size=32, seed=s) for s in (0, 1))
     assert first.class_names == ("cats", "dogs")
     assert first.train_images.shape == (36, 3, 32, 32) and first.test_images.shape == (4, 3, 32, 32)
     assert torch.equal(first.train_images, again.train_images)

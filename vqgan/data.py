@@ -82,7 +82,7 @@ def load_dataset(
     Args:
         source: "cifar10" (downloaded to `root` where it is not there yet), "shapes" (drawn from
             `seed`), or a folder of images: train/<class>/* and test/<class>/*, or <class>/*, or
-            loose images; the last two are split once, by `seed`.
+            loose images; the last two are split, always in the same way.
         image_size: side of the square images in pixels; folders are resized and cropped to it,
             the other two sources have 32.
 
@@ -96,7 +96,7 @@ def load_dataset(
         _require_32_pixels(source, image_size)
         return _load_cifar10(Path(root))
     if Path(source).is_dir():
-        return _load_folder(Path(source), image_size=image_size, seed=seed)
+        return _load_folder(Path(source), image_size=image_size)
     raise InputError(
         f"no data source {source!r}: give 'cifar10', 'shapes', or a folder of images that exists"
     )
@@ -146,7 +146,7 @@ def _load_cifar10(root: Path) -> ImageDataset:
 # --- folders -----------------------------------------------------------------------------------
 
 
-def _load_folder(folder: Path, *, image_size: int, seed: int) -> ImageDataset:
+def _load_folder(folder: Path, *, image_size: int) -> ImageDataset:
     if (folder / "train").is_dir() != (folder / "test").is_dir():
         there, missing = ("train", "test") if (folder / "train").is_dir() else ("test", "train")
         raise InputError(
@@ -181,9 +181,10 @@ def _load_folder(folder: Path, *, image_size: int, seed: int) -> ImageDataset:
                 f"class {name!r} in {folder} has no readable image: add some, or remove it"
             )
 
-    # Shuffled once, so that the first N images (--limit) are of all classes; the split is fixed.
+    # Shuffled, so that the first N images (--limit) are of all classes; and with a seed of its own,
+    # so that runs of other seeds are measured on the same test images.
     kept = [i for i, ok in enumerate(readable) if ok]
-    order = np.random.default_rng(seed).permutation(kept)
+    order = np.random.default_rng(0).permutation(kept)
     if train_paths is not None:
         train, test = order[order < len(train_paths)], order[order >= len(train_paths)]
     else:

@@ -91,7 +91,10 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, out: str, epochs: i
     )
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
     add(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="see choose_precision"
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of the network's products; auto: bf16 where the hardware computes in it",
     )
     add("--compile", action="store_true", help="torch.compile: minutes to start, then faster")
     add("--checkpoint-every", type=positive_int, default=200, help="in optimizer steps")
