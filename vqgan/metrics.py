@@ -47,6 +47,20 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     return -10 * torch.log10((x - y).double().square().mean(dim=(1, 2, 3)))
 
 
+def gaussian_mean(images: Tensor) -> Tensor:
+    """Mean in an 11x11 Gaussian window around every pixel that has a whole window.
+
+    (B, C, H, W) float64 -> (B, C, (H - 10) (W - 10)).
+    """
+    offsets = torch.arange(SSIM_WINDOW, dtype=images.dtype, device=images.device) - SSIM_WINDOW // 2
+    window = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
+    window = window / window.sum()  # (11,)
+    planes = images.flatten(0, 1)[:, None]  # (B C, 1, H, W)
+    # The two-dimensional window is a product of two: first down the columns, then along the rows.
+    planes = F.conv2d(planes, window.view(1, 1, -1, 1))
+    return F.conv2d(planes, window.view(1, 1, 1, -1)).view(*images.shape[:2], -1)
+
+
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Structural similarity per image, (B,) float64; 1 for equal images.
 
@@ -64,17 +78,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
             f"SSIM needs images of at least {SSIM_WINDOW} pixels a side (its window), "
             f"not {x.shape[-2]}x{x.shape[-1]}"
         )
-    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64, device=x.device) - SSIM_WINDOW // 2
-    window = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
-    window = window / window.sum()  # (11,)
-
-    def mean(images: Tensor) -> Tensor:
-        """Gaussian mean around each pixel: the two-dimensional window is a product of two."""
-        planes = images.flatten(0, 1)[:, None]  # (B C, 1, H, W)
-        planes = F.conv2d(planes, window.view(1, 1, -1, 1))
-        return F.conv2d(planes, window.view(1, 1, 1, -1)).view(*images.shape[:2], -1)
-
-    return _ssim_formula(x, y, mean)
+    return _ssim_formula(x, y, gaussian_mean)
 
 
 def ssim_whole_image(x: Tensor, y: Tensor) -> Tensor:

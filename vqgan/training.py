@@ -245,7 +245,7 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> str:
     else:
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
-        name = f"{name}, {torch.get_num_threads()} threads"
+        name = f"{name}, threads: {torch.get_num_threads()}"
     return f"{device.type} ({name}), {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
 
 
