@@ -3,7 +3,7 @@ from setuptools import setup
 setup(
     name="vqgan",
     version="0.1.0",
-    description="VQ-VAE, VQGAN and a transformer prior in plain PyTorch, written to be read",
+    description="VAE and VQ-VAE (next: VQGAN and a transformer prior) in plain PyTorch, to be read",
     license="MIT",
     python_requires=">=3.10",
     packages=["vqgan"],

@@ -1,7 +1,7 @@
 """The study: a VAE and a VQ-VAE trained on the same images, measured and pictured side by side.
 
     python train_vqvae.py                                    CIFAR-10, 40 epochs of both
-    python train_vqvae.py --data shapes --epochs 5           drawn shapes: minutes on a CPU
+    python train_vqvae.py --data shapes --epochs 6           drawn shapes: minutes on a CPU
     python train_vqvae.py --batch-sizes 16 32 64 128 256     the sweep over batch sizes
     python train_vqvae.py --resume                           go on after an interruption
 
@@ -60,11 +60,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a VAE and a VQ-VAE on the same images and compare them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="%(prog)s [flags]   (--help lists them)",
         allow_abbrev=False,
     )
     add_common_arguments(parser, out="runs/study", epochs=40, lr=5e-4)
     add = parser.add_argument
-    add("--models", nargs="+", choices=("vae", "vqvae"), default=["vae", "vqvae"], help="which")
+    add("--models", nargs="+", choices=("vae", "vqvae"), default=["vae", "vqvae"], help="to train")
     add(
         "--batch-sizes",
         "--batch-size",
@@ -74,8 +75,18 @@ def parse() -> argparse.Namespace:
         help="several train each model once for each",
     )
     vae = parser.add_argument_group("VAE").add_argument
-    vae("--likelihood", choices=LIKELIHOODS, default="optimal", help="p(x|z), see vqgan/vae.py")
-    vae("--kl-weight", type=non_negative_float, default=1.0, help="1 is the bound, more is less KL")
+    vae(
+        "--likelihood",
+        choices=LIKELIHOODS,
+        default="optimal",
+        help="what an error costs: see vqgan/vae.py",
+    )
+    vae(
+        "--kl-weight",
+        type=non_negative_float,
+        default=1.0,
+        help="1: the bound; more: fewer bits, more blur",
+    )
     vqvae = parser.add_argument_group("VQ-VAE").add_argument
     on_off = argparse.BooleanOptionalAction
     vqvae("--quantizer", choices=("ema", "gradient"), default="ema", help="what moves the codes")
@@ -352,11 +363,17 @@ def draw_pictures(
         label = f"{title_of(run)}\n{results[run]['bits_per_image']:.0f} bits"
         rows.append((label, to_unit(model(x).reconstruction)))
     figures.image_rows(
-        out / "reconstructions.png", rows, title="Test images and what each model keeps of them"
+        out / "reconstructions.png",
+        rows,
+        title="Test images and what each model keeps of them (a VAE: decoded from the mean)",
     )
     figures.losses(
         out / "losses.png",
         {title_of(run): log for run, log in logs.items() if log},
+        ylabels={
+            title_of(run): "nats per image" if isinstance(model, VAE) else "mean over all elements"
+            for run, model in models.items()
+        },
         title="Training losses",
     )
     usage = {}

@@ -42,8 +42,12 @@ def test_a_grid_shows_all_images(tmp_path):
 
 def test_curves_are_drawn_in_their_colours(tmp_path):
     rows = [{"step": i, "epoch": i / 2, "loss": 1 / i, "kl": 0.1 * i} for i in range(1, 9)]
+    units = {"VAE": "nats", "VQ-VAE": "mean"}
     figures.losses(
-        tmp_path / "a.png", {"VAE": rows, "VQ-VAE": [r | {"q": 1} for r in rows]}, title=""
+        tmp_path / "a.png",
+        {"VAE": rows, "VQ-VAE": [r | {"q": 1} for r in rows]},
+        ylabels=units,
+        title="",
     )
     pixels = pixels_of(tmp_path / "a.png")
     assert all(has_colour(pixels, colour) for colour in figures.COLOURS[:3])

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,15 +62,35 @@ def test_half_precision_input_is_searched_in_float32(kind):
     assert z_q.dtype == loss.dtype == torch.float32
 
 
-def test_a_lower_matmul_precision_does_not_reach_the_search():
-    vectors, codebook = torch.randn(4000, 64), torch.randn(512, 64)
-    expected = nearest_codes(vectors, codebook)
-    torch.set_float32_matmul_precision("medium")  # bfloat16 inside, where the hardware has it
-    try:
-        assert torch.equal(nearest_codes(vectors, codebook), expected)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+LOWER_PRECISION = """
+import torch
+from vqgan.quantizer import nearest_codes
+torch.manual_seed(0)
+vectors, codebook = torch.randn(4000, 64), torch.randn(512, 64)
+expected, exact = nearest_codes(vectors, codebook), vectors @ codebook.T
+{setting}
+rounded = vectors @ codebook.T
+assert torch.equal(nearest_codes(vectors, codebook), expected)
+assert torch.equal(vectors @ codebook.T, rounded)  # the setting is as it was
+"""
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "torch.set_float32_matmul_precision('medium')",  # bfloat16 inside, where there is hardware
+        "torch.backends.cuda.matmul.allow_tf32 = True",
+        "torch.backends.fp32_precision = 'tf32'",  # the settings of torch 2.9, which do not mix
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    ],
+)
+def test_a_lower_matmul_precision_does_not_reach_the_search(setting):
+    """In a process of its own, since torch's two ways of setting it exclude each other."""
+    if "fp32_precision" in setting and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has no such setting")
+    code = LOWER_PRECISION.format(setting=setting)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @BOTH

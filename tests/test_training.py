@@ -147,7 +147,7 @@ def test_a_checkpoint_that_carries_code_is_refused_and_not_run(tmp_path):
         ("b.pt", lambda o, p: p.write_bytes(pickle.dumps(o))),
     ):
         write({"weights": Evil(), "arguments": {}}, tmp_path / name)
-        with pytest.raises(InputError, match=name):
+        with pytest.raises(InputError, match=f"{name} .* carries code, which was not run"):
             load_checkpoint(tmp_path / name)
     assert not (tmp_path / "was-run").exists()
 
@@ -248,14 +248,14 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path, bad):
     [
         (training.positive_int, "3", ["0", "-1", "1.5", "x"]),
         (training.positive_float, "1e-3", ["0", "-1", "nan", "inf"]),
-        (training.non_negative_int, "0", ["-1", "1.5", "x"]),
+        (training.seed_int, "0", ["-1", "1.5", "x", str(2**63)]),
         (training.non_negative_float, "0", ["-1", "nan", "inf"]),
     ],
 )
 def test_numbers_out_of_range_are_refused(kind, good, bad):
     assert kind(good) == float(good)
     for text in bad:
-        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        with pytest.raises(argparse.ArgumentTypeError, match="was expected, not"):
             kind(text)
 
 

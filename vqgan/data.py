@@ -7,6 +7,7 @@ A set that fits in memory is one uint8 tensor on the training device, and a batc
 operation: no worker processes, no Python per image. A larger folder streams through a DataLoader.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -404,12 +405,16 @@ def pixel_variance(images: "Tensor | ImageFiles") -> float:
     always answers with one mean grey. Of a streamed folder the first 2,000 images stand for all.
     """
     total, total_squares, count = 0.0, 0.0, 0
+    lowest, highest = torch.full((3,), math.inf), torch.full((3,), -math.inf)  # by channel
     part = images if isinstance(images, Tensor) else images[:2000]
     for x in batches_in_order(part, 1000):
         x = x.double()
         total, total_squares = total + x.sum().item(), total_squares + x.square().sum().item()
         count += x.numel()
-    variance = total_squares / count - (total / count) ** 2
-    if variance < 1e-6:
-        raise InputError("the training images are all of one colour: there is nothing to learn")
-    return variance
+        lowest = torch.minimum(lowest, x.amin(dim=(0, 2, 3)).float())
+        highest = torch.maximum(highest, x.amax(dim=(0, 2, 3)).float())
+    if torch.equal(lowest, highest):
+        raise InputError(
+            "the training images are all of one colour, and there is nothing to learn: give others"
+        )
+    return total_squares / count - (total / count) ** 2

@@ -83,8 +83,14 @@ def _plot_axes(figure: Figure, places: tuple[int, int, int], *, xlabel: str, yla
     return axes
 
 
-def losses(path: Path, logs: Mapping[str, Sequence[Mapping[str, float]]], *, title: str) -> None:
-    """Training losses by epoch, a panel for each scale: logs by model, rows as in log.csv.
+def losses(
+    path: Path,
+    logs: Mapping[str, Sequence[Mapping[str, float]]],
+    *,
+    ylabels: Mapping[str, str],
+    title: str,
+) -> None:
+    """Training losses by epoch: for each model its rows, as in log.csv, and the losses' unit.
 
     Models whose rows have the same terms share a panel (a sweep); the terms share it too.
     """
@@ -95,7 +101,9 @@ def losses(path: Path, logs: Mapping[str, Sequence[Mapping[str, float]]], *, tit
     figure = Figure(figsize=(5.0 * len(panels) + 0.5, 3.8), layout="constrained")
     figure.suptitle(title)
     for number, (terms, names) in enumerate(panels.items(), start=1):
-        axes = _plot_axes(figure, (1, len(panels), number), xlabel="epoch", ylabel="training loss")
+        axes = _plot_axes(
+            figure, (1, len(panels), number), xlabel="epoch", ylabel=ylabels[names[0]]
+        )
         # A sweep has too many lines for every term: the whole loss of each model is shown.
         shown = terms if len(names) == 1 else terms[:1]
         for i, name in enumerate(names):

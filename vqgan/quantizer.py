@@ -11,12 +11,18 @@ and the loss pulls codes and vectors together (eq. 3, last two terms; sg[.] stop
     |sg[z_e] - e|^2          codebook: moves the codes to the vectors      (VectorQuantizer)
     beta |z_e - sg[e]|^2     commitment: moves the vectors to the codes    (both quantizers)
 
+Without the commitment nothing would hold the encoder's vectors near their codes: they could grow,
+and jump from code to code, faster than the codes follow. Both terms are means over all elements
+(the paper's norms are sums over D), as is the reconstruction that stands beside them.
+
 `EMAVectorQuantizer` moves the codes by moving averages instead of a gradient (appendix A.1).
 
 Way of the data: encoder -> z_e (B, D, h, w) -> quantizer -> z_q (B, D, h, w), indices (B, h, w).
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -34,30 +40,48 @@ class Quantized(NamedTuple):
     loss: Tensor  # (), every term but the reconstruction
 
 
-@torch.compiler.disable  # compiled, it would gain nothing and could not change the precision
+@contextmanager
+def exact_float32_products() -> Iterator[None]:
+    """Switch off TF32 and the like, which a script may have allowed: they choose wrong codes."""
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
+        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        before = [backend.fp32_precision for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
+    else:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
+@torch.compiler.disable  # the switch of the precision cannot be compiled
 @torch.no_grad()
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code for each vector: (N, D), (K, D) -> (N,) int64; of equals the first.
+    """Index of the nearest code for each vector: (N, D), (K, D) -> (N,) int64.
 
     |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code, so it is left out.
+    Of codes at the same distance, the first is taken.
     Chunks of vectors bound the memory; no matrix of N x K is ever held.
     """
     on_cpu = vectors.device.type == "cpu"
     chunk = max(1, (DISTANCES_AT_ONCE_CPU if on_cpu else DISTANCES_AT_ONCE_GPU) // len(codebook))
     squared_norms = codebook.square().sum(dim=1)  # (K,)
-    # One buffer for all chunks: new ones would pile up, since memory between them is taken.
+    # One buffer for all chunks: a new one for each can fragment memory and pile up to N x K.
     buffer = vectors.new_empty(min(chunk, len(vectors)), len(codebook))
     indices = []
-    # TF32, or bfloat16 in disguise, chooses wrong codes: whatever a script has set, not here.
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
+    with exact_float32_products():
         for part in vectors.split(chunk):
             distances = buffer[: len(part)]  # (chunk, K)
             torch.addmm(squared_norms, part, codebook.T, alpha=-2, out=distances)
             indices.append(distances.argmin(dim=1))  # (chunk,)
-    finally:
-        torch.set_float32_matmul_precision(precision)
     return torch.cat(indices)
 
 
@@ -142,7 +166,7 @@ class Quantizer(nn.Module):
                 stacklevel=2,
             )
             chosen = torch.randint(N, (K,), device=vectors.device)
-            noise = 0.01 * vectors.std(dim=0, unbiased=False)  # a hundredth of each spread
+            noise = 0.01 * vectors.std(dim=0, unbiased=False)  # 1% of each dimension's deviation
             codes = vectors[chosen] + noise * torch.randn_like(vectors[chosen])
         self.codebook.copy_(codes)
         self.waits_for_data = False
@@ -177,7 +201,7 @@ class VectorQuantizer(Quantizer):
         self, num_embeddings: int, embedding_dim: int, beta: float = 0.25, data_start: bool = True
     ):
         super().__init__(num_embeddings, embedding_dim, beta, data_start)
-        codes = torch.empty(num_embeddings, embedding_dim)
+        codes = torch.empty(num_embeddings, embedding_dim)  # small at first, as in their example
         self.codebook = nn.Parameter(codes.uniform_(-1 / num_embeddings, 1 / num_embeddings))
 
     def codebook_loss(self, vectors: Tensor, codes: Tensor) -> Tensor:
@@ -227,10 +251,10 @@ class EMAVectorQuantizer(Quantizer):
         super().__init__(num_embeddings, embedding_dim, beta, data_start)
         self.decay, self.epsilon, self.restart_dead = decay, epsilon, restart_dead
         # Buffers, not parameters: no optimizer may move them.
-        codes = torch.randn(num_embeddings, embedding_dim)
+        codes = torch.randn(num_embeddings, embedding_dim)  # as in the authors' example
         self.register_buffer("codebook", codes)
-        # Counts start at one and sums at the codes, so that m / N is the code from the first step;
-        # from zero, an unchosen code would be divided by nearly nothing and fly away.
+        # Counts start at one and sums at the codes, so that m / N is the code from the first step.
+        # Counts from zero beside these sums would divide by nearly nothing, and codes fly away.
         self.register_buffer("ema_counts", torch.ones(num_embeddings))
         self.register_buffer("ema_sums", codes.clone())
 
@@ -278,8 +302,8 @@ class EMAVectorQuantizer(Quantizer):
 
         The count becomes the average one, as if the code had been chosen as often as the others.
         (Without count and sum, the old average would overwrite the new code in the same step.)
-        A candidate is drawn for every code, dead or not, since asking how many are dead would make
-        a GPU wait.
+        A candidate is drawn for every code, dead or not: to ask how many are dead, a GPU would have
+        to be waited for.
         """
         average = self.ema_counts.mean()
         chosen = torch.randint(len(vectors), (self.num_embeddings,), device=vectors.device)

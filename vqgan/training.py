@@ -24,6 +24,7 @@ import shlex
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -41,36 +42,26 @@ from vqgan.errors import InputError
 MAY_CHANGE_ON_RESUME = {"device", "compile", "checkpoint_every", "epochs", "data_root"}
 
 
-def positive_int(text: str) -> int:
-    """An argparse type: 1, 2, 3, ..."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def _number(kind: type, is_valid: Callable, wanted: str) -> Callable[[str], float]:
+    """An argparse type that takes numbers which are finite and valid, and says what it wanted."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and is_valid(value)):
+            raise argparse.ArgumentTypeError(f"{wanted} was expected, not {text!r}")
+        return value
+
+    return parse
 
 
-def non_negative_int(text: str) -> int:
-    """An argparse type: 0, 1, 2, ..."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
-    return value
-
-
-def positive_float(text: str) -> float:
-    """An argparse type: a finite number above 0."""
-    value = float(text)
-    if not (value > 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    """An argparse type: a finite number, 0 or above."""
-    value = float(text)
-    if not (value >= 0 and math.isfinite(value)):
-        raise argparse.ArgumentTypeError(f"must be a number, 0 or above, not {text}")
-    return value
+positive_int = _number(int, lambda value: value >= 1, "a whole number of at least 1")
+# torch takes seeds of 63 bits.
+seed_int = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+positive_float = _number(float, lambda value: value > 0, "a number above 0")
+non_negative_float = _number(float, lambda value: value >= 0, "a number of at least 0")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, *, out: str, epochs: int, lr: float):
@@ -85,7 +76,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, out: str, epochs: i
     add("--lr", type=positive_float, default=lr, help="learning rate of Adam")
     add(
         "--seed",
-        type=non_negative_int,
+        type=seed_int,
         default=0,
         help="of weights, order of the images, and drawn shapes",
     )
@@ -114,6 +105,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     args = parser.parse_args()
     config_path = Path(args.out) / "config.json"
+    stored = _read_config(config_path) if config_path.exists() else None
     if not args.resume:
         folder = Path(args.out)
         if [*folder.glob("checkpoint.pt"), *folder.glob("*/checkpoint.pt")]:
@@ -123,22 +115,20 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
             )
         args.command = command
         return args
-    if not config_path.exists():
+    if stored is None:
         raise InputError(
             f"--resume: there is no run in {args.out} (no config.json): "
             "name its folder with --out, or start one without --resume"
         )
-    try:
-        stored = json.loads(config_path.read_text())
-    except ValueError as error:
-        raise InputError(f"{config_path} is not JSON any more ({error}): repair it") from error
-    parser.set_defaults(**stored)
-    known, args = set(vars(args)) | {"command"}, parser.parse_args()
-    if set(stored) - known:
+    if set(stored) != (set(vars(args)) | {"command"}) - {"out", "resume"}:
         raise InputError(
-            f"{config_path} has flags that this script does not: "
-            f"{', '.join(sorted(set(stored) - known))}; is it another script's run?"
+            f"{config_path} does not have this script's flags: is it another script's run? "
+            "Name the right folder with --out"
         )
+    parser.set_defaults(**stored)
+    args = parser.parse_args()
+    if args.precision == "auto":
+        args.precision = stored["precision"]  # what auto chose when the run began
     changed = {name for name, value in stored.items() if getattr(args, name) != value}
     for name in sorted(changed - MAY_CHANGE_ON_RESUME):
         raise InputError(
@@ -151,9 +141,22 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
             f"--resume: the run in {args.out} has {stored['epochs']} epochs, which can be "
             f"more, but not {args.epochs}"
         )
-    if changed:
+    if args.epochs > stored["epochs"]:
         args.command = f"{args.command} && {command}"
     return args
+
+
+def _read_config(path: Path) -> dict:
+    """The flags of a run, as its config.json has them."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): repair it, or move it away") from error
+    if not isinstance(config, dict) or not {"command", "epochs", "precision"} <= config.keys():
+        raise InputError(
+            f"{path} was not written by a script of this package: name another folder with --out"
+        )
+    return config
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -162,20 +165,27 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # CUDA has an error of its own for this, the CPU only a text.
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error)):
+            raise
         sys.exit(
-            f"error: {str(error).splitlines()[0]} Free memory and --resume, or start again with a "
-            "smaller --batch-size"
+            f"error: out of memory ({str(error).splitlines()[0]}): free memory and --resume, or "
+            "start again with a smaller --batch-size or a smaller model"
         )
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
+    except (FileExistsError, NotADirectoryError) as error:
+        sys.exit(f"error: {error}: a file is where a folder should be; name another --out")
     except OSError as error:
         sys.exit(
             f"error: {error}: check that the disk has room and the folder can be written, then "
             "--resume (what was written before is whole), or choose another --out"
         )
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command with --resume goes on from the last checkpoint")
+        sys.exit(
+            "stopped; --resume goes on from the last checkpoint, or from the start without one"
+        )
 
 
 # --- device, precision, seed -------------------------------------------------------------------
@@ -288,6 +298,10 @@ START_AGAIN = (
 # --- checkpoints -------------------------------------------------------------------------------
 
 
+CHECKPOINT_KEYS = {"model", "arguments", "weights", "optimizers", "batches", "step", "seconds"}
+CHECKPOINT_KEYS |= {"random", "threads", "code_version"}
+
+
 def save_checkpoint(
     path: Path,
     *,
@@ -342,18 +356,21 @@ def load_checkpoint(path: Path, *, model: str | None = None, arguments: dict | N
     Raises:
         InputError: not a checkpoint of this package, one that carries code, or of another model.
     """
+    remedy = "put a copy of it back, or move it away to train this model from the start"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's about odd formats: the error says enough
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # pickle's, zipfile's and torch's own, of many types
-        reason = "it carries code, which was not run" if "Unsupported" in str(error) else "damaged?"
+        has_code = "unsupported" in str(error).lower()
+        reason = "it carries code, which was not run" if has_code else "damaged?"
         raise InputError(
-            f"{path} is not a checkpoint of plain tensors ({reason}): "
-            "give one that these scripts wrote"
+            f"{path} is not a checkpoint of plain data ({reason}): {remedy}"
         ) from error
-    if not isinstance(state, dict) or not {"model", "arguments", "weights"} <= state.keys():
-        raise InputError(f"{path} is not a checkpoint of this package: give one that it wrote")
+    if not isinstance(state, dict) or not CHECKPOINT_KEYS <= state.keys():
+        raise InputError(f"{path} is not a checkpoint of this package: {remedy}")
     if model is not None and (state["model"], state["arguments"]) != (model, arguments):
         raise InputError(
             f"{path} is of {state['model']}({_call(state['arguments'])}), but this run trains "
@@ -374,9 +391,15 @@ def restore(
     batches,
 ) -> None:
     """Put a checkpoint's state back into what `save_checkpoint` took it from."""
-    model.load_state_dict(state["weights"])
-    for name, optimizer in optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
+    try:
+        model.load_state_dict(state["weights"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the checkpoint does not fit {state['model']} ({' '.join(str(error).split())}): put a "
+            "copy of the right one back, or move it away to train this model from the start"
+        ) from error
     batches.load_state_dict(state["batches"])
     set_random_state(state["random"])
     if state["threads"] != torch.get_num_threads():
@@ -469,7 +492,12 @@ def read_log(path: Path) -> list[dict[str, float]]:
     text = path.read_text()
     whole = text[: text.rfind("\n") + 1]
     rows = csv.DictReader(io.StringIO(whole))
-    return [{"step": int(row.pop("step"))} | {k: float(v) for k, v in row.items()} for row in rows]
+    try:
+        return [
+            {"step": int(row.pop("step"))} | {k: float(v) for k, v in row.items()} for row in rows
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a log of numbers: repair it, or move it away") from error
 
 
 class Stopwatch:

@@ -6,8 +6,9 @@ training minimises the negative bound on log p(x) (eq. 2 and 3):
 
     L = -log p(x|z) + kl_weight * KL(q(z|x) || N(0, I)),   z ~ q(z|x)
 
-Both terms are summed over pixels or latent dimensions and averaged over the batch, as the bound
-demands: an average over pixels would change the weight of the KL by a factor of 3,072.
+in nats (bits times ln 2). Both terms are summed over pixels or latent dimensions and averaged over
+the batch, as the bound demands: an average over pixels would change the weight of the KL by a
+factor of 3,072.
 
 Way of the data:
 
@@ -34,8 +35,8 @@ SMALLEST_SCALE = 2 / 255 / math.sqrt(12)
 
 class VAEOutput(NamedTuple):
     reconstruction: Tensor  # (B, 3, H, W), about [-1, 1]: the mean of p(x|z)
-    loss: Tensor  # (), the negative bound in nats an image
-    negative_log_likelihood: Tensor  # (), nats an image
+    loss: Tensor  # (), nats an image: the negative bound, if z was sampled (in training)
+    negative_log_likelihood: Tensor  # (), nats an image; negative where the density is above 1
     kl: Tensor  # (B,), nats
 
 
@@ -68,21 +69,23 @@ def gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
 class VAE(nn.Module):
     """Four strided convolutions, a Gaussian latent, four transposed convolutions.
 
-    With the defaults 1.8 M parameters, more than twice the VQ-VAE's: what it loses, it loses in
-    its bottleneck.
+    With the defaults 1.8 M parameters. Kernels of 4 with stride 2 halve and double the side
+    exactly. There is no normalisation layer, as there is none in the VQ-VAE that it is compared
+    with.
 
     Args:
         image_size: side H = W of the images; 16 divides it.
         latent_dim: Z, the dimensions of the latent.
         num_hiddens: channels after the first convolution, doubled by each further one.
-        likelihood: what p(x|z) is, and so what an error costs against a nat of KL:
+        likelihood: what p(x|z) is, and so how many nats of KL an error in a pixel is worth:
             "optimal": a Gaussian whose scale is, for each batch, the one that makes the data most
                 likely, s^2 = MSE (the optimal sigma-VAE of Rybkin et al. 2021, arXiv 2006.13202).
-                No weight has to be guessed: as the error falls, the same error costs more.
+                No weight has to be guessed: as s falls in training, an error costs more nats.
             "learned": a Gaussian with one scale that is a parameter (their shared sigma).
             "fixed": a Gaussian with s = sqrt(2) in [-1, 1], which makes -log p(x|z) the squared
                 error in units of [0, 1] and a constant: the loss of many a tutorial.
-            "bernoulli": each pixel in [0, 1] is a probability, as if it were a coin.
+            "bernoulli": the cross-entropy with each pixel in [0, 1] taken as a probability. Widely
+                used, but no density of grey values: its nats compare with no other likelihood's.
         kl_weight: beta of a beta-VAE; 1 is the bound.
     """
 
@@ -149,8 +152,8 @@ class VAE(nn.Module):
         if self.likelihood == "bernoulli":
             return F.binary_cross_entropy_with_logits(decoded, to_unit(x), reduction="sum") / len(x)
         if self.likelihood == "optimal":
-            # The minimum over s of gaussian_nll, where d/ds is zero: no gradient through s is
-            # needed.
+            # The s at which gaussian_nll is smallest. There its derivative by s is zero, so s may
+            # be a constant: with or without a gradient through s, `decoded` gets the same one.
             mse = F.mse_loss(decoded.detach(), x)
             log_scale = 0.5 * mse.clamp(min=SMALLEST_SCALE**2).log()
         elif self.likelihood == "learned":
