@@ -34,12 +34,13 @@ RUNS = {
     "VAE, KL weight w, 4 epochs": {
         f"w = {weight}": (f"rate/vae-kl{weight}", "vae") for weight in ("0.1", "0.3")
     },
-    "VAE, 40 epochs": {"w = 1": ("study-fixed", "vae"), "optimal scale": ("study", "vae")},
+    "VAE, w = 1, 40 epochs": {"": ("study-fixed", "vae")},
+    "VAE, optimal scale, 40 epochs": {"": ("study", "vae")},
     "VQ-VAE, 8x8 of K codes, 4 epochs": {
         f"K = {size}": (f"rate/vqvae-8x8-k{size}", "vqvae") for size in (32, 128)
     },
-    "VQ-VAE, 8x8, 40 epochs": {"K = 512": ("study", "vqvae")},
-    "VQ-VAE, 16x16, 5 epochs": {"K = 512": ("grid16", "vqvae")},
+    "VQ-VAE, 8x8 of 512, 40 epochs": {"": ("study", "vqvae")},
+    "VQ-VAE, 16x16 of 512, 5 epochs": {"": ("grid16", "vqvae")},
 }
 LADDER = {
     "VAE, squared error": ("study-fixed", "vae", VAE),

@@ -185,24 +185,25 @@ def rate_distortion(path: Path, curves: Mapping[str, Sequence[Mapping]], *, titl
     """
     figure = Figure(figsize=(11.0, 4.8), layout="constrained")
     figure.suptitle(title)
+    # The last is where a label stands clear of its curve: above a falling, below a rising one.
     panels = (
-        ("nmse", "normalised MSE (lower is better)", "log"),
-        ("ssim", "SSIM, Wang et al. 2004 (higher is better)", "linear"),
+        ("nmse", "normalised MSE (lower is better)", "log", (4, 5)),
+        ("ssim", "SSIM, Wang et al. 2004 (higher is better)", "linear", (5, -9)),
     )
-    for number, (key, ylabel, scale) in enumerate(panels, start=1):
+    for number, (key, ylabel, scale, label_offset) in enumerate(panels, start=1):
         axes = _plot_axes(figure, (1, 2, number), xlabel="bits per image", ylabel=ylabel)
         for i, (name, points) in enumerate(curves.items()):
             points = sorted(points, key=lambda point: point["bits_per_image"])
             bits = [point["bits_per_image"] for point in points]
             values = [point[key] for point in points]
             colour = COLOURS[i % len(COLOURS)]
-            style = {"color": colour, "marker": "os^DvP"[i % 6], "markersize": 5}
+            style = {"color": colour, "marker": "os^DvPX"[i % 7], "markersize": 5}
             axes.plot(bits, values, label=name, linewidth=1.2, **style)
             for point in points:
                 axes.annotate(
                     point["label"],
                     (point["bits_per_image"], point[key]),
-                    xytext=(4, 5),
+                    xytext=label_offset,
                     textcoords="offset points",
                     fontsize=7,
                     color=colour,
