@@ -113,7 +113,8 @@ def main() -> None:
         data = data.first(args.limit)
     for batch_size in args.batch_sizes:  # one that does not fit stops here, not after hours
         Batches(data.train_images, batch_size)
-    write_json(out / "config.json", config)
+    if args.resume:  # perhaps with more epochs than before, now that nothing refuses them
+        write_json(out / "config.json", config)
     variance = pixel_variance(data.train_images)
     print(f"{len(data.train_images)} training and {len(data.test_images)} test images, {device}")
 
