@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -114,8 +115,8 @@ def test_every_weight_gets_a_gradient(x, likelihood):
 
 def test_parameters_counted_by_hand():
     widths = [3, 32, 64, 128, 256]
-    convolutions = sum(a * b * 16 + b for a, b in zip(widths, widths[1:], strict=False))
-    transposed = sum(a * b * 16 + a for a, b in zip(widths, widths[1:], strict=False))
+    convolutions = sum(a * b * 16 + b for a, b in pairwise(widths))
+    transposed = sum(a * b * 16 + a for a, b in pairwise(widths))
     linear = (256 * 4 * 256 + 256) + (128 * 1024 + 1024)
     count = sum(p.numel() for p in VAE().parameters())
     assert count == convolutions + transposed + linear == 1_774_531

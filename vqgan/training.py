@@ -290,16 +290,25 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
+# --- checkpoints -------------------------------------------------------------------------------
+
+CHECKPOINT_KEYS = {  # what a run cannot go on without
+    "model",
+    "arguments",
+    "weights",
+    "optimizers",
+    "batches",
+    "step",
+    "seconds",
+    "random",
+    "threads",
+}
+
+# What to do after a loss or a weight that is not finite.
 START_AGAIN = (
     "Checkpoints written before are kept as they are; start again with a smaller --lr in another "
     "--out"
 )
-
-# --- checkpoints -------------------------------------------------------------------------------
-
-
-CHECKPOINT_KEYS = {"model", "arguments", "weights", "optimizers", "batches", "step", "seconds"}
-CHECKPOINT_KEYS |= {"random", "threads", "code_version"}
 
 
 def save_checkpoint(
