@@ -23,30 +23,27 @@ from vqgan.data import (
     Batches,
     ImageDataset,
     batches_in_order,
-    load_dataset,
-    pixel_variance,
     to_unit,
 )
 from vqgan.errors import InputError
 from vqgan.training import (
     Log,
+    Run,
     Stopwatch,
     add_common_arguments,
     autocast,
-    choose_device,
-    choose_precision,
-    describe_device,
     load_checkpoint,
     non_negative_float,
+    open_run,
     parse_arguments,
     positive_int,
     prepare_model,
+    print_table,
     read_log,
     restore,
     run_script,
     save_checkpoint,
-    versions,
-    write_json,
+    write_metrics,
 )
 from vqgan.vae import LIKELIHOODS, VAE, reparameterise
 from vqgan.vqvae import VQVAE
@@ -54,6 +51,16 @@ from vqgan.vqvae import VQVAE
 LOG_EVERY = 50  # steps averaged in a row of log.csv
 EVALUATION_BATCH = 500  # images at once, whatever the training's batch size
 NUM_PICTURES = 12  # test images in the pictures
+COLUMNS = {  # of the printed table
+    "nmse": ("norm. MSE", ".4f"),
+    "psnr": ("PSNR/dB", ".2f"),
+    "ssim": ("SSIM", ".4f"),
+    "ssim_whole_image": ("SSIM whole", ".4f"),
+    "perplexity": ("perplexity", ".1f"),
+    "codes_used": ("codes used", "d"),
+    "bits_per_image": ("bits/image", ".0f"),
+    "seconds": ("seconds", ".0f"),
+}
 
 
 def parse() -> argparse.Namespace:
@@ -99,72 +106,33 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    out = Path(args.out)
-    device = choose_device(args.device)
-    dtype = choose_precision(args.precision, device)
-    args.precision = "bf16" if dtype == torch.bfloat16 else "fp32"  # a resumed run keeps it
     check_arguments(args)
-    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-    if not args.resume:  # early, so that a run killed while it reads its data can be resumed
-        write_json(out / "config.json", config)
-
-    data = load_dataset(args.data, root=args.data_root, image_size=args.image_size, seed=args.seed)
-    if args.limit:
-        data = data.first(args.limit)
-    for batch_size in args.batch_sizes:  # one that does not fit stops here, not after hours
-        Batches(data.train_images, batch_size)
-    if args.resume:  # perhaps with more epochs than before, now that nothing refuses them
-        write_json(out / "config.json", config)
-    variance = pixel_variance(data.train_images)
-    print(f"{len(data.train_images)} training and {len(data.test_images)} test images, {device}")
+    run = open_run(args, batch_sizes=args.batch_sizes)
 
     results, counts, logs, models = {}, {}, {}, {}
     for batch_size in dict.fromkeys(args.batch_sizes):  # each once
         for name in args.models:
-            run = name if len(args.batch_sizes) == 1 else f"{name}-batch{batch_size}"
+            key = name if len(args.batch_sizes) == 1 else f"{name}-batch{batch_size}"
             torch.manual_seed(args.seed)  # each model's own start, whatever was trained before it
             model, arguments = build_model(name, args)
-            prepare_model(model, device, compile=args.compile)
+            prepare_model(model, run.device, compile=args.compile)
             seconds = train(
-                model,
-                arguments,
-                folder=out / run,
-                data=data,
-                variance=variance,
-                batch_size=batch_size,
-                device=device,
-                dtype=dtype,
-                args=args,
+                model, arguments, folder=run.out / key, run=run, batch_size=batch_size, args=args
             )
-            results[run], counts[run] = evaluate(model, data, variance, device)
-            results[run] |= {
+            results[key], counts[key] = evaluate(model, run.data, run.variance, run.device)
+            results[key] |= {
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "batch_size": batch_size,
                 "epochs": args.epochs,
                 "arguments": arguments,
                 "seconds": round(seconds, 1),
             }
-            logs[run], models[run] = read_log(out / run / "log.csv"), model
+            logs[key], models[key] = read_log(run.out / key / "log.csv"), model
 
-    write_json(
-        out / "metrics.json",
-        {
-            "command": args.command,
-            "data": {
-                "source": args.data,
-                "training_images": len(data.train_images),
-                "test_images": len(data.test_images),
-                "variance": variance,
-            },
-            "device": describe_device(device, dtype),
-            "versions": versions(),
-            "seconds": sum(result["seconds"] for result in results.values()),
-            "models": results,
-        },
-    )
-    print_table(results)
-    draw_pictures(out, data, models, results, counts, logs, device)
-    print(f"metrics.json, logs, checkpoints and pictures are in {out}")
+    write_metrics(run, args, results)
+    print_table({title_of(key): result for key, result in results.items()}, COLUMNS)
+    draw_pictures(run.out, run.data, models, results, counts, logs, run.device)
+    print(f"metrics.json, logs, checkpoints and pictures are in {run.out}")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -227,20 +195,19 @@ def train(
     arguments: dict,
     *,
     folder: Path,
-    data: ImageDataset,
-    variance: float,
+    run: Run,
     batch_size: int,
-    device: torch.device,
-    dtype: torch.dtype,
     args: argparse.Namespace,
 ) -> float:
     """Train to the last epoch, from the checkpoint if there is one; return the seconds it took.
 
     `arguments` are the model's constructor's, for its checkpoint; `args` are the command line's.
     """
-    batches = Batches(data.train_images, batch_size, device=device, seed=args.seed, flip=args.flip)
+    batches = Batches(
+        run.data.train_images, batch_size, device=run.device, seed=args.seed, flip=args.flip
+    )
     optimizer = torch.optim.Adam(
-        model.parameters(), lr=args.lr, fused=device.type in ("cpu", "cuda")
+        model.parameters(), lr=args.lr, fused=run.device.type in ("cpu", "cuda")
     )
     total_steps = args.epochs * len(batches)
     step, seconds = 0, 0.0
@@ -259,8 +226,8 @@ def train(
     )  # fmt: skip
     while step < total_steps:
         for x in batches:  # one epoch, or the rest of it after a resume
-            with autocast(device, dtype):
-                losses = training_losses(model, x, variance)
+            with autocast(run.device, run.dtype):
+                losses = training_losses(model, x, run.variance)
             optimizer.zero_grad(set_to_none=True)
             losses["loss"].backward()
             optimizer.step()
@@ -313,14 +280,12 @@ def evaluate(
             usage.update(output.indices)
             grid = output.indices.shape[1:]
             sampled = reconstruction  # a code is not random
-        x = x.cpu()  # the metrics compute in float64, which not every device has
-        original, unit = to_unit(x), to_unit(reconstruction)
-        per_image["nmse"].append(metrics.normalised_mse(x, reconstruction, variance))
-        per_image["psnr"].append(metrics.psnr(original, unit))
-        per_image["ssim"].append(metrics.ssim(original, unit))
-        per_image["ssim_whole_image"].append(metrics.ssim_whole_image(original, unit))
-        per_image["nmse_sampled"].append(metrics.normalised_mse(x, sampled, variance))
-        per_image["ssim_sampled"].append(metrics.ssim(original, to_unit(sampled)))
+        x = x.cpu()
+        quality = metrics.reconstruction_quality(x, reconstruction, variance)
+        quality["nmse_sampled"] = metrics.normalised_mse(x, sampled, variance)
+        quality["ssim_sampled"] = metrics.ssim(to_unit(x), to_unit(sampled))
+        for name, values in quality.items():
+            per_image[name].append(values)
     result = {name: torch.cat(values).mean().item() for name, values in per_image.items()}
     if is_vae:
         bits = metrics.nats_to_bits(result.pop("kl"))
@@ -414,24 +379,6 @@ def draw_pictures(
                 [("", to_unit(strip)) for strip in strips],
                 title="First and last column: test images. Between them: the VAE's latent space",
             )
-
-
-def print_table(results: dict) -> None:
-    columns = (
-        ("nmse", "norm. MSE", ".4f"),
-        ("psnr", "PSNR/dB", ".2f"),
-        ("ssim", "SSIM", ".4f"),
-        ("ssim_whole_image", "SSIM whole", ".4f"),
-        ("perplexity", "perplexity", ".1f"),
-        ("codes_used", "codes used", "d"),
-        ("bits_per_image", "bits/image", ".0f"),
-        ("seconds", "seconds", ".0f"),
-    )
-    width = max(len(title_of(run)) for run in results)
-    print(" " * width, *(f"{title:>10}" for _, title, _ in columns))
-    for run, result in results.items():
-        values = ("-" if result[key] is None else f"{result[key]:{f}}" for key, _, f in columns)
-        print(f"{title_of(run):{width}}", *(f"{value:>10}" for value in values))
 
 
 if __name__ == "__main__":

@@ -307,8 +307,9 @@ class ImageFiles(Dataset):
 class Batches:
     """Shuffled training batches: each `for x in batches` is one epoch.
 
-    Yields float (B, 3, H, W) in [-1, 1] on `device`. The last images of an epoch that do not fill a
-    batch are left out (the next epoch shuffles anew), so every step averages over as many images.
+    Yields x, float (B, 3, H, W) in [-1, 1] on `device`; given labels (N,), pairs of x and its
+    labels (B,). The last images of an epoch that do not fill a batch are left out (the next epoch
+    shuffles anew), so every step averages over as many images.
 
     All randomness of an epoch, its order and its flips, is drawn at the epoch's start from a
     generator of this object's own. So the generator's state at that moment and the number of
@@ -323,6 +324,7 @@ class Batches:
         device: torch.device | str = "cpu",
         seed: int = 0,
         flip: bool = True,
+        labels: Tensor | None = None,
     ):
         if not 1 <= batch_size <= len(images):
             raise InputError(
@@ -331,6 +333,7 @@ class Batches:
             )
         self.images = images.to(device) if isinstance(images, Tensor) else images
         self.batch_size, self.device, self.flip = batch_size, torch.device(device), flip
+        self.labels = None if labels is None else labels.to(device)
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch_start = self.generator.get_state()
         self.position = 0  # batches of this epoch that were given out
@@ -338,7 +341,7 @@ class Batches:
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
         self.generator.set_state(self.epoch_start)
         order = torch.randperm(len(self.images), generator=self.generator)
         flips = torch.rand(len(self.images), generator=self.generator) < (0.5 if self.flip else 0)
@@ -347,10 +350,11 @@ class Batches:
         if isinstance(self.images, Tensor):
             order = order.to(self.device)  # once an epoch: no copy to the GPU at every step
         for images in _fetch(self.images, order[self.position :], self.device):
-            mirrored = flips[self.position][:, None, None, None]
+            row, mirrored = order[self.position], flips[self.position][:, None, None, None]
             self.position += 1
             x = from_uint8(images)
-            yield torch.where(mirrored, x.flip(3), x)
+            x = torch.where(mirrored, x.flip(3), x)
+            yield x if self.labels is None else (x, self.labels[row.to(self.device)])
         self.epoch_start, self.position = self.generator.get_state(), 0
 
     def state_dict(self) -> dict:

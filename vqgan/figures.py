@@ -121,6 +121,32 @@ def losses(
     _save(figure, path)
 
 
+def adversarial(path: Path, rows: Sequence[Mapping[str, float]], *, title: str) -> None:
+    """The game by epoch, from a log with an adversary: quality, the discriminator, lambda."""
+    figure = Figure(figsize=(14.0, 3.8), layout="constrained")
+    figure.suptitle(title)
+    panels = {
+        "what the generator is asked for": ("reconstruction", "perceptual"),
+        "mean output of the discriminator": ("real", "fake"),
+        "lambda": ("lambda",),
+    }
+    epochs = [row["epoch"] for row in rows]
+    learning = [row["epoch"] for row in rows if row["discriminator"] != 0]
+    used = [row["epoch"] for row in rows if row["lambda"] != 0]
+    for number, (ylabel, terms) in enumerate(panels.items(), start=1):
+        axes = _plot_axes(figure, (1, len(panels), number), xlabel="epoch", ylabel=ylabel)
+        for i, term in enumerate(terms):
+            if term in rows[0]:
+                values = [row[term] for row in rows]
+                axes.plot(epochs, values, label=term, color=COLOURS[i], linewidth=1.4)
+        marks = (("discriminator starts to learn", learning), ("is used", used))
+        for (label, where), style in zip(marks, (":", "--"), strict=True):
+            if where:
+                axes.axvline(where[0], color="0.4", linestyle=style, linewidth=1, label=label)
+        axes.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
 def metric_by_batch_size(
     path: Path, results: Mapping[str, Mapping[int, float]], *, ylabel: str, title: str
 ) -> None:

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqgan.data import to_unit
+from vqgan.errors import InputError
+
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # Wang et al. 2004, section III.C
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2 with L = 1, the range of the data
 
@@ -101,6 +104,73 @@ def _ssim_formula(x: Tensor, y: Tensor, mean) -> Tensor:
     index = (2 * mx * my + SSIM_C1) * (2 * sxy + SSIM_C2)
     index = index / ((mx * mx + my * my + SSIM_C1) * (sx2 + sy2 + SSIM_C2))
     return index.mean(dim=(1, 2))
+
+
+def reconstruction_quality(x: Tensor, reconstruction: Tensor, variance: float) -> dict[str, Tensor]:
+    """The four measures of a reconstruction, each (B,); both images as models give them.
+
+    Args:
+        x, reconstruction: (B, 3, H, W), in and about [-1, 1].
+        variance: of the training pixels, in the same range.
+    """
+    x, reconstruction = x.cpu(), reconstruction.cpu()  # float64, which not every device has
+    original, unit = to_unit(x), to_unit(reconstruction)
+    return {
+        "nmse": normalised_mse(x, reconstruction, variance),
+        "psnr": psnr(original, unit),
+        "ssim": ssim(original, unit),
+        "ssim_whole_image": ssim_whole_image(original, unit),
+    }
+
+
+def frechet_distance(features_x: Tensor, features_y: Tensor) -> float:
+    """Frechet distance between two sets of features (N, F), (M, F), each taken as a Gaussian.
+
+    Heusel et al. 2017 (arXiv 1706.08500), eq. 6, with means m and covariances C:
+
+        |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))
+
+    In the features of Inception this is FID. In those of another network it is not, and compares
+    with nothing but itself. In float64, on the CPU.
+    """
+    if min(len(features_x), len(features_y)) < 2 or features_x.shape[1:] != features_y.shape[1:]:
+        shapes = f"{tuple(features_x.shape)} and {tuple(features_y.shape)}"
+        raise ValueError(f"two sets (N, F) and (M, F) of two or more are needed, not {shapes}")
+    x, y = features_x.double().cpu(), features_y.double().cpu()
+    mean_term = (x.mean(dim=0) - y.mean(dim=0)).square().sum()
+    covariance_x, covariance_y = torch.cov(x.T), torch.cov(y.T)  # (F, F)
+    # C_x C_y is similar to S C_y S with S = C_x^(1/2): the same eigenvalues, and symmetric, so they
+    # are real and at least 0 (rounding aside). The trace of the root is the sum of their roots.
+    eigenvalues, vectors = torch.linalg.eigh(covariance_x)
+    root = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T  # S
+    eigenvalues = torch.linalg.eigvalsh(root @ covariance_y @ root)
+    root_trace = eigenvalues.clamp(min=0).sqrt().sum()
+    return (mean_term + covariance_x.trace() + covariance_y.trace() - 2 * root_trace).item()
+
+
+def inception_distance(device: torch.device):
+    """True FID, between Inception's features, as torchmetrics computes it.
+
+    Takes images in [0, 1]: `update(images, real=True or False)`, `compute()`, `reset()`.
+
+    Raises:
+        InputError: the extra is not installed, or Inception's weights cannot be downloaded.
+    """
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+
+        return FrechetInceptionDistance(feature=2048, normalize=True).to(device)
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"rFID needs packages that are not installed ({error}): install them with "
+            "pip install -e '.[fid]', or leave --rfid out"
+        ) from error
+    except OSError as error:  # urllib's
+        raise InputError(
+            f"the weights of Inception cannot be downloaded ({error}): place "
+            "weights-inception-2015-12-05-6726825d.pth of github.com/toshas/torch-fidelity "
+            f"(releases) in {torch.hub.get_dir()}/checkpoints, or leave --rfid out"
+        ) from error
 
 
 class CodebookUsage:

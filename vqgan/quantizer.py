@@ -29,6 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqgan.errors import InputError
+
 # Distances held at once. 2^22 floats are 16 MiB, in reach of a CPU's cache; a GPU wants more work
 # in a kernel, and has room for 64 MiB.
 DISTANCES_AT_ONCE_CPU, DISTANCES_AT_ONCE_GPU = 2**22, 2**24
@@ -310,3 +312,26 @@ class EMAVectorQuantizer(Quantizer):
         dead = self.ema_counts < self.DEAD_BELOW * average  # (K,)
         self.ema_counts.copy_(torch.where(dead, average, self.ema_counts))
         self.ema_sums.copy_(torch.where(dead[:, None], average * vectors[chosen], self.ema_sums))
+
+
+def make_quantizer(
+    kind: str,
+    num_embeddings: int,
+    embedding_dim: int,
+    *,
+    beta: float = 0.25,
+    data_start: bool = True,
+    restart_dead: bool = True,
+) -> Quantizer:
+    """The quantizer that a model names: "ema" or "gradient". Only the first restarts codes."""
+    if kind == "ema":
+        return EMAVectorQuantizer(
+            num_embeddings,
+            embedding_dim,
+            beta=beta,
+            data_start=data_start,
+            restart_dead=restart_dead,
+        )
+    if kind == "gradient":
+        return VectorQuantizer(num_embeddings, embedding_dim, beta=beta, data_start=data_start)
+    raise InputError(f"quantizer must be 'ema' or 'gradient', not {kind!r}")

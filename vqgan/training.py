@@ -14,6 +14,7 @@ wrote after its last checkpoint are cut, for they will be written again.
 """
 
 import argparse
+import copy
 import csv
 import io
 import json
@@ -28,12 +29,14 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
 import vqgan
+from vqgan.data import Batches, ImageDataset, load_dataset, pixel_variance
 from vqgan.errors import InputError
 
 # --- command line ------------------------------------------------------------------------------
@@ -60,8 +63,10 @@ def _number(kind: type, is_valid: Callable, wanted: str) -> Callable[[str], floa
 positive_int = _number(int, lambda value: value >= 1, "a whole number of at least 1")
 # torch takes seeds of 63 bits.
 seed_int = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+non_negative_int = _number(int, lambda value: value >= 0, "a whole number of at least 0")
 positive_float = _number(float, lambda value: value > 0, "a number above 0")
 non_negative_float = _number(float, lambda value: value >= 0, "a number of at least 0")
+fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, *, out: str, epochs: int, lr: float):
@@ -186,6 +191,68 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(
             "stopped; --resume goes on from the last checkpoint, or from the start without one"
         )
+
+
+# --- the beginning and the end of a run ----------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """What every model of a run has in common."""
+
+    out: Path
+    device: torch.device
+    dtype: torch.dtype  # of the network's products
+    data: ImageDataset
+    variance: float  # of the training pixels in [-1, 1]
+
+
+def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
+    """Choose the device, write config.json, load the images."""
+    device = choose_device(args.device)
+    dtype = choose_precision(args.precision, device)
+    args.precision = "bf16" if dtype == torch.bfloat16 else "fp32"  # a resumed run keeps it
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
+    out = Path(args.out)
+    if not args.resume:  # early, so that a run killed while it reads its data can be resumed
+        write_json(out / "config.json", config)
+    data = load_dataset(args.data, root=args.data_root, image_size=args.image_size, seed=args.seed)
+    if args.limit:
+        data = data.first(args.limit)
+    for batch_size in batch_sizes:  # one that does not fit stops here, not after hours
+        Batches(data.train_images, batch_size)
+    if args.resume:  # perhaps with more epochs than before, now that nothing refuses them
+        write_json(out / "config.json", config)
+    print(f"{len(data.train_images)} training and {len(data.test_images)} test images, {device}")
+    return Run(out, device, dtype, data, pixel_variance(data.train_images))
+
+
+def write_metrics(run: Run, args: argparse.Namespace, models: dict[str, dict], **more) -> None:
+    """metrics.json: what was measured of each model, on which data, by what; and more keys."""
+    content = {
+        "command": args.command,
+        "data": {
+            "source": args.data,
+            "training_images": len(run.data.train_images),
+            "test_images": len(run.data.test_images),
+            "variance": run.variance,
+        },
+        "device": describe_device(run.device, run.dtype),
+        "versions": versions(),
+        "seconds": sum(result["seconds"] for result in models.values()),
+    }
+    write_json(run.out / "metrics.json", content | more | {"models": models})
+
+
+def print_table(results: dict[str, dict], columns: dict[str, tuple[str, str]]) -> None:
+    """A line for each result; columns: key -> (heading, format)."""
+    width = max(len(name) for name in results)
+    print(" " * width, *(f"{heading:>10}" for heading, _ in columns.values()))
+    for name, result in results.items():
+        values = (
+            "-" if result[key] is None else f"{result[key]:{form}}"
+            for key, (_, form) in columns.items()
+        )
+        print(f"{name:{width}}", *(f"{value:>10}" for value in values))
 
 
 # --- device, precision, seed -------------------------------------------------------------------
@@ -320,6 +387,7 @@ def save_checkpoint(
     batches,
     step: int,
     seconds: float,
+    companions: dict | None = None,
 ) -> None:
     """Everything that the next step depends on, as plain tensors, numbers, strings and dicts.
 
@@ -328,11 +396,15 @@ def save_checkpoint(
         batches: a `data.Batches`, or anything else with a `state_dict`.
         step: optimizer steps taken.
         seconds: of training so far.
+        companions: what else training goes on with, by name (a discriminator, say): anything with
+            a `state_dict`.
 
     Raises:
         InputError: a weight is not finite any more; the old checkpoint stays.
     """
-    for name, value in model.state_dict().items():
+    companions = {name: part.state_dict() for name, part in (companions or {}).items()}
+    weights = [model.state_dict(), *companions.values()]
+    for name, value in (item for state in weights for item in state.items()):
         if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise InputError(
                 f"{name} is not finite after step {step}: training has diverged. {START_AGAIN}"
@@ -341,6 +413,7 @@ def save_checkpoint(
         "model": type(model).__name__,
         "arguments": arguments,
         "weights": model.state_dict(),
+        "companions": companions,
         "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         "batches": batches.state_dict(),
         "step": step,
@@ -398,10 +471,13 @@ def restore(
     model: nn.Module,
     optimizers: dict[str, torch.optim.Optimizer],
     batches,
+    companions: dict | None = None,
 ) -> None:
     """Put a checkpoint's state back into what `save_checkpoint` took it from."""
     try:
         model.load_state_dict(state["weights"])
+        for name, part in (companions or {}).items():
+            part.load_state_dict(state["companions"][name])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
     except (KeyError, RuntimeError, ValueError) as error:
@@ -435,6 +511,32 @@ def set_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
+
+
+class WeightAverage:
+    """A copy of a model whose weights and buffers are moving averages of the model's.
+
+        average = d average + (1 - d) weights,   d = min(decay, (1 + t) / (10 + t)) at step t
+
+    so that the random weights of the beginning are forgotten soon. The averages lie in the middle
+    of where the last steps wander, and reconstruct better than any one of them. The codebook is
+    averaged too: it must fit the averaged encoder.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the model's weights after training step `step`, 1 being the first."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(_floats(self.model), _floats(model), 1 - decay)  # all in one kernel
+
+
+def _floats(model: nn.Module) -> list[Tensor]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
 
 
 # --- log ---------------------------------------------------------------------------------------

@@ -21,13 +21,51 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqgan.errors import InputError
-from vqgan.quantizer import EMAVectorQuantizer, Quantized, VectorQuantizer
+from vqgan.quantizer import Quantized, Quantizer, make_quantizer
 
 
-class VQVAEOutput(NamedTuple):
+class AutoencoderOutput(NamedTuple):
     reconstruction: Tensor  # (B, 3, H, W), about [-1, 1]
     indices: Tensor  # (B, h, w) int64
     loss: Tensor  # (), the quantizer's: every term but the reconstruction
+
+
+class VQAutoencoder(nn.Module):
+    """What VQ-VAE and VQGAN share. A subclass builds `encoder`, `quantizer` and `decoder`."""
+
+    encoder: nn.Module
+    quantizer: Quantizer
+    decoder: nn.Module
+
+    def __init__(self, num_downsamples: int):
+        super().__init__()
+        self.num_downsamples = num_downsamples
+
+    def check_sides(self, height: int, width: int) -> None:
+        factor = 2**self.num_downsamples
+        if height % factor or width % factor:
+            raise InputError(
+                f"images of {height}x{width} cannot be halved {self.num_downsamples} times: "
+                f"give sides that {factor} divides"
+            )
+
+    def encode(self, x: Tensor) -> Quantized:
+        """x (B, 3, H, W) in [-1, 1] -> z_q (B, D, h, w), indices (B, h, w), loss ()."""
+        self.check_sides(*x.shape[-2:])
+        return self.quantizer(self.encoder(x))
+
+    def decode(self, z_q: Tensor) -> Tensor:
+        """z_q (B, D, h, w) -> images (B, 3, H, W), about [-1, 1]."""
+        return self.decoder(z_q)
+
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """indices (B, h, w) int64, 0 to K - 1 -> images (B, 3, H, W), about [-1, 1]."""
+        return self.decode(self.quantizer.lookup(indices))
+
+    def forward(self, x: Tensor) -> AutoencoderOutput:
+        """x (B, 3, H, W) in [-1, 1] -> reconstruction, indices, quantizer's loss."""
+        z_q, indices, loss = self.encode(x)
+        return AutoencoderOutput(self.decode(z_q), indices, loss)
 
 
 class ResidualBlock(nn.Module):
@@ -51,7 +89,7 @@ def residual_stack(channels: int, hidden_channels: int, num_layers: int) -> nn.S
     return nn.Sequential(*blocks, nn.ReLU())
 
 
-class VQVAE(nn.Module):
+class VQVAE(VQAutoencoder):
     """The network for CIFAR-10 of the authors' published example.
 
     With the defaults, a 32x32 image (24,576 bits) becomes 8x8 codes of 512 (576 bits), and the
@@ -83,10 +121,9 @@ class VQVAE(nn.Module):
         data_start: bool = True,
         restart_dead: bool = True,
     ):
-        super().__init__()
+        super().__init__(num_downsamples)
         if num_downsamples < 1:
             raise InputError(f"num_downsamples must be at least 1, not {num_downsamples}")
-        self.num_downsamples = num_downsamples
         # Channels after each downsampling: half the width first, as in the authors' example.
         widths = [num_hiddens // 2] + [num_hiddens] * (num_downsamples - 1)
 
@@ -102,20 +139,14 @@ class VQVAE(nn.Module):
             nn.Conv2d(num_hiddens, embedding_dim, kernel_size=1),  # to the codebook's dimensions
         )
 
-        if quantizer == "ema":
-            self.quantizer = EMAVectorQuantizer(
-                num_embeddings,
-                embedding_dim,
-                beta=beta,
-                data_start=data_start,
-                restart_dead=restart_dead,
-            )
-        elif quantizer == "gradient":
-            self.quantizer = VectorQuantizer(
-                num_embeddings, embedding_dim, beta=beta, data_start=data_start
-            )
-        else:
-            raise InputError(f"quantizer must be 'ema' or 'gradient', not {quantizer!r}")
+        self.quantizer = make_quantizer(
+            quantizer,
+            num_embeddings,
+            embedding_dim,
+            beta=beta,
+            data_start=data_start,
+            restart_dead=restart_dead,
+        )
 
         # The mirror image: transposed convolutions double the side.
         layers, channels = [], num_hiddens
@@ -131,26 +162,3 @@ class VQVAE(nn.Module):
             *layers,
             nn.ConvTranspose2d(channels, 3, kernel_size=4, stride=2, padding=1),
         )
-
-    def encode(self, x: Tensor) -> Quantized:
-        """x (B, 3, H, W) in [-1, 1] -> z_q (B, D, h, w), indices (B, h, w), loss ()."""
-        factor = 2**self.num_downsamples
-        if x.shape[-2] % factor or x.shape[-1] % factor:
-            raise InputError(
-                f"images of {x.shape[-2]}x{x.shape[-1]} cannot be halved {self.num_downsamples} "
-                f"times: give sides that {factor} divides"
-            )
-        return self.quantizer(self.encoder(x))
-
-    def decode(self, z_q: Tensor) -> Tensor:
-        """z_q (B, D, h, w) -> images (B, 3, H, W), about [-1, 1]."""
-        return self.decoder(z_q)
-
-    def decode_indices(self, indices: Tensor) -> Tensor:
-        """indices (B, h, w) int64, 0 to K - 1 -> images (B, 3, H, W), about [-1, 1]."""
-        return self.decode(self.quantizer.lookup(indices))
-
-    def forward(self, x: Tensor) -> VQVAEOutput:
-        """x (B, 3, H, W) in [-1, 1] -> reconstruction, indices, quantizer's loss."""
-        z_q, indices, loss = self.encode(x)
-        return VQVAEOutput(self.decode(z_q), indices, loss)

@@ -1,0 +1,192 @@
+"""A small residual network that tells the classes of labelled images apart.
+
+It is trained for two reasons, and never for one network both: its features are a perceptual
+distance that needs no download (`perceptual.py`); and another one, of another seed and width, is
+the yardstick that no model was trained on: it gives the Frechet distance between two sets of images
+(`metrics.frechet_distance`), and says how many reconstructions it still recognises.
+
+He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016, arXiv 1512.03385.
+
+    x (B, 3, H, W) in [-1, 1] -> stages (B, w, H, W), (B, 2w, H/2, W/2), (B, 4w, H/4, W/4)
+    -> means over places (B, 4w) -> logits (B, classes)
+"""
+
+import io
+import pickle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vqgan.data import Batches, ImageDataset, batches_in_order
+from vqgan.errors import InputError
+from vqgan.training import autocast, prepare_model, write_atomically
+
+BATCH_SIZE = 128
+# The highest rate of the schedule, which suits these widths and BatchNorm; and the usual decay.
+MAX_LR, WEIGHT_DECAY = 1e-2, 1e-2
+SHIFT = 4  # training images are moved by up to this many pixels, as He et al. do on CIFAR-10
+
+
+class ResidualBlock(nn.Module):
+    """relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))); the stride halves the side."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.shortcut(x) + self.norm2(self.conv2(h)))
+
+
+class Classifier(nn.Module):
+    """Three stages of two residual blocks; for images of at least 8 pixels a side.
+
+    Args:
+        num_classes: logits.
+        width: channels of the first stage; they double from stage to stage.
+    """
+
+    def __init__(self, num_classes: int, width: int = 16):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, kernel_size=3, padding=1)
+        self.stages = nn.ModuleList(
+            nn.Sequential(ResidualBlock(before, after, stride), ResidualBlock(after, after, 1))
+            for before, after, stride in (
+                (width, width, 1),
+                (width, 2 * width, 2),
+                (2 * width, 4 * width, 2),
+            )
+        )
+        self.head = nn.Linear(4 * width, num_classes)
+
+    def stage_features(self, x: Tensor) -> list[Tensor]:
+        """x (B, 3, H, W) in [-1, 1] -> what each stage puts out, (B, C, h, w), first to last."""
+        features, h = [], self.stem(x)
+        for stage in self.stages:
+            h = stage(h)
+            features.append(h)
+        return features
+
+    def features(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1] -> (B, 4 width), the last stage averaged over places."""
+        return self.stage_features(x)[-1].mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1] -> logits (B, num_classes)."""
+        return self.head(self.features(x))
+
+
+def train_classifier(
+    data: ImageDataset,
+    *,
+    width: int,
+    epochs: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    flip: bool,
+    name: str,
+) -> Classifier:
+    """Train on labelled images; returns the network in eval mode, its parameters frozen.
+
+    The global random state is left as it was.
+
+    Args:
+        name: what the progress bar calls it.
+
+    Raises:
+        InputError: the images have no labels, or fewer than two classes.
+    """
+    if data.train_labels is None or len(data.class_names) < 2:
+        raise InputError(
+            f"a classifier needs images of at least two classes, and these have "
+            f"{len(data.class_names) or 'none'}: give class folders (DIR/<class>/*), or "
+            "--perceptual lpips or none"
+        )
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        model = prepare_model(Classifier(len(data.class_names), width), device, compile=False)
+    batches = Batches(
+        data.train_images,
+        min(BATCH_SIZE, len(data.train_images)),
+        device=device,
+        seed=seed,
+        flip=flip,
+        labels=data.train_labels,
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=MAX_LR,
+        weight_decay=WEIGHT_DECAY,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    total_steps = epochs * len(batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=MAX_LR, total_steps=total_steps
+    )
+    shifts = torch.randint(
+        2 * SHIFT + 1, (total_steps, 2), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    progress = tqdm(desc=name, total=total_steps * batches.batch_size, unit="img", unit_scale=True)
+    model.train()
+    for _ in range(epochs):
+        for x, labels in batches:
+            top, left = shifts.pop()
+            padded = F.pad(x, (SHIFT,) * 4, mode="reflect")
+            x = padded[..., top : top + x.shape[2], left : left + x.shape[3]]
+            with autocast(device, dtype):
+                logits = model(x)
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.update(len(x))
+    progress.close()
+    return model.eval().requires_grad_(False)
+
+
+def save_classifier(path: Path, model: Classifier, accuracy: float) -> None:
+    state = {
+        "num_classes": model.head.out_features,
+        "width": model.stem.out_channels,
+        "weights": model.state_dict(),
+        "accuracy": accuracy,
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float]:
+    """The network in eval mode, its parameters frozen, and its accuracy on the test images."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model = Classifier(state["num_classes"], state["width"])
+        model.load_state_dict(state["weights"])
+        accuracy = state["accuracy"]
+    except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is not a classifier of this package: delete it") from error
+    model = prepare_model(model, device, compile=False)
+    return model.eval().requires_grad_(False), accuracy
+
+
+@torch.no_grad()
+def accuracy(model: Classifier, data: ImageDataset, device: torch.device) -> float:
+    """Share of the test images that are recognised, 0 to 1."""
+    right, start = 0, 0
+    for x in batches_in_order(data.test_images, 500, device=device):
+        predicted = model(x).argmax(dim=1).cpu()
+        right += (predicted == data.test_labels[start : start + len(x)]).sum().item()
+        start += len(x)
+    return right / start

@@ -1,0 +1,146 @@
+"""The adversary: a patch discriminator, its losses, and the weight that balances them.
+
+Esser, Rombach, Ommer, 2021, arXiv 2012.09841, eq. 5 to 7. A discriminator D tells originals x from
+reconstructions x_hat, patch by patch, and the autoencoder learns to deceive it:
+
+    L_GAN = log D(x) + log(1 - D(x_hat))                                            (eq. 5)
+    min over the autoencoder, max over D:  L_VQ + lambda L_GAN                      (eq. 6)
+    lambda = |grad_L L_rec| / (|grad_L L_GAN| + delta),  L the decoder's last layer (eq. 7)
+
+A squared error averages over everything that could have been, and a blur is what such averages look
+like. No blurred patch passes as an original, so D charges for it, wherever the texture is lost.
+
+Where it stands: x and x_hat (B, 3, H, W) -> PatchDiscriminator -> logits (B, 1, h', w').
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from vqgan.errors import InputError
+
+NORMS = ("spectral", "group", "none")
+# Added to the divisor of eq. 7, as the paper states. (The authors' code has 1e-4.)
+DELTA = 1e-6
+
+
+def receptive_field(depth: int) -> int:
+    """Side in pixels of the patch that one logit sees.
+
+    Seen from the output back to the input, a convolution of kernel k and stride s widens a patch of
+    r to (r - 1) s + k: the last two have stride 1, `depth` before them stride 2; all have kernel 4.
+    Depth 0 sees 7, 1 sees 16, 2 sees 34, and 3 the 70 pixels of the paper.
+    """
+    side = 1
+    for stride in [1, 1] + [2] * depth:
+        side = (side - 1) * stride + 4
+    return side
+
+
+def depth_for(image_size: int) -> int:
+    """The largest depth up to the paper's 3 whose patch is at most two thirds of the image's side.
+
+    16 of 32 pixels, 34 of 64, 70 of 128 and more: with the usual depth of 3, a small image would be
+    judged as a whole, by far more logits than there are patches.
+    """
+    return max(
+        (depth for depth in (1, 2, 3) if receptive_field(depth) <= 2 / 3 * image_size), default=0
+    )
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN: every logit judges a patch (Isola, Zhu, Zhou, Efros, 2017, arXiv 1611.07004).
+
+    At 32 pixels the depth is 1, and each of 14x14 logits sees 16x16 pixels. No BatchNorm: with it,
+    originals and reconstructions in one batch would tell on each other.
+
+    Args:
+        image_size: side of the images in pixels, from which the depth follows (`depth_for`).
+        channels: of the first layer; they double with every layer, up to eight times.
+        norm: "spectral" (divides weights by their largest singular value, which keeps D's slope
+            and so its gradient in bounds: Miyato et al. 2018, arXiv 1802.05957), "group", "none".
+
+    Raises:
+        InputError: an unknown norm, or an image smaller than a patch.
+    """
+
+    def __init__(self, image_size: int, channels: int = 64, norm: str = "spectral"):
+        super().__init__()
+        if norm not in NORMS:
+            raise InputError(f"the discriminator's norm is one of {', '.join(NORMS)}, not {norm!r}")
+        depth = depth_for(image_size)
+        if image_size < receptive_field(depth):
+            raise InputError(
+                f"images of {image_size} pixels are smaller than a patch of "
+                f"{receptive_field(depth)}: give larger ones"
+            )
+
+        def conv(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+            layer = nn.Conv2d(in_channels, out_channels, kernel_size=4, stride=stride, padding=1)
+            return spectral_norm(layer) if norm == "spectral" else layer
+
+        layers, width = [], 3
+        for i, stride in enumerate([2] * depth + [1]):
+            next_width = channels * min(2**i, 8)
+            layers.append(conv(width, next_width, stride))
+            if norm == "group" and i > 0:  # as in PatchGAN, the first layer has none
+                layers.append(nn.GroupNorm(max(1, next_width // 16), next_width))
+            layers.append(nn.LeakyReLU(0.2))
+            width = next_width
+        self.layers = nn.Sequential(*layers, conv(width, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) in about [-1, 1] -> logits (B, 1, h', w'), high for originals."""
+        return self.layers(x)
+
+
+# --- losses ------------------------------------------------------------------------------------
+
+GAN_LOSSES = ("hinge", "vanilla", "non-saturating")
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
+    """What D minimises; logits of originals and of reconstructions, any shape -> ().
+
+    Half the sum of the two means, as in the authors' code, so that the loss is 1 (hinge) or ln 2
+    (the others) for a D that knows nothing.
+    """
+    real, fake = real.float(), fake.float()
+    if kind == "hinge":  # nothing more to gain from logits beyond 1 and -1
+        return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    # -L_GAN of eq. 5, D = sigmoid(logit): -log D(x) = softplus(-real),
+    # -log(1 - D(x_hat)) = softplus(fake)
+    return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+
+
+def generator_loss(fake: Tensor, kind: str) -> Tensor:
+    """What the autoencoder minimises; logits of reconstructions -> ()."""
+    fake = fake.float()
+    if kind == "hinge":
+        return -fake.mean()
+    if kind == "vanilla":  # log(1 - D(x_hat)), eq. 5: flat where D is sure that it is fake
+        return -F.softplus(fake).mean()
+    # -log D(x_hat): the same fixed point, and steepest where D is sure (Goodfellow et al. 2014)
+    return F.softplus(-fake).mean()
+
+
+# --- the adaptive weight -----------------------------------------------------------------------
+
+
+def adaptive_weight(
+    reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor, *, maximum: float
+) -> Tensor:
+    """lambda of eq. 7: makes both losses pull equally hard at the decoder's last layer.
+
+    In float32: squares of half-precision gradients overflow or vanish. Clamped to `maximum`: when D
+    stops learning its gradient vanishes, and a lambda that divides by it grows without bound (68
+    was seen, and pictures like posters).
+    """
+
+    def norm(loss: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        return gradient.float().norm()
+
+    ratio = norm(reconstruction_loss) / (norm(generator_loss) + DELTA)
+    return ratio.clamp(max=maximum)  # (), no gradient: autograd.grad gives none of its own

@@ -1,0 +1,182 @@
+"""Perceptual distances: how far apart two images are in the features of a network.
+
+Two textures of grass differ in every pixel and look alike; a network that has learned to recognise
+things finds them alike too. Esser et al. 2021 (arXiv 2012.09841, section 3.1) put such a distance
+in place of the squared error of eq. 4.
+
+Zhang, Isola, Efros, Shechtman, Wang, "The Unreasonable Effectiveness of Deep Features as a
+Perceptual Metric", 2018, arXiv 1801.03924, eq. 1: with the features f_l of layer l, each place
+scaled to unit length over its channels, and a weight w_l for every channel,
+
+    d(x, y) = sum over l of the mean over places of |w_l * (f_l(x) - f_l(y))|^2
+
+`LPIPS` has VGG16's features and weights fitted to what people answered; `ClassifierDistance` has
+those of a classifier of our own (`classifier.py`), every channel weighing alike, and needs no
+download. Both take images in [-1, 1], never learn, and are in eval mode and float32 always.
+"""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import VGG16_Weights, vgg16
+
+from vqgan.classifier import Classifier
+from vqgan.errors import InputError
+
+# After these layers of torchvision's VGG16 features: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3.
+VGG_STAGES = (3, 8, 15, 22, 29)
+VGG_CHANNELS = (64, 128, 256, 512, 512)
+# Mean and deviation of ImageNet's pixels in [-1, 1], as in the authors' code.
+IMAGENET_MEAN, IMAGENET_STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+
+# The five linear layers of LPIPS 0.1 for VGG16, as the authors published them.
+HEADS_URL = (
+    "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
+)
+HEADS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
+
+
+class PerceptualDistance(nn.Module):
+    """What both distances share. A subclass defines `stages`, and may register weights `w0`..."""
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        """x (B, 3, H, W) in [-1, 1] -> features of each layer, (B, C_l, h_l, w_l)."""
+        raise NotImplementedError
+
+    def weights(self) -> list[Tensor] | None:
+        """Of each layer w_l^2 (C_l,), or None where all weigh alike."""
+        return None
+
+    def train(self, mode: bool = True) -> "PerceptualDistance":
+        """Stay in eval mode, also when a parent is put in train mode."""
+        return super().train(False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y (B, 3, H, W) in [-1, 1] (nothing warns of [0, 1]) -> distances (B,), at least 0."""
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            stages_x, stages_y = self.stages(x.float()), self.stages(y.float())
+        distance = x.new_zeros(len(x), dtype=torch.float32)
+        for i, (f_x, f_y) in enumerate(zip(stages_x, stages_y, strict=True)):
+            # 1e-10: a place where all channels are zero has no direction, and stays zero.
+            difference = F.normalize(f_x, dim=1, eps=1e-10) - F.normalize(f_y, dim=1, eps=1e-10)
+            squared = difference.square()  # (B, C_l, h_l, w_l)
+            if (weights := self.weights()) is not None:
+                squared = squared * weights[i][:, None, None]
+            distance = distance + squared.sum(dim=1).mean(dim=(1, 2))
+        return distance
+
+
+class ClassifierDistance(PerceptualDistance):
+    """In the three stages of a trained `Classifier`: 0 to 12, 4 from each stage at most."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.classifier = classifier
+        self.eval().requires_grad_(False)
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        return self.classifier.stage_features(x)
+
+
+class LPIPS(PerceptualDistance):
+    """The published distance, version 0.1 with VGG16; for images of at least 16 pixels a side.
+
+    Args:
+        vgg_weights: state dict of torchvision's `vgg16`.
+        head_weights: state dict of the five linear layers, keys "lin0.model.1.weight" to
+            "lin4.model.1.weight", each (1, C_l, 1, 1). Loaded strictly: heads whose keys differ
+            and stay random give a distance that is wrong without a sign.
+
+    Raises:
+        InputError: a state dict does not fit.
+    """
+
+    def __init__(self, vgg_weights: dict[str, Tensor], head_weights: dict[str, Tensor]):
+        super().__init__()
+        expected = {f"lin{i}.model.1.weight": (1, C, 1, 1) for i, C in enumerate(VGG_CHANNELS)}
+        given = {name: tuple(weight.shape) for name, weight in head_weights.items()}
+        if given != expected:
+            raise InputError(
+                f"the LPIPS heads for VGG16 are {expected}, but these are {given}: give vgg.pth of "
+                f"version 0.1, from {HEADS_URL}"
+            )
+        vgg = vgg16(weights=None)
+        try:
+            vgg.load_state_dict(vgg_weights)
+        except RuntimeError as error:
+            raise InputError(
+                f"the weights do not fit torchvision's VGG16 ({' '.join(str(error).split())[:200]})"
+                f": give those of {VGG16_Weights.IMAGENET1K_V1.url}"
+            ) from error
+        self.features = vgg.features[: VGG_STAGES[-1] + 1]
+        for i, weight in enumerate(head_weights.values()):
+            self.register_buffer(f"w{i}", weight.flatten().float())  # (C_l,)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def weights(self) -> list[Tensor]:
+        return [self.get_buffer(f"w{i}") for i in range(len(VGG_STAGES))]
+
+    def stages(self, x: Tensor) -> list[Tensor]:
+        features, h = [], (x - self.mean) / self.std
+        for i, layer in enumerate(self.features):
+            h = layer(h)
+            if i in VGG_STAGES:
+                features.append(h)
+        return features
+
+
+def load_lpips() -> LPIPS:
+    """LPIPS with the published weights, each file checked against its SHA-256.
+
+    VGG16's are torchvision's (528 MB); the heads are read from the installed package `lpips`, or
+    downloaded (7 KB). Both are kept where torch.hub keeps its files.
+
+    Raises:
+        InputError: a download fails, or a file is not the published one.
+    """
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    vgg = VGG16_Weights.IMAGENET1K_V1
+    vgg_path = folder / Path(vgg.url).name
+    if not vgg_path.exists():
+        print(f"downloading the weights of VGG16 (528 MB) from {vgg.url} to {folder}")
+    try:
+        vgg_weights = vgg.get_state_dict(check_hash=True)
+    except (OSError, URLError, RuntimeError) as error:
+        raise InputError(_no_download("the weights of VGG16", vgg.url, vgg_path, error)) from error
+    return LPIPS(vgg_weights, load_lpips_heads(folder / "lpips_v0.1_vgg.pth"))
+
+
+def load_lpips_heads(path: Path) -> dict[str, Tensor]:
+    """The five heads: from `path` if it is there, else the package `lpips`, else downloaded."""
+    package = importlib.util.find_spec("lpips")
+    packaged = package and Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"
+    if not path.exists() and packaged and packaged.exists():
+        path = packaged
+    if not path.exists():
+        print(f"downloading the heads of LPIPS (7 KB) from {HEADS_URL} to {path}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(HEADS_URL, str(path), HEADS_SHA256, progress=False)
+        except (OSError, URLError, RuntimeError) as error:
+            raise InputError(_no_download("the heads of LPIPS", HEADS_URL, path, error)) from error
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != HEADS_SHA256:
+        raise InputError(
+            f"{path} is not the published file (SHA-256 {digest}, not {HEADS_SHA256}): delete it, "
+            f"and get it from {HEADS_URL}"
+        )
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _no_download(what: str, url: str, path: Path, error: Exception) -> str:
+    return (
+        f"{what} cannot be downloaded ({error}): place {url} at {path}, or do without: "
+        "--perceptual classifier (labelled images) or none"
+    )

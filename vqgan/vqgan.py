@@ -1,0 +1,245 @@
+"""VQGAN: the VQ-VAE's bottleneck in a network of residual blocks and attention.
+
+Esser, Rombach, Ommer, "Taming Transformers for High-Resolution Image Synthesis", 2021, arXiv
+2012.09841, section 3.1, with the encoder and decoder of the authors' code (table 7), to which this
+one is mathematically identical: `compvis.py` loads their checkpoints.
+
+What makes it a VQGAN is how it is trained: see `perceptual.py`, `discriminator.py`, and the loop in
+`train_vqgan.py`.
+
+Way of the data, for 32 pixels and three levels:
+
+    x (B, 3, 32, 32) -> encoder -> z_e (B, D, 8, 8)
+    z_e -> quantizer -> z_q (B, D, 8, 8), indices (B, 8, 8)
+    z_q (B, D, 8, 8) -> decoder -> reconstruction (B, 3, 32, 32)
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqgan.errors import InputError
+from vqgan.quantizer import make_quantizer
+from vqgan.vqvae import VQAutoencoder
+
+# Networks by name: `VQGAN(**NETWORKS["f16"])`. Compression counts 24 bits a pixel.
+NETWORKS = {
+    # 32 pixels, 8x8 codes: the defaults of `VQGAN`. 1.3 M parameters, 38 times smaller.
+    "small": {},
+    # The paper's for 256 pixels: 16x16 codes. 67 M parameters, 878 times smaller with K = 16,384.
+    "f16": {
+        "resolution": 256,
+        "channels": 128,
+        "channel_multipliers": [1, 1, 2, 2, 4],
+        "num_residual_blocks": 2,
+        "attention_resolutions": [16],
+        "latent_channels": 256,
+        "embedding_dim": 256,
+        "num_embeddings": 16384,
+    },
+}
+
+
+class GroupNorm(nn.GroupNorm):
+    """In float32 whatever the rest computes in, as CUDA's autocast does; given back as it came.
+
+    (On a CPU it is faster too: with channels last, torch's bfloat16 kernel is the slow one.)
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+def group_norm(channels: int, num_groups: int) -> GroupNorm:
+    if channels % num_groups:
+        raise InputError(
+            f"{channels} channels cannot be normalised in {num_groups} groups: give channels that "
+            f"{num_groups} divides, or another number of groups (norm_groups)"
+        )
+    # 1e-6 as in the authors' code (torch's default is 1e-5): their checkpoints were trained so.
+    return GroupNorm(num_groups, channels, eps=1e-6)
+
+
+class ResNetBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))), (B, C, h, w) -> (B, C', h, w).
+
+    Where the number of channels changes, a 1x1 convolution brings x to the new one.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, num_groups: int):
+        super().__init__()
+        self.norm1 = group_norm(in_channels, num_groups)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm2 = group_norm(out_channels, num_groups)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # swish and SiLU are two names of x sigmoid(x)
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """x + attention with a single head, in which every place sees every other; (B, C, h, w)."""
+
+    def __init__(self, channels: int, num_groups: int):
+        super().__init__()
+        self.norm = group_norm(channels, num_groups)
+        self.q = nn.Conv2d(channels, channels, kernel_size=1)
+        self.k = nn.Conv2d(channels, channels, kernel_size=1)
+        self.v = nn.Conv2d(channels, channels, kernel_size=1)
+        self.proj_out = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, h, w = x.shape
+        normed = self.norm(x)
+        q, k, v = (
+            layer(normed).flatten(2).transpose(1, 2)  # (B, h w, C)
+            for layer in (self.q, self.k, self.v)
+        )
+        # softmax(q k^T / sqrt(C)) v; written out, which beats torch's fused function on a CPU.
+        shares = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(C), dim=-1)  # (B, h w, h w)
+        attended = (shares @ v).transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
+        return x + self.proj_out(attended)
+
+
+class Downsample(nn.Module):
+    """Half the side by a strided convolution; padded on the right and below only, as theirs is."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # left, right, top, bottom
+
+
+class Upsample(nn.Module):
+    """Twice the side: nearest neighbour, then a convolution.
+
+    A transposed convolution overlaps its own output unevenly, and prints checkerboards.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class VQGAN(VQAutoencoder):
+    """The paper's encoder and decoder around a quantizer.
+
+    With the defaults, a 32x32 image (24,576 bits) becomes 8x8 codes of 1024 (640 bits), 38 times
+    less; the model has 1.3 M parameters (the EMA codebook not counted: it is no parameter).
+    `NETWORKS["f16"]` is the paper's for 256 pixels: 16x16 codes of 16,384 (3,584 bits of
+    1,572,864: 439 times less), 67 M parameters and a codebook of 4.2 M.
+
+    Args:
+        resolution: side of the images in pixels; it says which level has which resolution. (The
+            network is convolutional: any side that 2^(levels - 1) divides goes through.)
+        channels: width of the first level.
+        channel_multipliers: width of each level in `channels`; the side halves between levels.
+        num_residual_blocks: in a level of the encoder; a level of the decoder has one more.
+        attention_resolutions: sides at which every residual block is followed by attention; None
+            takes the smallest. (The middle, at that side too, has attention in any case.)
+        latent_channels: between the 3x3 and the 1x1 convolution on both sides of the quantizer.
+        embedding_dim: D of the codebook.
+        num_embeddings: K of the codebook.
+        quantizer: "ema" or "gradient", see `quantizer.py`.
+        beta: weight of the commitment.
+        norm_groups: of every GroupNorm. None takes channels / 4, which is 32 at the paper's width
+            of 128. (Their 32 groups at width 32 would be one channel each: instance normalisation,
+            which erases brightness and contrast.)
+
+    Raises:
+        InputError: sizes that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        resolution: int = 32,
+        channels: int = 32,
+        channel_multipliers: tuple[int, ...] = (1, 2, 2),
+        num_residual_blocks: int = 1,
+        attention_resolutions: tuple[int, ...] | None = None,
+        latent_channels: int = 64,
+        embedding_dim: int = 32,
+        num_embeddings: int = 1024,
+        quantizer: str = "ema",
+        beta: float = 0.25,
+        norm_groups: int | None = None,
+    ):
+        super().__init__(num_downsamples=len(channel_multipliers) - 1)
+        self.check_sides(resolution, resolution)
+        sides = [resolution // 2**level for level in range(len(channel_multipliers))]
+        if attention_resolutions is None:
+            attention_resolutions = sides[-1:]
+        for side in attention_resolutions:
+            if side not in sides:
+                raise InputError(
+                    f"attention at resolution {side} never occurs: with {resolution} pixels and "
+                    f"{len(sides)} levels, choose from {', '.join(map(str, sides))}"
+                )
+        groups = norm_groups or max(1, channels // 4)
+        widths = [channels * multiplier for multiplier in channel_multipliers]
+
+        def level(in_channels: int, width: int, side: int, num_blocks: int) -> list[nn.Module]:
+            layers = []
+            for _ in range(num_blocks):
+                layers.append(ResNetBlock(in_channels, width, groups))
+                if side in attention_resolutions:
+                    layers.append(AttentionBlock(width, groups))
+                in_channels = width
+            return layers
+
+        def middle() -> list[nn.Module]:
+            return [
+                ResNetBlock(widths[-1], widths[-1], groups),
+                AttentionBlock(widths[-1], groups),
+                ResNetBlock(widths[-1], widths[-1], groups),
+            ]
+
+        layers, width = [nn.Conv2d(3, channels, kernel_size=3, padding=1)], channels
+        for next_width, side in zip(widths, sides, strict=True):
+            layers += level(width, next_width, side, num_residual_blocks)
+            width = next_width
+            if side != sides[-1]:
+                layers.append(Downsample(width))
+        self.encoder = nn.Sequential(
+            *layers,
+            *middle(),
+            group_norm(width, groups),
+            nn.SiLU(),
+            nn.Conv2d(width, latent_channels, kernel_size=3, padding=1),
+            nn.Conv2d(latent_channels, embedding_dim, kernel_size=1),  # to the codebook's space
+        )
+
+        self.quantizer = make_quantizer(quantizer, num_embeddings, embedding_dim, beta=beta)
+
+        layers = []
+        for next_width, side in zip(reversed(widths), reversed(sides), strict=True):
+            layers += level(width, next_width, side, num_residual_blocks + 1)
+            width = next_width
+            if side != sides[0]:
+                layers.append(Upsample(width))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(embedding_dim, latent_channels, kernel_size=1),
+            nn.Conv2d(latent_channels, widths[-1], kernel_size=3, padding=1),
+            *middle(),
+            *layers,
+            group_norm(width, groups),
+            nn.SiLU(),
+            nn.Conv2d(width, 3, kernel_size=3, padding=1),
+        )
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weights of the last convolution, where the adaptive weight compares gradients (eq. 7)."""
+        return self.decoder[-1].weight
