@@ -305,9 +305,10 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=ADAM_BETAS, fused=fused)
     optimizers, companions = {"generator": optimizer}, {"history": history}
     if objective == "vqgan":
-        discriminator = PatchDiscriminator(
-            args.image_size, args.discriminator_channels, args.discriminator_norm
-        )
+        with torch.random.fork_rng():  # the other objectives draw the same codes without one
+            discriminator = PatchDiscriminator(
+                args.image_size, args.discriminator_channels, args.discriminator_norm
+            )
         prepare_model(discriminator, device, compile=args.compile)
         discriminator_optimizer = torch.optim.Adam(
             discriminator.parameters(), lr=args.discriminator_lr, betas=ADAM_BETAS, fused=fused

@@ -1,9 +1,20 @@
+import functools
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from vqgan.data import load_dataset
+from vqgan.shapes import draw_shapes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shapes_drawn_once():
+    """Runs in this process share the drawn shapes, which take seconds to draw."""
+    with mock.patch("vqgan.data.draw_shapes", functools.cache(draw_shapes)):
+        yield
 
 
 @pytest.fixture(scope="session")

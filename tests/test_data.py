@@ -247,3 +247,19 @@ def test_shapes_have_captions_and_the_same_seed_the_same_images(shapes):
     assert shapes.class_names[shapes.test_labels[0]] in shapes.test_captions[0]
     with pytest.raises(InputError, match="32 pixels"):
         load_dataset("shapes", image_size=64)
+
+
+def test_labels_come_with_their_images_and_resume():
+    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 2, 2)
+    batches = Batches(images, 8, seed=3, labels=torch.arange(40) * 10)
+    seen = []
+    for x, labels in batches:
+        numbers = ((x[:, 0, 0, 0] + 1) * 127.5).round().long()
+        assert torch.equal(labels, numbers * 10)
+        seen += labels.tolist()
+        if batches.position == 2:
+            state = batches.state_dict()
+    assert sorted(seen) == [10 * i for i in range(40)]
+    other = Batches(images, 8, seed=9, labels=torch.arange(40) * 10)
+    other.load_state_dict(state)
+    assert [label for _, labels in other for label in labels.tolist()] == seen[16:]

@@ -1,4 +1,5 @@
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -6,6 +7,8 @@ import torch
 from skimage.data import astronaut
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from vqgan import metrics
+from vqgan.errors import InputError
 from vqgan.metrics import (
     CodebookUsage,
     code_bits,
@@ -121,3 +124,80 @@ def test_perplexity_of_a_set_does_not_depend_on_the_batches():
 def test_bits():
     assert code_bits(8, 8, 512) == 576
     assert nats_to_bits(math.log(8)) == pytest.approx(3)
+
+
+# --- Frechet distance --------------------------------------------------------------------------
+
+
+def gaussians():
+    """Features with correlations, of two Gaussians."""
+    mix_x, mix_y = torch.randn(2, 6, 6, dtype=torch.float64)
+    x = torch.randn(500, 6, dtype=torch.float64) @ mix_x
+    return x, torch.randn(400, 6, dtype=torch.float64) @ mix_y + 1
+
+
+def test_frechet_distance_is_that_of_scipys_matrix_square_root():
+    linalg = pytest.importorskip("scipy.linalg")
+    x, y = gaussians()
+    cx, cy = np.cov(x.numpy(), rowvar=False), np.cov(y.numpy(), rowvar=False)
+    root = linalg.sqrtm(cx @ cy).real
+    expected = np.square(x.numpy().mean(0) - y.numpy().mean(0)).sum()
+    expected += np.trace(cx + cy - 2 * root)
+    assert metrics.frechet_distance(x, y) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_of_independent_gaussians_in_closed_form():
+    """Diagonal covariances: sum of (m - m')^2 + (s - s')^2, here made exact by whitening."""
+
+    def exactly(mean, deviation):
+        z = torch.randn(300, 2, dtype=torch.float64)
+        z = z - z.mean(dim=0)
+        z = z @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(z.T))).T  # covariance 1
+        return z * torch.tensor(deviation) + torch.tensor(mean)
+
+    x, y = exactly([0.0, 1.0], [1.0, 2.0]), exactly([3.0, 1.0], [2.0, 5.0])
+    assert metrics.frechet_distance(x, y) == pytest.approx(9 + 1 + 9)
+
+
+def test_frechet_distance_of_a_set_to_itself_its_symmetry_and_fewer_images_than_features():
+    x, y = gaussians()
+    assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet_distance(x, y) == pytest.approx(metrics.frechet_distance(y, x))
+    assert metrics.frechet_distance(x[:3], x[:3]) == pytest.approx(0, abs=1e-4)
+    with pytest.raises(ValueError, match=r"\(1, 6\)"):
+        metrics.frechet_distance(x[:1], y)
+
+
+def test_rfid_is_torchmetrics_own():
+    """With a small network in Inception's place, whose weights need a download."""
+    pytest.importorskip("torchmetrics")
+
+    class Means(torch.nn.Module):
+        num_features = 3
+
+        def forward(self, images):
+            return images.mean(dim=(2, 3))
+
+    x, y = torch.rand(64, 3, 8, 8), torch.rand(64, 3, 8, 8) / 2
+    fid = metrics.inception_distance(torch.device("cpu"), feature=Means())
+    fid.update(x, real=True)
+    fid.update(y, real=False)
+    features = [Means()(images) for images in (x, y)]
+    assert fid.compute().item() == pytest.approx(metrics.frechet_distance(*features), rel=1e-3)
+
+
+def test_rfid_without_its_package_or_weights_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
+    with pytest.raises(InputError, match=r"\[fid\]"):
+        metrics.inception_distance(torch.device("cpu"))
+
+
+def test_reconstruction_quality_has_each_measure_of_each_image(shape_images):
+    x = shape_images * 2 - 1
+    y = (x + 0.1 * torch.randn_like(x)) * 1.1  # beyond the range, as decoders may
+    quality = metrics.reconstruction_quality(x, y, 0.3)
+    unit = ((y + 1) / 2).clamp(0, 1)
+    assert torch.equal(quality["nmse"], metrics.normalised_mse(x, y, 0.3))
+    for name in ("psnr", "ssim", "ssim_whole_image"):
+        expected = getattr(metrics, name)((x + 1) / 2, unit)
+        assert torch.allclose(quality[name], expected), name

@@ -3,19 +3,24 @@
 import functools
 import json
 import shutil
-import subprocess
-import sys
-import time
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import (
+    error_in_process,
+    lines,
+    run_in_process,
+    same_weights,
+    start_process,
+    wait_for,
+    weights,
+)
 
 import train_vqvae
-from vqgan.shapes import draw_shapes
-from vqgan.training import choose_precision, read_log, run_script
+from vqgan.training import choose_precision, read_log
 from vqgan.vae import VAE
 from vqgan.vqvae import VQVAE
 
@@ -24,34 +29,9 @@ SMALL = ["--data", "shapes", "--limit", "128", "--batch-size", "16", "--epochs",
 SMALL += ["--checkpoint-every", "3", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def shapes_drawn_once():
-    """Runs in this process share the drawn shapes, which take seconds to draw."""
-    with mock.patch("vqgan.data.draw_shapes", functools.cache(draw_shapes)):
-        yield
-
-
-def run(out, *flags):
-    """The script, in this process."""
-    argv = ["train_vqvae.py", "--out", str(out), *map(str, flags)]
-    with mock.patch.object(sys, "argv", argv):
-        run_script(train_vqvae.main)
-    return out
-
-
-def error_of(out, *flags):
-    """The one line with which the script stops."""
-    with pytest.raises(SystemExit) as stopped:
-        run(out, *flags)
-    assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
-    return stopped.value.code
-
-
-def start(out, *flags, **kwargs):
-    """The script, in a process of its own."""
-    command = [sys.executable, train_vqvae.__file__, "--out", str(out), *map(str, flags)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, **pipes, **kwargs)
+run = functools.partial(run_in_process, train_vqvae)
+error_of = functools.partial(error_in_process, train_vqvae)
+start = functools.partial(start_process, train_vqvae)
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +41,6 @@ def finished(tmp_path_factory):
     stdout, stderr = start(out, *SMALL).communicate(timeout=300)
     assert (out / "metrics.json").exists(), stderr
     return out, stdout
-
-
-def weights(out, name):
-    return torch.load(out / name / "checkpoint.pt", weights_only=True)["weights"]
-
-
-def same_weights(a, b):
-    assert a.keys() == b.keys()
-    return all(
-        torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name]
-        for name in a
-    )
 
 
 # --- what a run writes -------------------------------------------------------------------------
@@ -149,18 +117,6 @@ def test_a_sampled_latent_costs_the_vae_some_error_and_the_vqvae_none(finished):
 
 
 # --- stop and resume ---------------------------------------------------------------------------
-
-
-def wait_for(condition, process):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def lines(path):
-    return path.read_text().count("\n") if path.exists() else 0
 
 
 def test_a_run_killed_at_many_moments_and_resumed_is_the_uninterrupted_one(finished, tmp_path):

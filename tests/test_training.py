@@ -1,6 +1,7 @@
 import argparse
 import os
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from vqgan.data import Batches
 from vqgan.errors import InputError
 from vqgan.training import (
     Log,
+    WeightAverage,
     choose_device,
     choose_precision,
     load_checkpoint,
@@ -97,6 +99,48 @@ def save(path, model, optimizer, batches, step=0):
         path, model=model, arguments={"width": 8}, optimizers={"adam": optimizer},
         batches=batches, step=step, seconds=1.5,
     )  # fmt: skip
+
+
+def test_companions_are_saved_and_restored(tmp_path):
+    model, optimizer, batches = make_run()
+    companion = nn.Linear(2, 2)
+    save_checkpoint(
+        tmp_path / "c.pt", model=model, arguments={}, optimizers={"adam": optimizer},
+        batches=batches, step=0, seconds=0.0, companions={"discriminator": companion},
+    )  # fmt: skip
+    other = nn.Linear(2, 2)
+    state = load_checkpoint(tmp_path / "c.pt")
+    parts = {"model": model, "optimizers": {"adam": optimizer}, "batches": batches}
+    restore(state, **parts, companions={"discriminator": other})
+    assert torch.equal(other.weight, companion.weight)
+    with pytest.raises(InputError, match="does not fit"):
+        restore(state, **parts, companions={"generator": other})
+    with torch.no_grad():
+        companion.weight[0, 0] = torch.nan
+    with pytest.raises(InputError, match="weight is not finite"):
+        save_checkpoint(
+            tmp_path / "c.pt", model=model, arguments={}, optimizers={"adam": optimizer},
+            batches=batches, step=0, seconds=0.0, companions={"discriminator": companion},
+        )  # fmt: skip
+
+
+def test_average_of_weights_by_hand():
+    """Buffers too; early steps weigh little; the model is left alone."""
+    model = nn.BatchNorm1d(1)
+    average = WeightAverage(model, decay=0.9)
+    weight, mean = 1.0, 0.0
+    for step in range(1, 200):
+        with torch.no_grad():
+            model.weight.fill_(step)
+            model.running_mean.fill_(-step)
+        average.update(model, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        weight = decay * weight + (1 - decay) * step
+        mean = decay * mean - (1 - decay) * step
+    assert average.model.weight.item() == pytest.approx(weight)
+    assert average.model.running_mean.item() == pytest.approx(mean)
+    assert model.weight.item() == 199 and not average.model.training
+    assert not average.model.weight.requires_grad and model.weight.requires_grad
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 7])
@@ -281,11 +325,25 @@ def test_a_fault_of_the_program_keeps_its_traceback():
         training.run_script(lambda: 1 / 0)
 
 
+# Each module may import those before it, and no other.
+ORDER = "errors shapes figures data metrics training classifier perceptual discriminator quantizer "
+ORDER += "vae vqvae vqgan compvis loading __main__"
+
+
 def test_every_import_runs_one_way():
-    """Figures, metrics and the quantizer know no other module, and plumbing knows no model."""
-    package = Path(training.__file__).parent
-    for part in ("figures", "metrics", "quantizer", "shapes", "errors"):
-        source = (package / f"{part}.py").read_text()
-        assert "from vqgan" not in source and "import vqgan" not in source, part
-    for model in ("vae", "vqvae", "quantizer"):
-        assert f"vqgan.{model}" not in (package / "training.py").read_text()
+    package, before = Path(training.__file__).parent, {"__init__"}
+    for name in ORDER.split():
+        source = (package / f"{name}.py").read_text()
+        imported = set(re.findall(r"^\s*(?:from|import) vqgan\.(\w+)", source, re.MULTILINE))
+        for names in re.findall(r"^\s*from vqgan import (.+)$", source, re.MULTILINE):
+            imported |= set(names.split(", "))
+        assert imported <= before, name
+        before.add(name)
+    assert before == {path.stem for path in package.glob("*.py")}
+
+
+def test_figures_and_metrics_know_no_model():
+    models = {"vae", "vqvae", "vqgan", "classifier", "discriminator", "perceptual", "quantizer"}
+    for name in ("figures", "metrics", "training"):
+        source = (Path(training.__file__).parent / f"{name}.py").read_text()
+        assert not models & set(re.findall(r"vqgan\.(\w+) import", source)), name

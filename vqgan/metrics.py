@@ -8,7 +8,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqgan.data import to_unit
 from vqgan.errors import InputError
@@ -148,10 +148,14 @@ def frechet_distance(features_x: Tensor, features_y: Tensor) -> float:
     return (mean_term + covariance_x.trace() + covariance_y.trace() - 2 * root_trace).item()
 
 
-def inception_distance(device: torch.device):
+def inception_distance(device: torch.device, feature: int | nn.Module = 2048):
     """True FID, between Inception's features, as torchmetrics computes it.
 
     Takes images in [0, 1]: `update(images, real=True or False)`, `compute()`, `reset()`.
+
+    Args:
+        feature: of Inception's layers the one for FID has 2048; or another network, images ->
+            (B, num_features).
 
     Raises:
         InputError: the extra is not installed, or Inception's weights cannot be downloaded.
@@ -159,7 +163,7 @@ def inception_distance(device: torch.device):
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        return FrechetInceptionDistance(feature=2048, normalize=True).to(device)
+        return FrechetInceptionDistance(feature=feature, normalize=True).to(device)
     except ModuleNotFoundError as error:
         raise InputError(
             f"rFID needs packages that are not installed ({error}): install them with "

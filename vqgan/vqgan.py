@@ -187,6 +187,8 @@ class VQGAN(VQAutoencoder):
                     f"attention at resolution {side} never occurs: with {resolution} pixels and "
                     f"{len(sides)} levels, choose from {', '.join(map(str, sides))}"
                 )
+        self.resolution, self.attention_resolutions = resolution, tuple(attention_resolutions)
+        self.num_residual_blocks = num_residual_blocks
         groups = norm_groups or max(1, channels // 4)
         widths = [channels * multiplier for multiplier in channel_multipliers]
 

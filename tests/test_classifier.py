@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from vqgan.classifier import (
+    Classifier,
+    accuracy,
+    load_classifier,
+    save_classifier,
+    train_classifier,
+)
+from vqgan.data import ImageDataset
+from vqgan.errors import InputError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def easy():
+    """Dark and bright noise: two classes that a few steps tell apart."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(256) % 2
+    images = torch.randint(0, 120, (256, 3, 16, 16), generator=generator)
+    images = (images + 120 * labels[:, None, None, None]).to(torch.uint8)
+    return ImageDataset(images, images[:64], labels, labels[:64], ("dark", "bright"))
+
+
+def train(data, **kwargs):
+    flags = {"width": 8, "epochs": 4, "seed": 0, "device": CPU, "dtype": torch.float32}
+    return train_classifier(data, **flags | {"flip": True, "name": "test"} | kwargs)
+
+
+def test_it_learns_is_frozen_and_leaves_the_random_state(easy):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    model = train(easy, epochs=15)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert accuracy(model, easy, CPU) > 0.95
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_the_seed_is_the_whole_start(easy):
+    a, b, c = train(easy, epochs=1), train(easy, epochs=1), train(easy, epochs=1, seed=1)
+    assert torch.equal(a.head.weight, b.head.weight)
+    assert not torch.equal(a.head.weight, c.head.weight)
+
+
+def test_features_are_means_of_the_last_stage():
+    model = Classifier(5, width=6).eval()
+    x = torch.randn(2, 3, 32, 32)
+    stages = model.stage_features(x)
+    assert [tuple(f.shape) for f in stages] == [(2, 6, 32, 32), (2, 12, 16, 16), (2, 24, 8, 8)]
+    assert torch.allclose(model.features(x), stages[-1].mean(dim=(2, 3)))
+    assert torch.allclose(model(x), model.head(model.features(x)))
+
+
+def test_accuracy_counted_by_hand(easy):
+    model = Classifier(2, width=4).eval()
+    with torch.no_grad():
+        predicted = model(easy.test_images.float() / 127.5 - 1).argmax(dim=1)
+    share = (predicted == easy.test_labels).float().mean().item()
+    assert accuracy(model, easy, CPU) == pytest.approx(share)
+
+
+def test_saved_and_loaded_it_is_the_same(easy, tmp_path):
+    model = Classifier(2, width=4).eval()
+    save_classifier(tmp_path / "c.pt", model, 0.75)
+    loaded, share = load_classifier(tmp_path / "c.pt", CPU)
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(loaded(x), model(x)) and share == 0.75
+    assert not loaded.training and not loaded.head.weight.requires_grad
+    (tmp_path / "c.pt").write_bytes(b"not a file of torch")
+    with pytest.raises(InputError, match="c.pt"):
+        load_classifier(tmp_path / "c.pt", CPU)
+
+
+def test_images_without_classes_are_refused(easy):
+    loose = ImageDataset(easy.train_images, easy.test_images, None, None, ())
+    with pytest.raises(InputError, match="none.*--perceptual lpips or none"):
+        train(loose)

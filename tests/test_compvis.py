@@ -1,0 +1,194 @@
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+from vqgan.compvis import Placeholder, _their_names, load_compvis_vqgan, read_weights
+from vqgan.errors import InputError
+from vqgan.vqgan import VQGAN
+
+DATA = Path(__file__).parent / "data"
+CHECKPOINT = DATA / "compvis_vqgan_tiny.ckpt"
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Configuration, input and what the authors' code put out; see tests/data/README.md."""
+    return torch.load(DATA / "compvis_vqgan_tiny_io.pt", weights_only=True)
+
+
+def test_same_latents_indices_and_images_as_the_authors_code(reference):
+    model = load_compvis_vqgan(CHECKPOINT, reference["config"])
+    with torch.no_grad():
+        z_e = model.encoder(reference["x"])
+        reconstruction, indices, _ = model(reference["x"])
+    assert not model.training
+    assert torch.allclose(z_e, reference["z"], atol=1e-4)
+    assert torch.equal(indices, reference["indices"])
+    assert torch.allclose(reconstruction, reference["reconstruction"], atol=1e-4)
+
+
+def test_the_config_may_be_nested_as_in_their_yaml(reference):
+    flat = reference["config"]
+    outer = {"embed_dim": flat["embed_dim"], "n_embed": flat["n_embed"]}
+    inner = {k: v for k, v in flat.items() if k not in outer}
+    model = load_compvis_vqgan(CHECKPOINT, {"ddconfig": inner} | outer)
+    assert model.quantizer.num_embeddings == 32
+
+
+DEEPER = {
+    "double_z": False, "z_channels": 8, "resolution": 64, "in_channels": 3, "out_ch": 3, "ch": 32,
+    "ch_mult": [1, 1, 2, 2], "num_res_blocks": 2, "attn_resolutions": [32, 8, 7], "dropout": 0.0,
+    "embed_dim": 4, "n_embed": 16,
+}  # fmt: skip
+
+
+def authors_state(**changes):
+    """A network of another depth with two attention resolutions, under their names."""
+    model = VQGAN(
+        resolution=64, channels=32, channel_multipliers=(1, 1, 2, 2), num_residual_blocks=2,
+        attention_resolutions=(32, 8), latent_channels=8, embedding_dim=4, num_embeddings=16,
+        quantizer="gradient", norm_groups=32,
+    )  # fmt: skip
+    ours = model.state_dict()
+    theirs = OrderedDict((name, ours[our_name]) for our_name, name in _their_names(model).items())
+    return model.eval(), OrderedDict(theirs | changes)
+
+
+def test_their_names_of_another_depth():
+    """Spelled out where they are easily got wrong."""
+    _, theirs = authors_state()
+    for name in (
+        "encoder.down.1.attn.1.q.weight",  # side 32 is level 1, after each of two blocks
+        "encoder.down.3.attn.0.norm.bias",
+        "encoder.down.2.block.0.nin_shortcut.weight",
+        "encoder.down.2.downsample.conv.weight",
+        "decoder.up.3.block.2.conv2.weight",  # one more block a level than the encoder
+        "decoder.up.1.attn.2.proj_out.bias",
+        "decoder.up.1.upsample.conv.bias",
+        "decoder.up.1.block.0.nin_shortcut.weight",  # from level 2's 64 channels to 32
+        "quantize.embedding.weight",
+        "post_quant_conv.weight",
+    ):
+        assert name in theirs, name
+    for name in ("encoder.down.3.downsample.conv.weight", "decoder.up.0.upsample.conv.weight"):
+        assert name not in theirs
+    assert not any(".down.0.attn" in name or ".up.2.attn" in name for name in theirs)
+
+
+def test_another_depth_loads_and_gives_the_same_images(tmp_path):
+    model, theirs = authors_state()
+    torch.save({"state_dict": theirs, "epoch": 3}, tmp_path / "deep.ckpt")
+    loaded = load_compvis_vqgan(tmp_path / "deep.ckpt", DEEPER)
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(loaded(x).reconstruction, model(x).reconstruction)
+    torch.save(theirs, tmp_path / "bare.ckpt")  # a state dict without the wrapper
+    assert torch.equal(
+        load_compvis_vqgan(tmp_path / "bare.ckpt", DEEPER)(x).reconstruction,
+        model(x).reconstruction,
+    )
+
+
+def test_weights_of_the_loss_are_named_and_ignored(tmp_path, capsys):
+    _, theirs = authors_state(**{"loss.discriminator.main.0.weight": torch.zeros(2)})
+    torch.save({"state_dict": theirs}, tmp_path / "c.ckpt")
+    load_compvis_vqgan(tmp_path / "c.ckpt", DEEPER)
+    assert "ignored 1 weights of the training loss: loss.discriminator" in capsys.readouterr().out
+
+
+class Callback:
+    """What a Lightning checkpoint carries beside its weights; loading it must not touch it."""
+
+    def __init__(self):
+        self.best = torch.zeros(2)
+
+    def __setstate__(self, state):
+        raise AssertionError("code of the checkpoint was run")
+
+    def __reduce__(self):
+        return Callback.rebuild, (), {"best": self.best}
+
+    @staticmethod
+    def rebuild():
+        raise AssertionError("code of the checkpoint was run")
+
+
+class Names(list):
+    """A list of a foreign class."""
+
+
+def test_objects_of_foreign_classes_are_not_run_nor_imported(tmp_path, monkeypatch):
+    """Their module is gone, as it is on a machine without Lightning."""
+    model, theirs = authors_state()
+    foreign = type(sys)("foreign_lightning")
+    for kind in (Callback, Names):
+        monkeypatch.setattr(kind, "__module__", "foreign_lightning")
+        setattr(foreign, kind.__name__, kind)
+    rebuild = Callback.rebuild
+    monkeypatch.setattr(rebuild, "__module__", "foreign_lightning")
+    monkeypatch.setattr(rebuild, "__qualname__", "rebuild")
+    foreign.rebuild = rebuild
+    monkeypatch.setitem(sys.modules, "foreign_lightning", foreign)
+    wrapper = {
+        "state_dict": theirs,
+        "callbacks": {Callback: {"best_model": Callback()}, "names": Names(["a", "b"])},
+        "optimizer_states": [{"state": {}}],
+        "pytorch-lightning_version": "1.0.8",
+    }
+    torch.save(wrapper, tmp_path / "c.ckpt")
+    allowed = torch.serialization.get_safe_globals()
+    monkeypatch.delitem(sys.modules, "foreign_lightning")
+    with pytest.raises(Exception, match="foreign_lightning"):
+        torch.load(tmp_path / "c.ckpt", weights_only=True)
+    loaded = load_compvis_vqgan(tmp_path / "c.ckpt", DEEPER)
+    assert torch.equal(loaded.encoder[0].weight, model.encoder[0].weight)
+    assert "foreign_lightning" not in sys.modules
+    assert torch.serialization.get_safe_globals() == allowed  # nothing is left behind
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda state: state.pop("encoder.mid.attn_1.q.weight"), "lacks 1 .*encoder.mid.attn_1.q"),
+        (lambda state: state.update(extra=torch.zeros(1)), "has 1 weights .*extra"),
+        (
+            lambda state: state.update({"quant_conv.bias": torch.zeros(5)}),
+            r"quant_conv.bias has the shape \(5,\), but the config makes it \(4,\)",
+        ),
+    ],
+)
+def test_weights_match_strictly(tmp_path, change, expected):
+    _, theirs = authors_state()
+    change(theirs)
+    torch.save({"state_dict": theirs}, tmp_path / "c.ckpt")
+    with pytest.raises(InputError, match=expected):
+        load_compvis_vqgan(tmp_path / "c.ckpt", DEEPER)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"double_z": True}, "double_z = True"),
+        ({"in_channels": 1}, "in_channels = 1"),
+        ({"use_linear_attn": True}, "use_linear_attn"),
+        ({"ch": 36}, "36 channels"),
+        ({"embed_dim": None}, "lacks embed_dim"),
+    ],
+)
+def test_a_config_of_another_network_is_named(change, expected):
+    config = {k: v for k, v in (DEEPER | change).items() if v is not None}
+    with pytest.raises(InputError, match=expected):
+        load_compvis_vqgan(CHECKPOINT, config)
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    (tmp_path / "text.ckpt").write_text("hello")
+    with pytest.raises(InputError, match="cannot be read as a checkpoint"):
+        read_weights(tmp_path / "text.ckpt")
+    torch.save({"state_dict": {"a": Placeholder}}, tmp_path / "class.ckpt")
+    with pytest.raises(InputError, match="no weights"):
+        read_weights(tmp_path / "class.ckpt")
+    with pytest.raises(FileNotFoundError):
+        read_weights(tmp_path / "gone.ckpt")

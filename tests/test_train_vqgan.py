@@ -1,0 +1,453 @@
+"""Stage one's script: both steps, what it writes, that it resumes, that its flags act."""
+
+import functools
+import json
+import shutil
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scripts import (
+    error_in_process,
+    lines,
+    run_in_process,
+    same_weights,
+    start_process,
+    wait_for,
+    weights,
+)
+
+import train_vqgan
+from vqgan.discriminator import PatchDiscriminator
+from vqgan.loading import load_model
+from vqgan.training import read_log
+
+run = functools.partial(run_in_process, train_vqgan)
+error_of = functools.partial(error_in_process, train_vqgan)
+start = functools.partial(start_process, train_vqgan)
+
+# Eight steps an epoch, and a checkpoint every three: neither divides the other. The discriminator
+# learns from step 4 on (a quarter of 16), and is used from step 6 on.
+DATA = ["--data", "shapes", "--limit", "128", "--batch-size", "16", "--epochs", "2"]
+DATA += ["--checkpoint-every", "3", "--device", "cpu"]
+NETWORK = ["--channels", "8", "--latent-channels", "8", "--embedding-dim", "8"]
+NETWORK += ["--num-embeddings", "32", "--discriminator-channels", "8"]
+SHORT = ["--classifier-epochs", "1", "--yardstick-epochs", "1", "--discriminator-warmup", "2"]
+SMALL = [*DATA, *NETWORK, *SHORT, "--pictures", "4"]
+ALL = ["mse", "perceptual", "vqgan"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A small run of all three objectives, never interrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    _, stderr = start(out, *SMALL, "--objectives", *ALL).communicate(timeout=300)
+    assert (out / "metrics.json").exists(), stderr
+    return out
+
+
+@pytest.fixture
+def no_pictures():
+    """Half of the time of a small run is matplotlib's."""
+    with (
+        mock.patch.object(train_vqgan, "draw_pictures"),
+        mock.patch.object(train_vqgan, "draw_progress"),
+    ):
+        yield
+
+
+def checkpoint(out, objective="vqgan"):
+    return torch.load(out / objective / "checkpoint.pt", weights_only=True)
+
+
+# --- the two steps -----------------------------------------------------------------------------
+
+
+def leaves(loss):
+    """The parameters that a loss would hand a gradient to."""
+    found, seen, nodes = set(), set(), [loss.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node.variable)
+        nodes += [following for following, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_no_gradient_leaks_from_one_step_into_the_other(tmp_path):
+    """The discriminator's loss reaches all of its weights and nothing of the generator; the
+    generator's adversarial loss reaches the generator and nothing of the discriminator."""
+    discriminators, generators, reached = [], [], {"discriminator": [], "generator": []}
+
+    def remember(kind, into):
+        class Remembered(kind):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                into.append(self)
+
+        Remembered.__name__ = kind.__name__
+        return Remembered
+
+    def watch(name, function):
+        def watched(*args):
+            loss = function(*args)
+            reached[name].append(leaves(loss))
+            return loss
+
+        return watched
+
+    with (
+        mock.patch.object(
+            train_vqgan, "PatchDiscriminator", remember(PatchDiscriminator, discriminators)
+        ),
+        mock.patch.object(train_vqgan, "VQGAN", remember(train_vqgan.VQGAN, generators)),
+        mock.patch.object(
+            train_vqgan,
+            "discriminator_loss",
+            watch("discriminator", train_vqgan.discriminator_loss),
+        ),
+        mock.patch.object(
+            train_vqgan, "generator_loss", watch("generator", train_vqgan.generator_loss)
+        ),
+    ):
+        run(tmp_path / "run", *SMALL)
+    of_d, of_g = set(discriminators[0].parameters()), set(generators[-1].parameters())
+    assert len(reached["discriminator"]) == 12 and len(reached["generator"]) == 10
+    for found in reached["discriminator"]:
+        assert found == of_d
+    for found in reached["generator"]:
+        assert generators[-1].last_layer in found and found <= of_g
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_with_weight_zero_the_adversary_changes_nothing(finished, tmp_path):
+    """Its own learning leaves no trace in the generator: the run is the perceptual one."""
+    out = run(tmp_path / "run", *SMALL, "--adversarial-weight", 0)
+    assert same_weights(weights(out, "vqgan"), weights(finished, "perceptual"))
+    assert not same_weights(weights(finished, "vqgan"), weights(finished, "perceptual"))
+    rows = read_log(out / "vqgan" / "log.csv")
+    assert rows[-1]["discriminator"] > 0 and rows[-1]["lambda"] > 0
+
+
+def test_terms_of_the_reconstruction_by_hand(shape_images):
+    x = shape_images * 2 - 1
+    x_hat = x + 0.1 * torch.randn_like(x)
+
+    def distance(a, b):
+        return (a - b).abs().amax(dim=(1, 2, 3))  # (B,)
+
+    mse = train_vqgan.reconstruction_terms(x, x_hat, "mse", distance, 0.25)
+    assert mse.keys() == {"reconstruction"}
+    assert torch.allclose(mse["reconstruction"], (x - x_hat).square().mean() / 0.25)
+    terms = train_vqgan.reconstruction_terms(x, x_hat, "vqgan", distance, 0.25)
+    assert torch.allclose(terms["reconstruction"], (x - x_hat).abs().mean() / 0.5)
+    assert torch.allclose(terms["perceptual"], distance(x, x_hat).mean())
+
+
+def test_the_loss_is_the_sum_of_its_logged_terms(finished):
+    """Equations 4 and 6 from the log, where a row is one step."""
+    for objective in ALL:
+        for row in read_log(finished / objective / "log.csv")[:1]:  # before the adversary
+            total = row["reconstruction"] + row.get("perceptual", 0) + row["quantizer"]
+            assert row["loss"] == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_loss_has_the_weighted_adversary_in_it(tmp_path):
+    flags = ["--adversarial-start", 0, "--discriminator-warmup", 0, "--checkpoint-every", 1]
+    out = run(tmp_path / "run", *SMALL, *flags, "--adversarial-weight", 0.7)
+    for row in read_log(out / "vqgan" / "log.csv"):
+        total = row["reconstruction"] + row["perceptual"] + row["quantizer"]
+        total += 0.7 * row["lambda"] * row["adversarial"]
+        assert row["loss"] == pytest.approx(total, rel=1e-3, abs=1e-4)
+
+
+def test_codes_in_a_batch_are_counted_once():
+    indices = torch.tensor([[[0, 3], [3, 3]], [[7, 0], [0, 1]]])
+    assert train_vqgan.codes_in_batch(indices, 8).item() == 4
+
+
+# --- what a run writes -------------------------------------------------------------------------
+
+
+def test_metrics(finished):
+    written = json.loads((finished / "metrics.json").read_text())
+    assert written["models"].keys() == set(ALL)
+    for result in written["models"].values():
+        for key in ("nmse", "psnr", "ssim", "ssim_whole_image", "perceptual", "frechet", "seconds"):
+            assert np.isfinite(result[key]) and (result[key] > 0 or key == "ssim"), key
+        assert result["bits_per_image"] == 64 * 5 and 1 <= result["codes_used"] <= 32
+        assert 0 <= result["recognised"] <= 1
+    for network in ("perceptual", "yardstick"):
+        assert 0 <= written[network]["accuracy"] <= 1
+        assert (finished / {"perceptual": "classifier"}.get(network, network)).with_suffix(".pt")
+
+
+def test_the_log_says_when_the_adversary_learns_and_is_used(finished):
+    rows = {row["step"]: row for row in read_log(finished / "vqgan" / "log.csv")}
+    assert list(rows) == [3, 6, 9, 12, 15, 16]
+    assert rows[3]["discriminator"] == rows[3]["lambda"] == rows[3]["real"] == 0
+    assert rows[6]["discriminator"] > 0 and rows[6]["lambda"] == 0
+    assert 0 < rows[9]["lambda"] <= 5 and rows[9]["adversarial"] != 0
+    assert rows[9]["real"] != rows[9]["fake"]
+    assert 1 <= rows[9]["codes"] <= 32
+    mse = read_log(finished / "mse" / "log.csv")[0]
+    assert "perceptual" not in mse and "lambda" not in mse
+
+
+def test_pictures_are_there_and_not_blank(finished):
+    names = {str(path.relative_to(finished)) for path in finished.rglob("*.png")}
+    common = {"reconstructions.png", "losses.png", "adversarial.png", "codebook_usage.png"}
+    assert names == common | {f"{objective}/progress.png" for objective in ALL}
+    for name in names:
+        pixels = np.asarray(Image.open(finished / name).convert("L"))
+        assert 0.01 < (pixels < 250).mean() and pixels.std() > 10, name
+
+
+def test_progress_has_the_same_images_at_the_asked_moments(finished):
+    pictures = checkpoint(finished)["companions"]["history"]["pictures"]
+    assert [epoch for epoch, _ in pictures] == [0.5, 1, 1.5, 2]
+    for _, images in pictures:
+        assert images.dtype == torch.uint8 and images.shape == (12, 3, 32, 32)
+    assert not torch.equal(pictures[0][1], pictures[-1][1])
+
+
+def test_the_checkpoint_is_the_averaged_model_that_was_measured(finished, shapes):
+    written = json.loads((finished / "metrics.json").read_text())
+    model = load_model(finished / "vqgan" / "checkpoint.pt")
+    x = shapes.test_images[:128].float() / 127.5 - 1
+    error = (model(x).reconstruction - x).square().mean().item()
+    nmse = error / written["data"]["variance"]
+    assert nmse == pytest.approx(written["models"]["vqgan"]["nmse"], rel=1e-4)
+    state = checkpoint(finished)
+    assert not same_weights(state["weights"], state["companions"]["generator"])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_without_averaging_the_checkpoint_is_the_trained_model(finished, tmp_path):
+    out = run(tmp_path / "run", *SMALL, "--average-decay", 0)
+    state = checkpoint(out)
+    assert "generator" not in state["companions"]
+    assert same_weights(state["weights"], checkpoint(finished)["companions"]["generator"])
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_an_objective_trains_the_same_alone(finished, tmp_path):
+    out = run(tmp_path / "alone", *SMALL)
+    assert same_weights(weights(out, "vqgan"), weights(finished, "vqgan"))
+    assert not (out / "mse").exists()
+
+
+# --- stop and resume ---------------------------------------------------------------------------
+
+
+def test_a_run_killed_at_many_moments_and_resumed_is_the_uninterrupted_one(finished, tmp_path):
+    out = tmp_path / "killed"
+    moments = (
+        lambda: (out / "classifier.pt").exists(),  # before anything else
+        lambda: (out / "perceptual" / "checkpoint.pt").exists(),
+        lambda: lines(out / "vqgan" / "log.csv") >= 3,  # the discriminator has started
+        lambda: lines(out / "vqgan" / "log.csv") >= 5,  # and is used
+    )
+    for number, moment in enumerate(moments):
+        process = start(out, *(["--resume"] if number else [*SMALL, "--objectives", *ALL]))
+        wait_for(moment, process)
+        process.kill()
+        process.communicate()
+        assert not (out / "metrics.json").exists()
+    _, stderr = start(out, "--resume").communicate(timeout=300)
+    assert (out / "metrics.json").exists(), stderr
+    for objective in ALL:
+        log = (out / objective / "log.csv").read_bytes()
+        assert log == (finished / objective / "log.csv").read_bytes()
+        resumed, whole = checkpoint(out, objective), checkpoint(finished, objective)
+        assert same_weights(resumed["weights"], whole["weights"])
+        for name in resumed["companions"].keys() - {"history"}:
+            assert same_weights(resumed["companions"][name], whole["companions"][name])
+    for name, optimizer in checkpoint(out)["optimizers"].items():
+        other = checkpoint(finished)["optimizers"][name]["state"]
+        for i, moments in optimizer["state"].items():
+            assert torch.equal(moments["exp_avg_sq"], other[i]["exp_avg_sq"])
+    models = [json.loads((o / "metrics.json").read_text())["models"] for o in (out, finished)]
+    assert models[0]["vqgan"]["frechet"] == models[1]["vqgan"]["frechet"]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_more_epochs_do_not_start_the_adversary_again(finished, tmp_path):
+    out = tmp_path / "longer"
+    shutil.copytree(finished, out)
+    run(out, "--resume", "--epochs", 5)
+    rows = read_log(out / "vqgan" / "log.csv")
+    assert rows[-1]["step"] == 40
+    assert all(row["lambda"] > 0 for row in rows if row["step"] >= 9)
+    assert checkpoint(out)["companions"]["history"]["adversarial_start"] == 4
+
+
+# --- flags -------------------------------------------------------------------------------------
+
+FLAGS = {
+    "lr": ["--lr", "1e-3"],
+    "seed": ["--seed", "1"],
+    "flip": ["--no-flip"],
+    "average_decay": ["--average-decay", "0.1"],
+    "channels": ["--channels", "12"],
+    "channel_multipliers": ["--channel-multipliers", "1", "2"],
+    "num_residual_blocks": ["--num-residual-blocks", "2"],
+    "attention_resolutions": ["--attention-resolutions", "16", "8"],
+    "latent_channels": ["--latent-channels", "4"],
+    "embedding_dim": ["--embedding-dim", "4"],
+    "num_embeddings": ["--num-embeddings", "16"],
+    "quantizer": ["--quantizer", "gradient"],
+    "perceptual": ["--perceptual", "none"],
+    "perceptual_weight": ["--perceptual-weight", "0.5"],
+    "classifier_epochs": ["--classifier-epochs", "2"],
+    "gan_loss": ["--gan-loss", "non-saturating"],
+    "adversarial_weight": ["--adversarial-weight", "2"],
+    "max_lambda": ["--max-lambda", "0.001"],
+    "adversarial_start": ["--adversarial-start", "0.5"],
+    "discriminator_warmup": ["--discriminator-warmup", "0"],
+    "discriminator_lr": ["--discriminator-lr", "0.01"],
+    "discriminator_channels": ["--discriminator-channels", "4"],
+    "discriminator_norm": ["--discriminator-norm", "group"],
+}
+
+
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_flag_changes_what_it_says(name, tmp_path, finished):
+    out = run(tmp_path / "run", *SMALL, *FLAGS[name])
+    changed, default = weights(out, "vqgan"), weights(finished, "vqgan")
+    assert changed.keys() != default.keys() or not same_weights(changed, default)
+    arguments = checkpoint(out)["arguments"]
+    if name in arguments:
+        config = json.loads((out / "config.json").read_text())
+        assert arguments[name] == config[name] != checkpoint(finished)["arguments"].get(name)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_yardstick_epochs_change_the_yardstick_and_nothing_else(finished, tmp_path):
+    out = run(tmp_path / "run", *SMALL, "--yardstick-epochs", 2)
+    assert same_weights(weights(out, "vqgan"), weights(finished, "vqgan"))
+    models = [json.loads((o / "metrics.json").read_text())["models"] for o in (out, finished)]
+    assert models[0]["vqgan"]["frechet"] != models[1]["vqgan"]["frechet"]
+    assert models[0]["vqgan"]["nmse"] == models[1]["vqgan"]["nmse"]
+
+
+def test_a_network_by_name(tmp_path):
+    """The paper's, on its arguments alone: it is too large to train here."""
+    args = mock.Mock(network="f16", image_size=64, perceptual="none", objectives=["vqgan"])
+    for name in ("channels", "channel_multipliers", "num_residual_blocks", "quantizer"):
+        setattr(args, name, None)
+    args.attention_resolutions = args.latent_channels = args.embedding_dim = None
+    args.num_embeddings = 1024
+    arguments = train_vqgan.network_arguments(args)
+    assert arguments["resolution"] == 64 and arguments["num_embeddings"] == 1024
+    assert arguments["channel_multipliers"] == [1, 1, 2, 2, 4]
+
+
+def test_images_without_classes_need_another_distance_and_have_no_frechet(tmp_path, image_folder):
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    for number, path in enumerate(image_folder.rglob("*.png")):
+        shutil.copy(path, loose / f"{number}.png")
+    flags = ["--data", loose, "--batch-size", 8, "--epochs", 1, *NETWORK]
+    assert "--perceptual lpips or none" in error_of(tmp_path / "a", *flags)
+    out = run(tmp_path / "b", *flags, "--perceptual", "none")
+    result = json.loads((out / "metrics.json").read_text())["models"]["vqgan"]
+    assert result["frechet"] is None and result["perceptual"] is None and result["nmse"] > 0
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_rfid_is_measured_when_asked_for(tmp_path):
+    class Fid:
+        images = []
+
+        def update(self, images, real):
+            assert 0 <= images.min() and images.max() <= 1
+            self.images.append(real)
+
+        def compute(self):
+            return torch.tensor(7.0)
+
+        def reset(self):
+            self.images.clear()
+
+    with mock.patch.object(train_vqgan.metrics, "inception_distance", lambda device: Fid()):
+        out = run(tmp_path / "run", *SMALL, "--rfid")
+    assert json.loads((out / "metrics.json").read_text())["models"]["vqgan"]["rfid"] == 7
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_lambda_that_stays_at_its_clamp_is_warned_of(tmp_path, capsys):
+    flags = ["--max-lambda", "1e-6", "--checkpoint-every", 1, "--adversarial-start", 0]
+    run(tmp_path / "run", *SMALL, *flags)
+    text = capsys.readouterr().out
+    assert text.count("warning: lambda stays at its clamp of 1e-06") == 1
+
+
+def test_help_states_every_default(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for flag, default in (("--lr", "0.0003"), ("--out", "runs/vqgan"), ("--max-lambda", "5.0")):
+        assert flag in text and f"(default: {default})" in text
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--image-size", "30"], "sides that 4 divides"),
+        (["--attention-resolutions", "7"], "7 never occurs"),
+        (["--channels", "14"], "14 channels cannot be normalised in 3 groups"),
+        (["--image-size", "8"], "SSIM needs 11"),
+        (["--perceptual", "none", "--objectives", "perceptual"], "--perceptual none"),
+        (["--data", "imagenet"], "'imagenet'"),
+        (["--batch-size", "200"], "128 training images"),
+    ],
+)
+def test_what_cannot_work_stops_with_one_line(flags, expected, tmp_path):
+    assert expected in error_of(tmp_path / "run", *SMALL, *flags)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--adversarial-start", "1"], ["--max-lambda", "0"], ["--average-decay", "1.5"]]
+)
+def test_flags_out_of_range_are_named(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", *flags)
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_lpips_without_weights_stops_before_training(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("vqgan.perceptual.VGG16_Weights.get_state_dict", refuse)
+    message = error_of(tmp_path / "run", *SMALL, "--perceptual", "lpips")
+    assert "VGG16" in message and "--perceptual classifier" in message
+    assert not (tmp_path / "run" / "vqgan").exists()
+
+
+def test_another_scripts_run_is_not_continued(finished, tmp_path):
+    out = tmp_path / "vqvae"
+    out.mkdir()
+    config = {"command": "python train_vqvae.py", "epochs": 1, "precision": "fp32"}
+    (out / "config.json").write_text(json.dumps(config))
+    assert "another script's" in error_of(out, "--resume")
+    assert "--resume" in error_of(finished, *SMALL)
+
+
+def test_a_loss_that_diverges_names_its_term_and_keeps_the_last_good_checkpoint(tmp_path):
+    flags = ["--lr", "1e30", "--checkpoint-every", 1]
+    message = error_of(tmp_path / "run", *SMALL, *flags)
+    assert "at step 2" in message and "--lr" in message
+    assert checkpoint(tmp_path / "run")["step"] == 1
