@@ -305,9 +305,7 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=ADAM_BETAS, fused=fused)
     optimizers, companions = {"generator": optimizer}, {"history": history}
     if objective == "vqgan":
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the other objectives draw the same codes without one
+        with torch.random.fork_rng(devices=[]):  # codes start alike with it and without
             discriminator = PatchDiscriminator(
                 args.image_size, args.discriminator_channels, args.discriminator_norm
             )

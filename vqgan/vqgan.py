@@ -26,9 +26,9 @@ from vqgan.vqvae import VQAutoencoder
 
 # Networks by name: `VQGAN(**NETWORKS["f16"])`. Compression counts 24 bits a pixel.
 NETWORKS = {
-    # 32 pixels, 8x8 codes: the defaults of `VQGAN`. 1.3 M parameters, 38 times smaller.
+    # 32 pixels, 8x8 codes: the defaults of `VQGAN`. 1.08 M parameters; 38 times smaller images.
     "small": {},
-    # The paper's for 256 pixels: 16x16 codes. 67 M parameters, 878 times smaller with K = 16,384.
+    # The paper's for 256 pixels: 16x16 codes. 71.9 M parameters; 439 times smaller images.
     "f16": {
         "resolution": 256,
         "channels": 128,
@@ -137,9 +137,9 @@ class VQGAN(VQAutoencoder):
     """The paper's encoder and decoder around a quantizer.
 
     With the defaults, a 32x32 image (24,576 bits) becomes 8x8 codes of 1024 (640 bits), 38 times
-    less; the model has 1.3 M parameters (the EMA codebook not counted: it is no parameter).
+    less; the model has 1.08 M parameters (the EMA codebook not counted: it is no parameter).
     `NETWORKS["f16"]` is the paper's for 256 pixels: 16x16 codes of 16,384 (3,584 bits of
-    1,572,864: 439 times less), 67 M parameters and a codebook of 4.2 M.
+    1,572,864: 439 times less), 71.9 M parameters and a codebook of 4.2 M numbers.
 
     Args:
         resolution: side of the images in pixels; it says which level has which resolution. (The
