@@ -532,11 +532,18 @@ class WeightAverage:
         """Take in the model's weights after training step `step`, 1 being the first."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(_floats(self.model), _floats(model), 1 - decay)  # all in one kernel
+        # What has no average is copied: whether a codebook still waits for its first batch.
+        state = model.state_dict()
+        state = {name: value for name, value in state.items() if not _is_float(value)}
+        self.model.load_state_dict(state, strict=False)
 
 
 def _floats(model: nn.Module) -> list[Tensor]:
-    tensors = [*model.parameters(), *model.buffers()]
-    return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+    return [tensor for tensor in model.state_dict().values() if _is_float(tensor)]
+
+
+def _is_float(value) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 # --- log ---------------------------------------------------------------------------------------
