@@ -33,7 +33,14 @@ from vqgan.classifier import (
     save_classifier,
     train_classifier,
 )
-from vqgan.data import Batches, batches_in_order, to_unit
+from vqgan.data import (
+    Batches,
+    batches_in_order,
+    evaluation_batch,
+    from_uint8,
+    to_uint8,
+    to_unit,
+)
 from vqgan.discriminator import (
     GAN_LOSSES,
     NORMS,
@@ -45,6 +52,7 @@ from vqgan.discriminator import (
 from vqgan.errors import InputError
 from vqgan.perceptual import ClassifierDistance, PerceptualDistance, load_lpips
 from vqgan.training import (
+    HelpFormatter,
     Log,
     Run,
     Stopwatch,
@@ -74,7 +82,6 @@ OBJECTIVES = {"mse": "MSE", "perceptual": "L1 + perceptual", "vqgan": "VQGAN"}
 ADAM_BETAS = (0.5, 0.99)
 CLASSIFIER_WIDTH, YARDSTICK_WIDTH = 16, 24  # different networks, see vqgan/classifier.py
 LOG_EVERY = 50  # steps averaged in a row of log.csv
-EVALUATION_BATCH = 500  # images at once, whatever the training's batch size
 NUM_PICTURES = 12  # test images in the pictures
 ROWS_AT_CLAMP = 5  # rows of the log with lambda at its maximum, before a warning
 COLUMNS = {  # of the printed table
@@ -93,7 +100,7 @@ COLUMNS = {  # of the printed table
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a VQGAN: an image becomes a grid of codes, and back.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         usage="%(prog)s [flags]   (--help lists them)",
         allow_abbrev=False,
     )
@@ -160,9 +167,10 @@ def main() -> None:
     args = parse()
     arguments = network_arguments(args)
     run = open_run(args, batch_sizes=[args.batch_size])
+    check_adversary(run, args)
+    inception = metrics.inception_distance(run.device) if args.rfid else None
     distance, perceptual_accuracy = perceptual_distance(run, args)
     yardstick, yardstick_accuracy = make_yardstick(run, args)
-    inception = metrics.inception_distance(run.device) if args.rfid else None
 
     results, counts, logs, models = {}, {}, {}, {}
     for objective in dict.fromkeys(args.objectives):  # each once
@@ -200,7 +208,7 @@ def main() -> None:
 def network_arguments(args: argparse.Namespace) -> dict:
     """The constructor arguments: the named network, the image size, and what flags change.
 
-    Builds the networks once, so that sizes that do not fit stop before anything is written.
+    Builds the network once, so that sizes that do not fit stop before anything is written.
     """
     names = ("channels", "channel_multipliers", "num_residual_blocks", "attention_resolutions")
     names += ("latent_channels", "embedding_dim", "num_embeddings", "quantizer")
@@ -220,6 +228,17 @@ def network_arguments(args: argparse.Namespace) -> dict:
     return arguments
 
 
+def check_adversary(run: Run, args: argparse.Namespace) -> None:
+    """Refuse a training too short for its adversary: it would be called VQGAN and be none."""
+    steps = args.epochs * (len(run.data.train_images) // args.batch_size)
+    start = round(args.adversarial_start * steps) + args.discriminator_warmup
+    if "vqgan" in args.objectives and start >= steps:
+        raise InputError(
+            f"the discriminator would be used from step {start} on, but the training has {steps} "
+            "steps: give more --epochs, a smaller --discriminator-warmup or --adversarial-start"
+        )
+
+
 def perceptual_distance(
     run: Run, args: argparse.Namespace
 ) -> tuple[PerceptualDistance | None, float | None]:
@@ -228,16 +247,19 @@ def perceptual_distance(
         return None, None
     if args.perceptual == "lpips":
         return prepare_model(load_lpips(), run.device, compile=False), None
-    classifier, accuracy = trained_classifier(
+    classifier, share = trained_classifier(
         "classifier", run, args, width=CLASSIFIER_WIDTH, epochs=args.classifier_epochs, seed=0
     )
-    return ClassifierDistance(classifier), accuracy
+    return ClassifierDistance(classifier), share
 
 
 def make_yardstick(run: Run, args: argparse.Namespace) -> tuple[Classifier | None, float | None]:
     """A second classifier, which no model is trained on; None where images have no labels."""
     if run.data.train_labels is None or len(run.data.class_names) < 2:
         print("these images have no classes: no yardstick, and no Frechet distance")
+        return None, None
+    if len(run.data.test_images) < 2:
+        print("a single test image: no yardstick, and no Frechet distance")
         return None, None
     return trained_classifier(
         "yardstick", run, args, width=YARDSTICK_WIDTH, epochs=args.yardstick_epochs, seed=1
@@ -305,6 +327,9 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=ADAM_BETAS, fused=fused)
     optimizers, companions = {"generator": optimizer}, {"history": history}
     if objective == "vqgan":
+        if args.compile:
+            # A compiled backward may reuse its buffers, but lambda goes through the graph first.
+            torch._functorch.config.donated_buffer = False
         with torch.random.fork_rng(devices=[]):  # codes start alike with it and without
             discriminator = PatchDiscriminator(
                 args.image_size, args.discriminator_channels, args.discriminator_norm
@@ -393,7 +418,7 @@ def train(
 
             if step in picture_steps:
                 epoch = step / len(batches)
-                history.pictures.append((epoch, as_uint8(reconstruct(result, pictured, device))))
+                history.pictures.append((epoch, to_uint8(reconstruct(result, pictured, device))))
                 draw_progress(folder / "progress.png", pictured, history, objective)
                 model.train()
             checkpoint_is_due = step % args.checkpoint_every == 0 or step == total_steps
@@ -461,7 +486,8 @@ def evaluate(
     model.eval()
     usage = metrics.CodebookUsage(model.quantizer.num_embeddings)
     per_image, features, reconstructed_features = defaultdict(list), [], []
-    for x in batches_in_order(run.data.test_images, EVALUATION_BATCH, device=run.device):
+    batch_size = evaluation_batch(run.data.test_images[0].shape[-1])
+    for x in batches_in_order(run.data.test_images, batch_size, device=run.device):
         output = model(x)
         usage.update(output.indices)
         x_hat = output.reconstruction
@@ -473,8 +499,8 @@ def evaluate(
             features.append(yardstick.features(x).cpu())
             reconstructed_features.append(yardstick.features(x_hat).cpu())
         if inception is not None:
-            inception.update(to_unit(x), real=True)
-            inception.update(to_unit(x_hat), real=False)
+            inception.update(to_unit(x).to(inception.device), real=True)
+            inception.update(to_unit(x_hat).to(inception.device), real=False)
     result = {"perceptual": None, "frechet": None, "recognised": None}
     result |= {name: torch.cat(values).mean().item() for name, values in per_image.items()}
     if yardstick is not None:
@@ -496,16 +522,12 @@ def evaluate(
 
 @torch.no_grad()
 def reconstruct(model: VQGAN, x: Tensor, device: torch.device) -> Tensor:
-    """x (B, 3, H, W) in [-1, 1] -> reconstructions in [0, 1], on the CPU."""
-    return to_unit(model.eval()(x.to(device)).reconstruction).cpu()
-
-
-def as_uint8(images: Tensor) -> Tensor:
-    return (255 * images).round().to(torch.uint8)
+    """x (B, 3, H, W) in [-1, 1] -> reconstructions, about [-1, 1], on the CPU."""
+    return model.eval()(x.to(device)).reconstruction.cpu()
 
 
 def draw_progress(path: Path, x: Tensor, history: History, objective: str) -> None:
-    rows = [(f"epoch {epoch:.3g}", images / 255) for epoch, images in history.pictures]
+    rows = [(f"epoch {epoch:.3g}", to_unit(from_uint8(x))) for epoch, x in history.pictures]
     figures.image_rows(
         path,
         [*rows, ("original", to_unit(x))],
@@ -524,7 +546,7 @@ def draw_pictures(
     x = next(batches_in_order(run.data.test_images[:NUM_PICTURES], NUM_PICTURES))
     rows = [("original", to_unit(x))]
     for name, model in models.items():
-        rows.append((OBJECTIVES[name], reconstruct(model, x, run.device)))
+        rows.append((OBJECTIVES[name], to_unit(reconstruct(model, x, run.device))))
     figures.image_rows(
         run.out / "reconstructions.png",
         rows,
@@ -539,6 +561,7 @@ def draw_pictures(
         },
         ylabels=dict.fromkeys(OBJECTIVES.values(), "mean over all elements"),
         title="Training losses",
+        share=False,
     )
     if "vqgan" in logs:
         figures.adversarial(

@@ -23,10 +23,12 @@ from vqgan.data import (
     Batches,
     ImageDataset,
     batches_in_order,
+    evaluation_batch,
     to_unit,
 )
 from vqgan.errors import InputError
 from vqgan.training import (
+    HelpFormatter,
     Log,
     Run,
     Stopwatch,
@@ -49,7 +51,6 @@ from vqgan.vae import LIKELIHOODS, VAE, reparameterise
 from vqgan.vqvae import VQVAE
 
 LOG_EVERY = 50  # steps averaged in a row of log.csv
-EVALUATION_BATCH = 500  # images at once, whatever the training's batch size
 NUM_PICTURES = 12  # test images in the pictures
 COLUMNS = {  # of the printed table
     "nmse": ("norm. MSE", ".4f"),
@@ -66,7 +67,7 @@ COLUMNS = {  # of the printed table
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a VAE and a VQ-VAE on the same images and compare them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         usage="%(prog)s [flags]   (--help lists them)",
         allow_abbrev=False,
     )
@@ -268,7 +269,8 @@ def evaluate(
     usage = None if is_vae else metrics.CodebookUsage(model.quantizer.num_embeddings)
     generator = torch.Generator().manual_seed(0)  # its own: evaluation must not disturb training
     per_image = defaultdict(list)
-    for x in batches_in_order(data.test_images, EVALUATION_BATCH, device=device):
+    batch_size = evaluation_batch(data.test_images[0].shape[-1])
+    for x in batches_in_order(data.test_images, batch_size, device=device):
         output = model(x)
         reconstruction = output.reconstruction.cpu()
         if is_vae:

@@ -1,5 +1,5 @@
 import sys
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 
 import pytest
@@ -34,6 +34,7 @@ def test_the_config_may_be_nested_as_in_their_yaml(reference):
     flat = reference["config"]
     outer = {"embed_dim": flat["embed_dim"], "n_embed": flat["n_embed"]}
     inner = {k: v for k, v in flat.items() if k not in outer}
+    outer["lossconfig"] = {"target": "a class of theirs"}
     model = load_compvis_vqgan(CHECKPOINT, {"ddconfig": inner} | outer)
     assert model.quantizer.num_embeddings == 32
 
@@ -119,11 +120,15 @@ class Names(list):
     """A list of a foreign class."""
 
 
+class Settings(dict):
+    """A dictionary of a foreign class, as Lightning keeps hyperparameters in."""
+
+
 def test_objects_of_foreign_classes_are_not_run_nor_imported(tmp_path, monkeypatch):
     """Their module is gone, as it is on a machine without Lightning."""
     model, theirs = authors_state()
     foreign = type(sys)("foreign_lightning")
-    for kind in (Callback, Names):
+    for kind in (Callback, Names, Settings):
         monkeypatch.setattr(kind, "__module__", "foreign_lightning")
         setattr(foreign, kind.__name__, kind)
     rebuild = Callback.rebuild
@@ -134,6 +139,8 @@ def test_objects_of_foreign_classes_are_not_run_nor_imported(tmp_path, monkeypat
     wrapper = {
         "state_dict": theirs,
         "callbacks": {Callback: {"best_model": Callback()}, "names": Names(["a", "b"])},
+        "hyper_parameters": Settings(lr=1.0, nested=Settings(width=3)),
+        "counts": defaultdict(list, a=[1]),
         "optimizer_states": [{"state": {}}],
         "pytorch-lightning_version": "1.0.8",
     }
@@ -175,6 +182,8 @@ def test_weights_match_strictly(tmp_path, change, expected):
         ({"use_linear_attn": True}, "use_linear_attn"),
         ({"ch": 36}, "36 channels"),
         ({"embed_dim": None}, "lacks embed_dim"),
+        ({"resolution": "64"}, "resolution = '64', but a whole number"),
+        ({"ch_mult": 2}, "ch_mult = 2, but a list of whole numbers"),
     ],
 )
 def test_a_config_of_another_network_is_named(change, expected):

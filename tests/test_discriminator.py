@@ -121,6 +121,13 @@ def test_losses_of_a_discriminator_that_knows_nothing_and_signs(kind):
     assert (gradients[0] < 0).all() and (gradients[1] > 0).all()
 
 
+def test_an_unknown_loss_is_named_by_both():
+    with pytest.raises(ValueError, match="'hinged'"):
+        discriminator_loss(torch.zeros(1), torch.zeros(1), "hinged")
+    with pytest.raises(ValueError, match="'hinged'"):
+        generator_loss(torch.zeros(1), "hinged")
+
+
 @pytest.mark.parametrize("kind", GAN_LOSSES)
 def test_losses_are_computed_in_float32(kind):
     real, fake = (t.bfloat16() for t in logits())

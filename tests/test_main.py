@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,8 @@ def test_another_size_on_request(tmp_path, images, capsys):
         (["c.pt", "c.pt"], "c.pt cannot be read as an image"),
         (["0.png", "0.png"], "0.png is not a checkpoint"),
         (["c.pt", "0.png", "--image-size", "30"], "sides that 4 divides"),
+        (["vae.pt", "0.png", "--image-size", "64"], "32 pixels only"),
+        (["theirs.ckpt", "0.png"], "--config"),
         (["c.pt", "0.png", "--out", "x.jpg"], ".png"),
         (["c.pt", "0.png", "--out", "0.png"], "overwritten"),
         (["c.pt", "0.png", "--config", "0.png"], "JSON"),
@@ -128,6 +131,8 @@ def test_another_size_on_request(tmp_path, images, capsys):
 )
 def test_bad_input_is_one_line(tmp_path, images, arguments, expected, monkeypatch):
     save(tmp_path / "c.pt", VQGAN)
+    save(tmp_path / "vae.pt", VAE)
+    shutil.copy(DATA / "compvis_vqgan_tiny.ckpt", tmp_path / "theirs.ckpt")
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "empty.json").write_text("{}")
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,5 @@
 import hashlib
 from pathlib import Path
-from urllib.error import URLError
 
 import pytest
 import torch
@@ -117,7 +116,7 @@ def test_heads_are_loaded_strictly(vgg_weights, heads):
         LPIPS(vgg_weights, renamed)
     with pytest.raises(InputError, match="VGG16"):
         LPIPS({"features.0.weight": torch.zeros(1)}, heads)
-    model = LPIPS(vgg_weights, heads)
+    model = LPIPS(vgg_weights, dict(reversed(heads.items())))  # in any order
     assert torch.equal(model.w4, heads["lin4.model.1.weight"].flatten())
 
 
@@ -129,12 +128,20 @@ def test_another_file_in_place_of_the_heads_is_refused(tmp_path):
 
 
 def refuse(*args, **kwargs):
-    raise URLError("no network")
+    raise OSError("no network")
+
+
+def test_another_file_in_place_of_vgg_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    path = tmp_path / "checkpoints" / "vgg16-397923af.pth"
+    path.parent.mkdir()
+    path.write_bytes(b"not weights")
+    with pytest.raises(InputError, match="not the published file.*397923af"):
+        load_lpips()
 
 
 def test_without_network_the_error_says_where_files_go(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(perceptual.VGG16_Weights, "get_state_dict", refuse)
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     with pytest.raises(InputError, match="vgg16-397923af.pth at .*--perceptual classifier"):
         load_lpips()

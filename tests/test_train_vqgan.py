@@ -186,7 +186,7 @@ def test_metrics(finished):
         assert 0 <= result["recognised"] <= 1
     for network in ("perceptual", "yardstick"):
         assert 0 <= written[network]["accuracy"] <= 1
-        assert (finished / {"perceptual": "classifier"}.get(network, network)).with_suffix(".pt")
+    assert (finished / "classifier.pt").exists() and (finished / "yardstick.pt").exists()
 
 
 def test_the_log_says_when_the_adversary_learns_and_is_used(finished):
@@ -221,6 +221,7 @@ def test_progress_has_the_same_images_at_the_asked_moments(finished):
 def test_the_checkpoint_is_the_averaged_model_that_was_measured(finished, shapes):
     written = json.loads((finished / "metrics.json").read_text())
     model = load_model(finished / "vqgan" / "checkpoint.pt")
+    assert not model.quantizer.waits_for_data  # or training on would throw its codes away
     x = shapes.test_images[:128].float() / 127.5 - 1
     error = (model(x).reconstruction - x).square().mean().item()
     nmse = error / written["data"]["variance"]
@@ -357,6 +358,7 @@ def test_images_without_classes_need_another_distance_and_have_no_frechet(tmp_pa
     for number, path in enumerate(image_folder.rglob("*.png")):
         shutil.copy(path, loose / f"{number}.png")
     flags = ["--data", loose, "--batch-size", 8, "--epochs", 1, *NETWORK]
+    flags += ["--discriminator-warmup", 1]
     assert "--perceptual lpips or none" in error_of(tmp_path / "a", *flags)
     out = run(tmp_path / "b", *flags, "--perceptual", "none")
     result = json.loads((out / "metrics.json").read_text())["models"]["vqgan"]
@@ -366,7 +368,7 @@ def test_images_without_classes_need_another_distance_and_have_no_frechet(tmp_pa
 @pytest.mark.usefixtures("no_pictures")
 def test_rfid_is_measured_when_asked_for(tmp_path):
     class Fid:
-        images = []
+        images, device = [], "cpu"
 
         def update(self, images, real):
             assert 0 <= images.min() and images.max() <= 1
@@ -391,12 +393,46 @@ def test_a_lambda_that_stays_at_its_clamp_is_warned_of(tmp_path, capsys):
     assert text.count("warning: lambda stays at its clamp of 1e-06") == 1
 
 
-def test_help_states_every_default(tmp_path, capsys):
+@pytest.mark.usefixtures("no_pictures")
+def test_compile_gives_the_same_run(tmp_path):
+    """Traced by torch.compile (without its C++ compiler, which takes a minute here)."""
+    flags = [*SMALL, "--precision", "fp32", "--adversarial-start", 0.1]
+    plain = run(tmp_path / "plain", *flags)
+
+    def compile(self):
+        self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager")
+
+    with mock.patch.object(torch.nn.Module, "compile", compile):
+        compiled = run(tmp_path / "compiled", *flags, "--compile")
+    assert not torch._functorch.config.donated_buffer  # lambda needs the graph twice
+    assert weights(plain, "vqgan").keys() == weights(compiled, "vqgan").keys()
+    losses = [[row["loss"] for row in read_log(o / "vqgan" / "log.csv")] for o in (plain, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_single_test_image_has_no_frechet_distance(tmp_path, image_folder):
+    folder = tmp_path / "split"
+    for part, count in (("train", 20), ("test", 1)):
+        for name in ("cats", "dogs")[: 2 if part == "train" else 1]:
+            (folder / part / name).mkdir(parents=True)
+            for path in sorted((image_folder / name).glob("*.png"))[:count]:
+                shutil.copy(path, folder / part / name)
+    (folder / "test" / "dogs").mkdir()
+    (folder / "test" / "dogs" / "broken.png").write_text("")
+    flags = ["--data", folder, "--batch-size", 8, "--epochs", 1, *NETWORK, *SHORT]
+    out = run(tmp_path / "run", *flags)
+    result = json.loads((out / "metrics.json").read_text())["models"]["vqgan"]
+    assert result["frechet"] is None and result["perceptual"] > 0
+
+
+def test_help_states_defaults(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "--help")
     text = " ".join(capsys.readouterr().out.split())
     for flag, default in (("--lr", "0.0003"), ("--out", "runs/vqgan"), ("--max-lambda", "5.0")):
         assert flag in text and f"(default: {default})" in text
+    assert "None" not in text
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -412,6 +448,7 @@ def test_help_states_every_default(tmp_path, capsys):
         (["--perceptual", "none", "--objectives", "perceptual"], "--perceptual none"),
         (["--data", "imagenet"], "'imagenet'"),
         (["--batch-size", "200"], "128 training images"),
+        (["--discriminator-warmup", "12"], "from step 16 on, but the training has 16 steps"),
     ],
 )
 def test_what_cannot_work_stops_with_one_line(flags, expected, tmp_path):
@@ -431,7 +468,8 @@ def test_lpips_without_weights_stops_before_training(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr("vqgan.perceptual.VGG16_Weights.get_state_dict", refuse)
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
     message = error_of(tmp_path / "run", *SMALL, "--perceptual", "lpips")
     assert "VGG16" in message and "--perceptual classifier" in message
     assert not (tmp_path / "run" / "vqgan").exists()

@@ -13,7 +13,7 @@ from vqgan import figures, metrics
 from vqgan.data import from_uint8, read_image, to_unit
 from vqgan.errors import InputError
 from vqgan.loading import image_size_of, load_model
-from vqgan.training import choose_device, positive_int, run_script
+from vqgan.training import HelpFormatter, choose_device, positive_int, run_script
 from vqgan.vae import VAE
 
 
@@ -23,7 +23,7 @@ def parse() -> argparse.Namespace:
     add = commands.add_parser(
         "reconstruct",
         help="images through a model: originals over reconstructions, in one PNG",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     ).add_argument
     add("checkpoint", metavar="CHECKPOINT", help="checkpoint.pt of a run, or a file of the authors")
@@ -50,6 +50,11 @@ def reconstruct(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     model = load_model(args.checkpoint, config=_read_config(args.config)).to(device)
     size = args.image_size or image_size_of(model)
+    if isinstance(model, VAE) and size != model.image_size:
+        raise InputError(
+            f"--image-size {size}: this VAE takes images of {model.image_size} pixels only; "
+            "leave the flag out"
+        )
     images = []
     for path in args.images:
         try:
@@ -91,4 +96,4 @@ def _read_config(path: str | None) -> dict | None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, resumable=False)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vqgan.data import Batches, ImageDataset, batches_in_order
+from vqgan.data import Batches, ImageDataset, batches_in_order, evaluation_batch
 from vqgan.errors import InputError
 from vqgan.training import autocast, prepare_model, write_atomically
 
@@ -175,7 +175,7 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float
         model = Classifier(state["num_classes"], state["width"])
         model.load_state_dict(state["weights"])
         accuracy = state["accuracy"]
-    except (KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+    except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"{path} is not a classifier of this package: delete it") from error
     model = prepare_model(model, device, compile=False)
     return model.eval().requires_grad_(False), accuracy
@@ -185,7 +185,8 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float
 def accuracy(model: Classifier, data: ImageDataset, device: torch.device) -> float:
     """Share of the test images that are recognised, 0 to 1."""
     right, start = 0, 0
-    for x in batches_in_order(data.test_images, 500, device=device):
+    batch_size = evaluation_batch(data.test_images[0].shape[-1])
+    for x in batches_in_order(data.test_images, batch_size, device=device):
         predicted = model(x).argmax(dim=1).cpu()
         right += (predicted == data.test_labels[start : start + len(x)]).sum().item()
         start += len(x)

@@ -9,9 +9,10 @@ They are read with `weights_only=True` all the same: every foreign class is repl
 does nothing, so nothing of the file is run, and nothing foreign is imported.
 """
 
-import pickle
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor
@@ -74,13 +75,20 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
 
 def _arguments(config: dict) -> dict:
     """Constructor arguments of `VQGAN` from their config."""
-    config = config.get("ddconfig", {}) | {k: v for k, v in config.items() if k != "ddconfig"}
+    if "ddconfig" in config:  # beside it their YAML has more than the network: the loss, say
+        outside = {key: config[key] for key in ("embed_dim", "n_embed") if key in config}
+        config = config["ddconfig"] | outside
     missing = [key for key in CONFIG_KEYS if key not in config]
     if missing:
         raise InputError(
             f"the config lacks {', '.join(missing)}: give the ddconfig of the checkpoint's YAML, "
             "with embed_dim and n_embed"
         )
+    for key in CONFIG_KEYS:
+        values = config[key] if key in ("ch_mult", "attn_resolutions") else [config[key]]
+        if not isinstance(values, list | tuple) or not all(type(v) is int for v in values):
+            wanted = "a whole number" if values == [config[key]] else "a list of whole numbers"
+            raise InputError(f"the config has {key} = {config[key]!r}, but {wanted} was expected")
     for key, value in config.items():
         if key not in (*CONFIG_KEYS, *NO_EFFECT) and ONLY_VALUES.get(key, key) != value:
             wanted = f"{ONLY_VALUES[key]!r}" if key in ONLY_VALUES else "not given"
@@ -153,9 +161,9 @@ def _decoder_layers(model: VQGAN) -> Iterator[str]:
 
 
 class Placeholder(list):
-    """Stands for any object of a foreign class in a checkpoint: takes everything, does nothing.
+    """Stands for an object of a foreign class in a checkpoint: takes everything, does nothing.
 
-    A list, since torch fills only those with items; hashable, since it may be a dictionary's key.
+    A list, since torch appends to nothing else; hashable, since it may be a dictionary's key.
     """
 
     __hash__ = object.__hash__
@@ -167,6 +175,13 @@ class Placeholder(list):
         pass
 
 
+class PlaceholderDict:
+    """Stands for a foreign kind of dictionary: torch sets items of plain ones only."""
+
+    def __new__(cls, *args):
+        return OrderedDict()
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The state dict of a Lightning checkpoint (or a bare one), without running code in it.
 
@@ -174,17 +189,30 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         InputError: not a checkpoint, or without tensors.
     """
     try:
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(Placeholder, name) for name in foreign]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load_with_placeholders(path)
     except FileNotFoundError:
         raise
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, EOFError, UnpicklingError) as error:
         raise InputError(
-            f"{path} cannot be read as a checkpoint ({str(error).splitlines()[0]}): download it "
-            "again, or name another"
+            f"{path} cannot be read as a checkpoint: it is damaged, or another kind of file; "
+            "download it again, or name another"
         ) from error
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"{path} has no weights (a state_dict of tensors): name a checkpoint")
     return weights
+
+
+def _load_with_placeholders(path: str | Path) -> dict:
+    foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    stand_ins = {name: type(name, (Placeholder,), {}) for name in foreign}
+    while True:
+        try:
+            with torch.serialization.safe_globals([(cls, name) for name, cls in stand_ins.items()]):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            # Which ones are dictionaries shows when torch refuses to set their items.
+            refused = [name for name, cls in stand_ins.items() if str(cls) in str(error)]
+            if not refused:
+                raise
+            stand_ins |= dict.fromkeys(refused, PlaceholderDict)

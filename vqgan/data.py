@@ -36,6 +36,11 @@ def from_uint8(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def to_uint8(x: Tensor) -> Tensor:
+    """Float, about [-1, 1] -> uint8 0 to 255, clamped, same shape."""
+    return (255 * to_unit(x)).round().to(torch.uint8)
+
+
 def to_unit(x: Tensor) -> Tensor:
     """Float, about [-1, 1] (decoders are unbounded) -> float32 in [0, 1], clamped, same shape."""
     return ((x.float() + 1) / 2).clamp(0, 1)
@@ -400,6 +405,11 @@ def _fetch(images, indices, device: torch.device) -> Iterator[Tensor]:
         except InputError as error:  # a worker's comes with its traceback: its last line is ours
             line = str(error).strip().splitlines()[-1]
             raise InputError(line.removeprefix(f"{InputError.__module__}.InputError: ")) from None
+
+
+def evaluation_batch(image_size: int) -> int:
+    """How many images to measure at once: 500 of 32 pixels a side, fewer of more pixels."""
+    return max(1, 500 * 32**2 // image_size**2)
 
 
 def pixel_variance(images: "Tensor | ImageFiles") -> float:

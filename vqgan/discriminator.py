@@ -16,6 +16,7 @@ Where it stands: x and x_hat (B, 3, H, W) -> PatchDiscriminator -> logits (B, 1,
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
 from vqgan.errors import InputError
@@ -92,12 +93,22 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in about [-1, 1] -> logits (B, 1, h', w'), high for originals."""
-        return self.layers(x)
+        with parametrize.cached():
+            # Spectral norms first, in float32: CUDA's autocast would round them to half precision.
+            with torch.autocast(device_type=x.device.type, enabled=False):
+                for layer in self.layers:
+                    getattr(layer, "weight", None)
+            return self.layers(x)
 
 
 # --- losses ------------------------------------------------------------------------------------
 
 GAN_LOSSES = ("hinge", "vanilla", "non-saturating")
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in GAN_LOSSES:
+        raise ValueError(f"the GAN loss is one of {', '.join(GAN_LOSSES)}, not {kind!r}")
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
@@ -106,6 +117,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
     Half the sum of the two means, as in the authors' code, so that the loss is 1 (hinge) or ln 2
     (the others) for a D that knows nothing.
     """
+    _check_kind(kind)
     real, fake = real.float(), fake.float()
     if kind == "hinge":  # nothing more to gain from logits beyond 1 and -1
         return 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
@@ -116,6 +128,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
 
 def generator_loss(fake: Tensor, kind: str) -> Tensor:
     """What the autoencoder minimises; logits of reconstructions -> ()."""
+    _check_kind(kind)
     fake = fake.float()
     if kind == "hinge":
         return -fake.mean()

@@ -89,18 +89,20 @@ def losses(
     *,
     ylabels: Mapping[str, str],
     title: str,
+    share: bool = True,
 ) -> None:
     """Training losses by epoch: for each model its rows, as in log.csv, and the losses' unit.
 
-    Models whose rows have the same terms share a panel (a sweep); the terms share it too.
+    With `share`, models whose rows have the same terms share a panel (a sweep).
     """
     panels: dict[tuple[str, ...], list[str]] = {}
     for name, rows in logs.items():
         terms = tuple(key for key in rows[0] if key not in ("step", "epoch"))
-        panels.setdefault(terms, []).append(name)
+        panels.setdefault(terms if share else (name, *terms), []).append(name)
     figure = Figure(figsize=(5.0 * len(panels) + 0.5, 3.8), layout="constrained")
     figure.suptitle(title)
-    for number, (terms, names) in enumerate(panels.items(), start=1):
+    for number, names in enumerate(panels.values(), start=1):
+        terms = [key for key in logs[names[0]][0] if key not in ("step", "epoch")]
         axes = _plot_axes(
             figure, (1, len(panels), number), xlabel="epoch", ylabel=ylabels[names[0]]
         )

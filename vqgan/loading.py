@@ -26,7 +26,8 @@ def load_model(path: str | Path, *, config: dict | None = None) -> VAE | VQVAE |
     if config is not None:
         model = load_compvis_vqgan(path, config)
     else:
-        state = load_checkpoint(Path(path))
+        remedy = "name the checkpoint.pt of a run, or give one of the VQGAN's authors its config"
+        state = load_checkpoint(Path(path), remedy=f"{remedy} (--config)")
         if state["model"] not in MODELS:
             raise InputError(
                 f"{path} is of a {state['model']!r}, but one of {', '.join(MODELS)} was expected: "

@@ -163,7 +163,9 @@ def inception_distance(device: torch.device, feature: int | nn.Module = 2048):
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        return FrechetInceptionDistance(feature=feature, normalize=True).to(device)
+        return FrechetInceptionDistance(feature=feature, normalize=True).to(
+            "cpu" if device.type == "mps" else device  # its sums are float64, which MPS has not
+        )
     except ModuleNotFoundError as error:
         raise InputError(
             f"rFID needs packages that are not installed ({error}): install them with "

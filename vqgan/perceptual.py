@@ -18,7 +18,6 @@ download. Both take images in [-1, 1], never learn, and are in eval mode and flo
 import hashlib
 import importlib.util
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +71,10 @@ class PerceptualDistance(nn.Module):
 
 
 class ClassifierDistance(PerceptualDistance):
-    """In the three stages of a trained `Classifier`: 0 to 12, 4 from each stage at most."""
+    """In the three stages of a trained `Classifier`: 0 to 6, at most 2 from each stage.
+
+    (Features are at least 0, so two directions are at most a right angle apart.)
+    """
 
     def __init__(self, classifier: Classifier):
         super().__init__()
@@ -114,7 +116,8 @@ class LPIPS(PerceptualDistance):
                 f": give those of {VGG16_Weights.IMAGENET1K_V1.url}"
             ) from error
         self.features = vgg.features[: VGG_STAGES[-1] + 1]
-        for i, weight in enumerate(head_weights.values()):
+        for i in range(len(VGG_STAGES)):
+            weight = head_weights[f"lin{i}.model.1.weight"]
             self.register_buffer(f"w{i}", weight.flatten().float())  # (C_l,)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
@@ -142,14 +145,10 @@ def load_lpips() -> LPIPS:
         InputError: a download fails, or a file is not the published one.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    vgg = VGG16_Weights.IMAGENET1K_V1
-    vgg_path = folder / Path(vgg.url).name
-    if not vgg_path.exists():
-        print(f"downloading the weights of VGG16 (528 MB) from {vgg.url} to {folder}")
-    try:
-        vgg_weights = vgg.get_state_dict(check_hash=True)
-    except (OSError, URLError, RuntimeError) as error:
-        raise InputError(_no_download("the weights of VGG16", vgg.url, vgg_path, error)) from error
+    url = VGG16_Weights.IMAGENET1K_V1.url
+    name = Path(url).name
+    sha256 = Path(name).stem.partition("-")[2]  # its first digits are in the file's name
+    vgg_weights = _read_published("the weights of VGG16 (528 MB)", url, folder / name, sha256)
     return LPIPS(vgg_weights, load_lpips_heads(folder / "lpips_v0.1_vgg.pth"))
 
 
@@ -159,24 +158,25 @@ def load_lpips_heads(path: Path) -> dict[str, Tensor]:
     packaged = package and Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"
     if not path.exists() and packaged and packaged.exists():
         path = packaged
+    return _read_published("the heads of LPIPS (7 KB)", HEADS_URL, path, HEADS_SHA256)
+
+
+def _read_published(what: str, url: str, path: Path, sha256: str) -> dict[str, Tensor]:
+    """A file of weights whose SHA-256 begins with `sha256`; downloaded where it is not there."""
     if not path.exists():
-        print(f"downloading the heads of LPIPS (7 KB) from {HEADS_URL} to {path}")
+        print(f"downloading {what} from {url} to {path}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(HEADS_URL, str(path), HEADS_SHA256, progress=False)
-        except (OSError, URLError, RuntimeError) as error:
-            raise InputError(_no_download("the heads of LPIPS", HEADS_URL, path, error)) from error
+            torch.hub.download_url_to_file(url, str(path), sha256)
+        except (OSError, RuntimeError) as error:  # the network's; a checksum that is not the one
+            raise InputError(
+                f"{what} cannot be downloaded ({error}): place {url} at {path}, or do without: "
+                "--perceptual classifier (labelled images) or none"
+            ) from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != HEADS_SHA256:
+    if not digest.startswith(sha256):
         raise InputError(
-            f"{path} is not the published file (SHA-256 {digest}, not {HEADS_SHA256}): delete it, "
-            f"and get it from {HEADS_URL}"
+            f"{path} is not the published file (SHA-256 {digest}, not {sha256}...): delete it, "
+            f"and get it from {url}"
         )
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _no_download(what: str, url: str, path: Path, error: Exception) -> str:
-    return (
-        f"{what} cannot be downloaded ({error}): place {url} at {path}, or do without: "
-        "--perceptual classifier (labelled images) or none"
-    )

@@ -42,7 +42,7 @@ from vqgan.errors import InputError
 # --- command line ------------------------------------------------------------------------------
 
 # Flags that a resumed run may have otherwise: it is still the same run.
-MAY_CHANGE_ON_RESUME = {"device", "compile", "checkpoint_every", "epochs", "data_root"}
+MAY_CHANGE_ON_RESUME = {"device", "compile", "checkpoint_every", "epochs", "data_root", "rfid"}
 
 
 def _number(kind: type, is_valid: Callable, wanted: str) -> Callable[[str], float]:
@@ -96,6 +96,13 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, out: str, epochs: i
     add("--checkpoint-every", type=positive_int, default=200, help="in optimizer steps")
     add("--out", default=out, help="the run folder")
     add("--resume", action="store_true", help="continue the run in --out with its own flags")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Every default in the help, but "None", which says nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -164,8 +171,11 @@ def _read_config(path: Path) -> dict:
     return config
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main(); a user's mistake ends it with one line and exit status 1."""
+def run_script(main: Callable[[], None], *, resumable: bool = True) -> None:
+    """Run a script's main(); a user's mistake ends it with one line and exit status 1.
+
+    `resumable` says whether the script knows --resume.
+    """
     try:
         main()
     except InputError as error:
@@ -174,10 +184,10 @@ def run_script(main: Callable[[], None]) -> None:
         # CUDA has an error of its own for this, the CPU only a text.
         if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error)):
             raise
-        sys.exit(
-            f"error: out of memory ({str(error).splitlines()[0]}): free memory and --resume, or "
-            "start again with a smaller --batch-size or a smaller model"
-        )
+        remedy = "give fewer or smaller images"
+        if resumable:
+            remedy = "--resume, or start again with a smaller --batch-size or a smaller model"
+        sys.exit(f"error: out of memory ({str(error).splitlines()[0]}): free memory and {remedy}")
     except FileNotFoundError as error:
         sys.exit(f"error: {error}")
     except (FileExistsError, NotADirectoryError) as error:
@@ -188,9 +198,8 @@ def run_script(main: Callable[[], None]) -> None:
             "--resume (what was written before is whole), or choose another --out"
         )
     except KeyboardInterrupt:
-        sys.exit(
-            "stopped; --resume goes on from the last checkpoint, or from the start without one"
-        )
+        resume = "; --resume goes on from the last checkpoint, or from the start without one"
+        sys.exit("stopped" + (resume if resumable else ""))
 
 
 # --- the beginning and the end of a run ----------------------------------------------------------
@@ -427,18 +436,24 @@ def save_checkpoint(
     write_atomically(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path, *, model: str | None = None, arguments: dict | None = None) -> dict:
+def load_checkpoint(
+    path: Path,
+    *,
+    model: str | None = None,
+    arguments: dict | None = None,
+    remedy: str = "put a copy of it back, or move it away to train this model from the start",
+) -> dict:
     """Read a checkpoint, on the CPU, without running any code in it (`weights_only=True`).
 
     To use a model: `VQVAE(**c["arguments"])`, then `load_state_dict(c["weights"])`.
 
     Args:
         model, arguments: what the checkpoint must be of, if given.
+        remedy: what to do when the file is not a checkpoint, for the error.
 
     Raises:
         InputError: not a checkpoint of this package, one that carries code, or of another model.
     """
-    remedy = "put a copy of it back, or move it away to train this model from the start"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's about odd formats: the error says enough

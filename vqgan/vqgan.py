@@ -55,8 +55,8 @@ class GroupNorm(nn.GroupNorm):
 def group_norm(channels: int, num_groups: int) -> GroupNorm:
     if channels % num_groups:
         raise InputError(
-            f"{channels} channels cannot be normalised in {num_groups} groups: give channels that "
-            f"{num_groups} divides, or another number of groups (norm_groups)"
+            f"{channels} channels cannot be normalised in {num_groups} groups: give a width that "
+            f"{num_groups} divides (with the default number of groups, a multiple of 4)"
         )
     # 1e-6 as in the authors' code (torch's default is 1e-5): their checkpoints were trained so.
     return GroupNorm(num_groups, channels, eps=1e-6)
