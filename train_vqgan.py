@@ -334,7 +334,7 @@ def train(
             discriminator = PatchDiscriminator(
                 args.image_size, args.discriminator_channels, args.discriminator_norm
             )
-        prepare_model(discriminator, device, compile=args.compile)
+        prepare_model(discriminator, device, compile=False)  # small, and switched twice a step
         discriminator_optimizer = torch.optim.Adam(
             discriminator.parameters(), lr=args.discriminator_lr, betas=ADAM_BETAS, fused=fused
         )
