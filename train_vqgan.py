@@ -8,9 +8,17 @@
 Esser, Rombach, Ommer 2021, arXiv 2012.09841, section 3.1. Three objectives can be trained, on the
 same network and for as many steps:
 
-    mse          |x - x_hat|^2 + quantizer                               (eq. 4, a VQ-VAE's)
-    perceptual   |x - x_hat| + perceptual distance + quantizer           (eq. 4, as they train it)
-    vqgan        the same + weight lambda L_GAN, against a discriminator   (eq. 5 to 7)
+    mse          |x - x_hat|^2 / variance + quantizer                          (eq. 4)
+    perceptual   |x - x_hat| / deviation + perceptual distance + quantizer     (eq. 4, as used)
+    vqgan        the same + lambda L_GAN, against a discriminator              (eq. 5 to 7)
+
+each term a mean, variance and deviation those of the training pixels: a reconstruction of 1 is
+about the error of one mean grey. In eq. 4, with sg[.] stopping the gradient,
+
+    L_VQ = |x - x_hat|^2 + |sg[E(x)] - z_q|^2 + |sg[z_q] - E(x)|^2
+
+the last two are the quantizer's (`quantizer.py`), and section 3.1 puts a perceptual distance in the
+place of the first.
 
 Read `main`, then `train`, where the generator's and the discriminator's step are both in sight.
 """
@@ -201,7 +209,10 @@ def main() -> None:
     print_table({OBJECTIVES[name]: result for name, result in results.items()}, columns)
     if yardstick is not None:
         print(f"(the yardstick recognises {yardstick_accuracy:.1%} of the originals)")
-    draw_pictures(run, models, results, counts, logs)
+        if yardstick_accuracy < 2 / len(run.data.class_names):
+            print("warning: that is near chance, so its Frechet distance says little; train it on")
+            print("more images, or for more --yardstick-epochs")
+    draw_pictures(run, models, results, counts, logs, args)
     print(f"metrics.json, logs, checkpoints and pictures are in {run.out}")
 
 
@@ -375,21 +386,21 @@ def train(
                 output = model(x)
             x_hat = output.reconstruction.float()
             terms = reconstruction_terms(x, x_hat, objective, distance, run.variance)
-            # L_VQ of eq. 4: how far x_hat is from x, and how far z_e and its codes are apart.
             perceptual = args.perceptual_weight * terms.get("perceptual", zero)
-            reconstruction = terms["reconstruction"] + perceptual
-            loss = reconstruction + output.loss
+            reconstruction = terms["reconstruction"] + perceptual  # L_rec of eq. 7
+            loss = reconstruction + output.loss  # L_VQ, eq. 4
             losses = terms | {"quantizer": output.loss}
             adversarial, weight = zero, zero
             if adversary_is_used:
                 discriminator.requires_grad_(False)
                 with autocast(device, run.dtype):
                     logits = discriminator(x_hat)
-                adversarial = generator_loss(logits, args.gan_loss)  # L_GAN of eq. 5, for x_hat
+                adversarial = generator_loss(logits, args.gan_loss)  # L_GAN, eq. 5
                 weight = adaptive_weight(
                     reconstruction, adversarial, model.last_layer, maximum=args.max_lambda
                 )  # lambda, eq. 7
-                loss = loss + args.adversarial_weight * weight * adversarial  # eq. 6
+                # Eq. 6; the factor is not in the paper, but in the authors' code (0.8 there).
+                loss = loss + args.adversarial_weight * weight * adversarial
                 discriminator.requires_grad_(True)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -422,7 +433,11 @@ def train(
                 draw_progress(folder / "progress.png", pictured, history, objective)
                 model.train()
             checkpoint_is_due = step % args.checkpoint_every == 0 or step == total_steps
-            if step % LOG_EVERY == 0 or checkpoint_is_due:
+            adversary_changes = step in (
+                history.adversarial_start,
+                history.adversarial_start + args.discriminator_warmup,
+            )  # a row ends here, so that none averages over steps with and without it
+            if step % LOG_EVERY == 0 or checkpoint_is_due or adversary_changes:
                 row = log.write_row(epoch=step / len(batches))
                 progress.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
                 at_clamp = row.get("lambda", 0) > 0.99 * args.max_lambda
@@ -541,6 +556,7 @@ def draw_pictures(
     results: dict[str, dict],
     counts: dict[str, Tensor],
     logs: dict[str, list[dict]],
+    args: argparse.Namespace,
 ) -> None:
     """Every picture of the run; each dict has an entry for each objective."""
     x = next(batches_in_order(run.data.test_images[:NUM_PICTURES], NUM_PICTURES))
@@ -559,13 +575,20 @@ def draw_pictures(
             OBJECTIVES[name]: [{key: row[key] for key in terms if key in row} for row in log]
             for name, log in logs.items()
         },
-        ylabels=dict.fromkeys(OBJECTIVES.values(), "mean over all elements"),
+        ylabels=dict.fromkeys(OBJECTIVES.values(), "value of the term"),
         title="Training losses",
         share=False,
     )
     if "vqgan" in logs:
+        state = load_checkpoint(run.out / "vqgan" / "checkpoint.pt")
+        start = state["companions"]["history"]["adversarial_start"]
+        steps_per_epoch = len(run.data.train_images) // args.batch_size
         figures.adversarial(
-            run.out / "adversarial.png", logs["vqgan"], title="The adversarial game"
+            run.out / "adversarial.png",
+            logs["vqgan"],
+            learns_from=start / steps_per_epoch,
+            used_from=(start + args.discriminator_warmup) / steps_per_epoch,
+            title="The adversarial game",
         )
     usage = {}
     for name, count in counts.items():

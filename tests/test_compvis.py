@@ -35,7 +35,9 @@ def test_the_config_may_be_nested_as_in_their_yaml(reference):
     outer = {"embed_dim": flat["embed_dim"], "n_embed": flat["n_embed"]}
     inner = {k: v for k, v in flat.items() if k not in outer}
     outer["lossconfig"] = {"target": "a class of theirs"}
-    model = load_compvis_vqgan(CHECKPOINT, {"ddconfig": inner} | outer)
+    params = {"ddconfig": inner} | outer
+    for config in (params, {"model": {"base_learning_rate": 4.5e-6, "params": params}}):
+        model = load_compvis_vqgan(CHECKPOINT, config)
     assert model.quantizer.num_embeddings == 32
 
 

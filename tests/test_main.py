@@ -115,7 +115,10 @@ def test_another_size_on_request(tmp_path, images, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["gone.pt", "0.png"], "gone.pt"),
+        (["gone.pt", "0.png"], "there is no checkpoint gone.pt"),
+        ([".", "0.png"], ". is a folder, and a checkpoint was expected: name run/checkpoint.pt"),
+        (["c.pt", "0.png", "--config", "empty.json"], "lacks resolution"),
+        (["c.pt", "0.png", "--config", "theirs.json"], "leave the config out"),
         (["c.pt", "gone.png"], "gone.png cannot be read"),
         (["c.pt", "c.pt"], "c.pt cannot be read as an image"),
         (["0.png", "0.png"], "0.png is not a checkpoint"),
@@ -126,7 +129,6 @@ def test_another_size_on_request(tmp_path, images, capsys):
         (["c.pt", "0.png", "--out", "0.png"], "overwritten"),
         (["c.pt", "0.png", "--config", "0.png"], "JSON"),
         (["c.pt", "0.png", "--config", "list.json"], "object"),
-        (["c.pt", "0.png", "--config", "empty.json"], "lacks resolution"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, images, arguments, expected, monkeypatch):
@@ -135,6 +137,9 @@ def test_bad_input_is_one_line(tmp_path, images, arguments, expected, monkeypatc
     shutil.copy(DATA / "compvis_vqgan_tiny.ckpt", tmp_path / "theirs.ckpt")
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "empty.json").write_text("{}")
+    config = torch.load(DATA / "compvis_vqgan_tiny_io.pt", weights_only=True)["config"]
+    (tmp_path / "theirs.json").write_text(json.dumps(config))
+    save(tmp_path / "run" / "checkpoint.pt", VQVAE)
     monkeypatch.chdir(tmp_path)
     before = images[0].read_bytes()
     assert expected in error_of("reconstruct", *arguments)

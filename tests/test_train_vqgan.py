@@ -191,8 +191,8 @@ def test_metrics(finished):
 
 def test_the_log_says_when_the_adversary_learns_and_is_used(finished):
     rows = {row["step"]: row for row in read_log(finished / "vqgan" / "log.csv")}
-    assert list(rows) == [3, 6, 9, 12, 15, 16]
-    assert rows[3]["discriminator"] == rows[3]["lambda"] == rows[3]["real"] == 0
+    assert list(rows) == [3, 4, 6, 9, 12, 15, 16]  # also where the discriminator starts
+    assert rows[4]["discriminator"] == rows[4]["lambda"] == rows[4]["real"] == 0
     assert rows[6]["discriminator"] > 0 and rows[6]["lambda"] == 0
     assert 0 < rows[9]["lambda"] <= 5 and rows[9]["adversarial"] != 0
     assert rows[9]["real"] != rows[9]["fake"]
@@ -253,8 +253,8 @@ def test_a_run_killed_at_many_moments_and_resumed_is_the_uninterrupted_one(finis
     moments = (
         lambda: (out / "classifier.pt").exists(),  # before anything else
         lambda: (out / "perceptual" / "checkpoint.pt").exists(),
-        lambda: lines(out / "vqgan" / "log.csv") >= 3,  # the discriminator has started
-        lambda: lines(out / "vqgan" / "log.csv") >= 5,  # and is used
+        lambda: lines(out / "vqgan" / "log.csv") >= 4,  # the discriminator has started
+        lambda: lines(out / "vqgan" / "log.csv") >= 6,  # and is used
     )
     for number, moment in enumerate(moments):
         process = start(out, *(["--resume"] if number else [*SMALL, "--objectives", *ALL]))

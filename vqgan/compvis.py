@@ -32,8 +32,8 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
     """Their checkpoint as a VQGAN in eval mode: the same latents, indices and images.
 
     Args:
-        config: the `ddconfig` of their YAML, with `embed_dim` and `n_embed`; either flat, or as the
-            YAML nests it ({"ddconfig": {...}, "embed_dim": ..., "n_embed": ...}).
+        config: their YAML as a dictionary, or of it only the `ddconfig` with `embed_dim` and
+            `n_embed`, flat or nested as there.
 
     Raises:
         InputError: the file cannot be read, or does not have exactly the weights of this network
@@ -75,6 +75,8 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
 
 def _arguments(config: dict) -> dict:
     """Constructor arguments of `VQGAN` from their config."""
+    for key in ("model", "params"):  # a whole YAML
+        config = config.get(key, config)
     if "ddconfig" in config:  # beside it their YAML has more than the network: the loss, say
         outside = {key: config[key] for key in ("embed_dim", "n_embed") if key in config}
         config = config["ddconfig"] | outside
@@ -197,6 +199,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             f"{path} cannot be read as a checkpoint: it is damaged, or another kind of file; "
             "download it again, or name another"
         ) from error
+    if isinstance(content, dict) and {"model", "arguments", "weights"} <= content.keys():
+        raise InputError(
+            f"{path} is a checkpoint of this package, not of the authors': leave the config out"
+        )
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"{path} has no weights (a state_dict of tensors): name a checkpoint")

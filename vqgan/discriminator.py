@@ -7,6 +7,12 @@ reconstructions x_hat, patch by patch, and the autoencoder learns to deceive it:
     min over the autoencoder, max over D:  L_VQ + lambda L_GAN                      (eq. 6)
     lambda = |grad_L L_rec| / (|grad_L L_GAN| + delta),  L the decoder's last layer (eq. 7)
 
+D's output here is a logit, D(x) = sigmoid(logit) in eq. 5. The default loss is not eq. 5 but its
+hinge form, as in the authors' code (Lim, Ye, "Geometric GAN", 2017, arXiv 1705.02894):
+
+    D minimises              max(0, 1 - logit(x)) / 2 + max(0, 1 + logit(x_hat)) / 2
+    the autoencoder          -logit(x_hat)                        (each a mean over patches)
+
 A squared error averages over everything that could have been, and a blur is what such averages look
 like. No blurred patch passes as an original, so D charges for it, wherever the texture is lost.
 
@@ -148,7 +154,7 @@ def adaptive_weight(
 
     In float32: squares of half-precision gradients overflow or vanish. Clamped to `maximum`: when D
     stops learning its gradient vanishes, and a lambda that divides by it grows without bound (68
-    was seen, and pictures like posters).
+    was seen, and pictures like posters). The authors' clamp of 10,000 does not prevent that.
     """
 
     def norm(loss: Tensor) -> Tensor:

@@ -83,6 +83,11 @@ def _plot_axes(figure: Figure, places: tuple[int, int, int], *, xlabel: str, yla
     return axes
 
 
+def _line(rows: Sequence) -> dict:
+    """Style of a curve; of few rows the points are marked, since one alone makes no line."""
+    return {"linewidth": 1.4, "marker": "o" if len(rows) < 10 else "", "markersize": 3}
+
+
 def losses(
     path: Path,
     logs: Mapping[str, Sequence[Mapping[str, float]]],
@@ -115,7 +120,7 @@ def losses(
                 label = name if len(shown) == 1 else f"{name}: {term}"
                 colour = COLOURS[(i if len(names) > 1 else j) % len(COLOURS)]
                 values = [row[term] for row in rows]
-                axes.plot(epochs, values, label=label, color=colour, linewidth=1.4)
+                axes.plot(epochs, values, label=label, color=colour, **_line(rows))
         values = np.array([row[term] for name in names for row in logs[name] for term in shown])
         if (values > 0).all() and values.max() > 20 * np.median(values):
             axes.set_yscale("log")  # the first rows would press the others flat
@@ -123,28 +128,35 @@ def losses(
     _save(figure, path)
 
 
-def adversarial(path: Path, rows: Sequence[Mapping[str, float]], *, title: str) -> None:
-    """The game by epoch, from a log with an adversary: quality, the discriminator, lambda."""
+def adversarial(
+    path: Path,
+    rows: Sequence[Mapping[str, float]],
+    *,
+    learns_from: float,
+    used_from: float,
+    title: str,
+) -> None:
+    """The game by epoch, from a log with an adversary: quality, the discriminator, lambda.
+
+    learns_from, used_from: epochs at which the discriminator starts to learn, and is used.
+    """
     figure = Figure(figsize=(14.0, 3.8), layout="constrained")
     figure.suptitle(title)
-    panels = {
-        "what the generator is asked for": ("reconstruction", "perceptual"),
-        "mean output of the discriminator": ("real", "fake"),
-        "lambda": ("lambda",),
-    }
-    epochs = [row["epoch"] for row in rows]
-    learning = [row["epoch"] for row in rows if row["discriminator"] != 0]
-    used = [row["epoch"] for row in rows if row["lambda"] != 0]
-    for number, (ylabel, terms) in enumerate(panels.items(), start=1):
+    panels = (  # from when on there is something to show
+        ("what the generator is asked for", ("reconstruction", "perceptual"), 0),
+        ("mean output of the discriminator", ("real", "fake"), learns_from),
+        ("lambda", ("lambda",), used_from),
+    )
+    for number, (ylabel, terms, start) in enumerate(panels, start=1):
         axes = _plot_axes(figure, (1, len(panels), number), xlabel="epoch", ylabel=ylabel)
+        shown = [row for row in rows if row["epoch"] > start]
+        epochs = [row["epoch"] for row in shown]
         for i, term in enumerate(terms):
             if term in rows[0]:
-                values = [row[term] for row in rows]
-                axes.plot(epochs, values, label=term, color=COLOURS[i], linewidth=1.4)
-        marks = (("discriminator starts to learn", learning), ("is used", used))
-        for (label, where), style in zip(marks, (":", "--"), strict=True):
-            if where:
-                axes.axvline(where[0], color="0.4", linestyle=style, linewidth=1, label=label)
+                values = [row[term] for row in shown]
+                axes.plot(epochs, values, label=term, color=COLOURS[i], **_line(shown))
+        axes.axvline(learns_from, color="0.4", linestyle=":", label="discriminator starts to learn")
+        axes.axvline(used_from, color="0.4", linestyle="--", label="is used")
         axes.legend(frameon=False, fontsize=9)
     _save(figure, path)
 

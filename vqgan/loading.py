@@ -23,11 +23,23 @@ def load_model(path: str | Path, *, config: dict | None = None) -> VAE | VQVAE |
     Raises:
         InputError: the file is no checkpoint, or not of the model it names.
     """
+    path = Path(path)
+    if path.is_dir():
+        inside = sorted(str(found) for found in path.rglob("checkpoint.pt"))
+        raise InputError(
+            f"{path} is a folder, and a checkpoint was expected: name "
+            f"{', or '.join(inside) or 'the checkpoint.pt of a run'}"
+        )
+    if not path.exists():
+        raise InputError(
+            f"there is no checkpoint {path}: name the checkpoint.pt of a run, as in "
+            "runs/vqgan/vqgan/checkpoint.pt"
+        )
     if config is not None:
         model = load_compvis_vqgan(path, config)
     else:
         remedy = "name the checkpoint.pt of a run, or give one of the VQGAN's authors its config"
-        state = load_checkpoint(Path(path), remedy=f"{remedy} (--config)")
+        state = load_checkpoint(path, remedy=f"{remedy} (--config)")
         if state["model"] not in MODELS:
             raise InputError(
                 f"{path} is of a {state['model']!r}, but one of {', '.join(MODELS)} was expected: "
