@@ -88,7 +88,10 @@ from vqgan.vqgan import NETWORKS, VQGAN
 OBJECTIVES = {"mse": "MSE", "perceptual": "L1 + perceptual", "vqgan": "VQGAN"}
 # The gradients of an adversarial game turn quickly: a short memory (torch's default is 0.9).
 ADAM_BETAS = (0.5, 0.99)
-CLASSIFIER_WIDTH, YARDSTICK_WIDTH = 16, 24  # different networks, see vqgan/classifier.py
+# Different networks, see vqgan/classifier.py; of fixed seeds, so that runs of other seeds are
+# measured by the same yardstick.
+CLASSIFIER_WIDTH, YARDSTICK_WIDTH = 16, 24
+CLASSIFIER_SEED, YARDSTICK_SEED = 0, 1
 LOG_EVERY = 50  # steps averaged in a row of log.csv
 NUM_PICTURES = 12  # test images in the pictures
 ROWS_AT_CLAMP = 5  # rows of the log with lambda at its maximum, before a warning
@@ -259,7 +262,12 @@ def perceptual_distance(
     if args.perceptual == "lpips":
         return prepare_model(load_lpips(), run.device, compile=False), None
     classifier, share = trained_classifier(
-        "classifier", run, args, width=CLASSIFIER_WIDTH, epochs=args.classifier_epochs, seed=0
+        "classifier",
+        run,
+        args,
+        width=CLASSIFIER_WIDTH,
+        epochs=args.classifier_epochs,
+        seed=CLASSIFIER_SEED,
     )
     return ClassifierDistance(classifier), share
 
@@ -273,7 +281,12 @@ def make_yardstick(run: Run, args: argparse.Namespace) -> tuple[Classifier | Non
         print("a single test image: no yardstick, and no Frechet distance")
         return None, None
     return trained_classifier(
-        "yardstick", run, args, width=YARDSTICK_WIDTH, epochs=args.yardstick_epochs, seed=1
+        "yardstick",
+        run,
+        args,
+        width=YARDSTICK_WIDTH,
+        epochs=args.yardstick_epochs,
+        seed=YARDSTICK_SEED,
     )
 
 

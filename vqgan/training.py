@@ -534,8 +534,7 @@ class WeightAverage:
         average = d average + (1 - d) weights,   d = min(decay, (1 + t) / (10 + t)) at step t
 
     so that the random weights of the beginning are forgotten soon. The averages lie in the middle
-    of where the last steps wander, and reconstruct better than any one of them. The codebook is
-    averaged too: it must fit the averaged encoder.
+    of where the last steps wander. The codebook is averaged too: it must fit the averaged encoder.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -547,7 +546,8 @@ class WeightAverage:
         """Take in the model's weights after training step `step`, 1 being the first."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(_floats(self.model), _floats(model), 1 - decay)  # all in one kernel
-        # What has no average is copied: whether a codebook still waits for its first batch.
+        # What has no average is copied: whether a codebook still waits for its first batch. Not
+        # strict, since the averaged floats are left out.
         state = model.state_dict()
         state = {name: value for name, value in state.items() if not _is_float(value)}
         self.model.load_state_dict(state, strict=False)
