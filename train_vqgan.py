@@ -36,10 +36,8 @@ from tqdm import tqdm
 from vqgan import figures, metrics
 from vqgan.classifier import (
     Classifier,
-    accuracy,
-    load_classifier,
-    save_classifier,
-    train_classifier,
+    make_yardstick,
+    trained_classifier,
 )
 from vqgan.data import (
     Batches,
@@ -65,6 +63,7 @@ from vqgan.training import (
     Run,
     Stopwatch,
     WeightAverage,
+    about_run,
     add_common_arguments,
     autocast,
     fraction,
@@ -88,10 +87,7 @@ from vqgan.vqgan import NETWORKS, VQGAN
 OBJECTIVES = {"mse": "MSE", "perceptual": "L1 + perceptual", "vqgan": "VQGAN"}
 # The gradients of an adversarial game turn quickly: a short memory (torch's default is 0.9).
 ADAM_BETAS = (0.5, 0.99)
-# Different networks, see vqgan/classifier.py; of fixed seeds, so that runs of other seeds are
-# measured by the same yardstick.
-CLASSIFIER_WIDTH, YARDSTICK_WIDTH = 16, 24
-CLASSIFIER_SEED, YARDSTICK_SEED = 0, 1
+CLASSIFIER_WIDTH, CLASSIFIER_SEED = 16, 0  # other than the yardstick's, see vqgan/classifier.py
 LOG_EVERY = 50  # steps averaged in a row of log.csv
 NUM_PICTURES = 12  # test images in the pictures
 ROWS_AT_CLAMP = 5  # rows of the log with lambda at its maximum, before a warning
@@ -181,7 +177,9 @@ def main() -> None:
     check_adversary(run, args)
     inception = metrics.inception_distance(run.device) if args.rfid else None
     distance, perceptual_accuracy = perceptual_distance(run, args)
-    yardstick, yardstick_accuracy = make_yardstick(run, args)
+    yardstick, yardstick_accuracy = make_yardstick(
+        run, epochs=args.yardstick_epochs, flip=args.flip, resume=args.resume
+    )
 
     results, counts, logs, models = {}, {}, {}, {}
     for objective in dict.fromkeys(args.objectives):  # each once
@@ -262,55 +260,15 @@ def perceptual_distance(
     if args.perceptual == "lpips":
         return prepare_model(load_lpips(), run.device, compile=False), None
     classifier, share = trained_classifier(
-        "classifier",
+        run.out / "classifier.pt",
         run,
-        args,
         width=CLASSIFIER_WIDTH,
         epochs=args.classifier_epochs,
         seed=CLASSIFIER_SEED,
+        flip=args.flip,
+        resume=args.resume,
     )
     return ClassifierDistance(classifier), share
-
-
-def make_yardstick(run: Run, args: argparse.Namespace) -> tuple[Classifier | None, float | None]:
-    """A second classifier, which no model is trained on; None where images have no labels."""
-    if run.data.train_labels is None or len(run.data.class_names) < 2:
-        print("these images have no classes: no yardstick, and no Frechet distance")
-        return None, None
-    if len(run.data.test_images) < 2:
-        print("a single test image: no yardstick, and no Frechet distance")
-        return None, None
-    return trained_classifier(
-        "yardstick",
-        run,
-        args,
-        width=YARDSTICK_WIDTH,
-        epochs=args.yardstick_epochs,
-        seed=YARDSTICK_SEED,
-    )
-
-
-def trained_classifier(
-    name: str, run: Run, args: argparse.Namespace, *, width: int, epochs: int, seed: int
-) -> tuple[Classifier, float]:
-    """A classifier and its accuracy, from the run folder where it is there already."""
-    path = run.out / f"{name}.pt"
-    if args.resume and path.exists():
-        return load_classifier(path, run.device)
-    model = train_classifier(
-        run.data,
-        width=width,
-        epochs=epochs,
-        seed=seed,
-        device=run.device,
-        dtype=run.dtype,
-        flip=args.flip,
-        name=name,
-    )
-    share = accuracy(model, run.data, run.device)
-    print(f"{name}: {share:.1%} of the test images recognised")
-    save_classifier(path, model, share)
-    return model, share
 
 
 class History:
@@ -472,6 +430,7 @@ def train(
                     step=step,
                     seconds=seconds,
                     companions=companions,
+                    about=about_run(args),
                 )
             progress.update(args.batch_size)
     progress.close()

@@ -32,6 +32,7 @@ from vqgan.training import (
     Log,
     Run,
     Stopwatch,
+    about_run,
     add_common_arguments,
     autocast,
     load_checkpoint,
@@ -249,6 +250,7 @@ def train(
                     batches=batches,
                     step=step,
                     seconds=seconds,
+                    about=about_run(args),
                 )
             progress.update(batch_size)
     progress.close()

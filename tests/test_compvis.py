@@ -1,3 +1,4 @@
+import re
 import sys
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -5,7 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqgan.compvis import Placeholder, _their_names, load_compvis_vqgan, read_weights
+from vqgan.compvis import (
+    Placeholder,
+    _their_names,
+    load_compvis_transformer,
+    load_compvis_vqgan,
+    read_weights,
+)
 from vqgan.errors import InputError
 from vqgan.vqgan import VQGAN
 
@@ -203,3 +210,102 @@ def test_files_that_are_no_checkpoints(tmp_path):
         read_weights(tmp_path / "class.ckpt")
     with pytest.raises(FileNotFoundError):
         read_weights(tmp_path / "gone.ckpt")
+
+
+# --- the transformer ---------------------------------------------------------------------------
+
+TRANSFORMER = DATA / "compvis_transformer_tiny.ckpt"
+
+
+@pytest.fixture(scope="module")
+def written():
+    """Configuration, tokens (2, 20) and the logits (2, 20, 32) of the authors' code."""
+    return torch.load(DATA / "compvis_transformer_tiny_io.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(("grid", "C"), [(None, 1), ((4, 5), 1), ((3, 4), 9)])
+def test_same_logits_as_the_authors_transformer(written, grid, C):
+    """The first C of their tokens are the condition, and the codes start behind them."""
+    model = load_compvis_transformer(TRANSFORMER, written["config"], grid)
+    tokens = written["tokens"]
+    codes = torch.cat([tokens[:, C:], torch.zeros_like(tokens[:, :1])], dim=1)  # one is not read
+    with torch.no_grad():
+        logits = model(tokens[:, :C], codes)
+    assert not model.training
+    assert model.grid_size == (grid or (1, 20)) and model.condition_length == C
+    assert torch.allclose(logits, written["logits"][:, C - 1 :], atol=1e-4)
+
+
+def test_their_conditions_are_ids_of_their_codes_and_nothing_is_zero(written):
+    model = load_compvis_transformer(TRANSFORMER, written["config"])
+    assert torch.equal(model.condition_table.weight[:32], model.code_table.weight)
+    assert (model.condition_table.weight[model.nothing] == 0).all()
+
+
+def test_the_transformers_config_may_be_nested_as_in_their_yaml(written):
+    flat = written["config"] | {"embd_pdrop": 0.1, "n_unmasked": 0}
+    params = {"transformer_config": {"target": "a class of theirs", "params": flat}}
+    params["first_stage_config"] = {"params": {"n_embed": 1024}}
+    expected = load_compvis_transformer(TRANSFORMER, flat).state_dict()
+    for config in (params, {"model": {"base_learning_rate": 4.5e-6, "params": params}}):
+        loaded = load_compvis_transformer(TRANSFORMER, config).state_dict()
+        assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "grid", "expected"),
+    [
+        ({"block_size": None, "n_head": None}, None, "lacks block_size, n_head: give the param"),
+        ({"n_embd": 32.0}, None, "n_embd = 32.0, but a whole number"),
+        ({"n_layer": True}, None, "n_layer = True, but a whole number"),
+        ({"n_unmasked": 9}, None, "n_unmasked = 9, which would be another network: .* is 0"),
+        ({"rotary": True}, None, "rotary = True, .* is not given"),
+        ({"n_head": 5}, None, "32 cannot be shared by 5 heads"),
+        ({}, (3, 7), "a grid of 3x7 codes was given, but the transformer's block holds 20"),
+        ({"n_layer": 3}, None, "lacks 16 of the network's 53 weights, transformer.blocks.2"),
+        ({"n_layer": 1}, None, "has 16 weights that this network has not, transformer.blocks.1"),
+        ({"vocab_size": 31}, None, r"has the shape \(32, 32\), but the config makes it \(31, 32\)"),
+        ({"block_size": 21}, None, r"pos_emb has the shape \(1, 20, 32\), .* \(1, 21, 32\)"),
+    ],
+)
+def test_a_config_of_another_transformer_is_named(written, change, grid, expected):
+    config = {k: v for k, v in (written["config"] | change).items() if v is not None}
+    with pytest.raises(InputError, match=expected):
+        load_compvis_transformer(TRANSFORMER, config, grid)
+
+
+def test_weights_beside_the_transformer_are_named_and_ignored(written, tmp_path, capsys):
+    weights = read_weights(TRANSFORMER)
+    expected = load_compvis_transformer(TRANSFORMER, written["config"]).state_dict()
+    assert "ignored" not in capsys.readouterr().out
+    for name in ("first_stage_model.encoder.a", "first_stage_model.b", "cond_stage_model.a"):
+        weights[name] = torch.zeros(2)
+    torch.save({"state_dict": weights}, tmp_path / "c.ckpt")
+    loaded = load_compvis_transformer(tmp_path / "c.ckpt", written["config"]).state_dict()
+    line = "ignored 3 weights beside the transformer: cond_stage_model, first_stage_model\n"
+    assert capsys.readouterr().out == line
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    weights["permuter.forward_shuffle_idx"] = torch.arange(20)  # their codes in another order
+    torch.save({"state_dict": weights}, tmp_path / "c.ckpt")
+    with pytest.raises(InputError, match="has 1 weights .*permuter.forward_shuffle_idx"):
+        load_compvis_transformer(tmp_path / "c.ckpt", written["config"])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("transformer.blocks.1.attn.value.weight", (32, 32)),
+        ("transformer.blocks.0.mlp.0.bias", (128,)),
+    ],
+)
+def test_the_transformers_weights_match_strictly(written, tmp_path, name, expected):
+    weights = read_weights(TRANSFORMER)
+    weights[name] = torch.zeros(3)
+    torch.save({"state_dict": weights}, tmp_path / "c.ckpt")
+    message = f"{name} has the shape (3,), but the config makes it {expected}"
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_compvis_transformer(tmp_path / "c.ckpt", written["config"])
+    del weights[name]
+    torch.save({"state_dict": weights}, tmp_path / "c.ckpt")
+    with pytest.raises(InputError, match=f"lacks 1 .*{name}"):
+        load_compvis_transformer(tmp_path / "c.ckpt", written["config"])

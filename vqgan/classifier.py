@@ -11,7 +11,6 @@ He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016, arXiv
     -> means over places (B, 4w) -> logits (B, classes)
 """
 
-import io
 import pickle
 from pathlib import Path
 
@@ -22,8 +21,11 @@ from tqdm import tqdm
 
 from vqgan.data import Batches, ImageDataset, batches_in_order, evaluation_batch
 from vqgan.errors import InputError
-from vqgan.training import autocast, prepare_model, write_atomically
+from vqgan.training import Run, autocast, prepare_model, save_plain
 
+# The yardstick is another network than those that models are trained on, and of a fixed seed, so
+# that runs of other seeds are measured by the same.
+YARDSTICK_WIDTH, YARDSTICK_SEED = 24, 1
 BATCH_SIZE = 128
 # The highest rate of the schedule, which suits these widths and BatchNorm; and the usual decay.
 MAX_LR, WEIGHT_DECAY = 1e-2, 1e-2
@@ -163,9 +165,7 @@ def save_classifier(path: Path, model: Classifier, accuracy: float) -> None:
         "weights": model.state_dict(),
         "accuracy": accuracy,
     }
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
+    save_plain(path, state)
 
 
 def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float]:
@@ -179,6 +179,49 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float
         raise InputError(f"{path} is not a classifier of this package: delete it") from error
     model = prepare_model(model, device, compile=False)
     return model.eval().requires_grad_(False), accuracy
+
+
+def trained_classifier(
+    path: Path, run: Run, *, width: int, epochs: int, seed: int, flip: bool, resume: bool
+) -> tuple[Classifier, float]:
+    """A classifier of the run's data and its accuracy; with `resume` the file's, if it is there."""
+    if resume and path.exists():
+        return load_classifier(path, run.device)
+    model = train_classifier(
+        run.data,
+        width=width,
+        epochs=epochs,
+        seed=seed,
+        device=run.device,
+        dtype=run.dtype,
+        flip=flip,
+        name=path.stem,
+    )
+    share = accuracy(model, run.data, run.device)
+    print(f"{path.stem}: {share:.1%} of the test images recognised")
+    save_classifier(path, model, share)
+    return model, share
+
+
+def make_yardstick(
+    run: Run, *, epochs: int, flip: bool, resume: bool
+) -> tuple[Classifier | None, float | None]:
+    """A classifier which no model is trained on, and its accuracy; None for unlabelled images."""
+    if run.data.train_labels is None or len(run.data.class_names) < 2:
+        print("these images have no classes: no yardstick, and no Frechet distance")
+        return None, None
+    if len(run.data.test_images) < 2:
+        print("a single test image: no yardstick, and no Frechet distance")
+        return None, None
+    return trained_classifier(
+        run.out / "yardstick.pt",
+        run,
+        width=YARDSTICK_WIDTH,
+        epochs=epochs,
+        seed=YARDSTICK_SEED,
+        flip=flip,
+        resume=resume,
+    )
 
 
 @torch.no_grad()

@@ -1,8 +1,11 @@
-"""Reads the VQGAN checkpoints that the paper's authors published (CompVis/taming-transformers).
+"""Reads the checkpoints that the paper's authors published (CompVis/taming-transformers).
 
-Their network and `vqgan.py`'s are the same function; only the names of the weights differ. Theirs
+Their VQGAN and `vqgan.py`'s are the same function; only the names of the weights differ. Theirs
 say where a layer stands ("encoder.down.1.block.0.conv1"); here the encoder is one sequence of
 layers ("encoder.4.conv1"), so the two are matched by walking through both in order.
+
+Their transformer and `transformer.py`'s are the same function too. Theirs reads condition and codes
+from one table, here each has its own: both get a copy of theirs, and a condition keeps its ids.
 
 Their files are Lightning checkpoints, some of which carry objects of classes beside the weights.
 They are read with `weights_only=True` all the same: every foreign class is replaced by one that
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vqgan.errors import InputError
+from vqgan.transformer import GPT
 from vqgan.vqgan import VQGAN
 
 # The keys of their YAML (model.params.ddconfig, and embed_dim and n_embed beside it) that say what
@@ -26,6 +30,12 @@ CONFIG_KEYS = ("resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolution
 CONFIG_KEYS += ("embed_dim", "n_embed")
 ONLY_VALUES = {"double_z": False, "in_channels": 3, "out_ch": 3, "resamp_with_conv": True}
 NO_EFFECT = ("dropout", "give_pre_end")  # in eval mode
+
+# The same of the transformer (model.params.transformer_config.params). `n_unmasked` places at the
+# start would see each other.
+TRANSFORMER_KEYS = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+TRANSFORMER_ONLY_VALUES = {"n_unmasked": 0}
+TRANSFORMER_NO_EFFECT = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
 
 
 def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
@@ -40,37 +50,91 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
             (those of the training loss are named and ignored).
     """
     model = VQGAN(**_arguments(config))
-    theirs = read_weights(path)
-    names = _their_names(model)
-    missing = sorted(set(names.values()) - theirs.keys())
-    if missing:
-        raise InputError(
-            f"{path} lacks {len(missing)} of the network's {len(names)} weights, {missing[0]} "
-            "among them: give the config that belongs to this checkpoint"
-        )
-    unknown = sorted(theirs.keys() - names.values())
-    of_the_loss = [name for name in unknown if name.startswith("loss.")]
-    others = [name for name in unknown if not name.startswith("loss.")]
-    if others:
-        raise InputError(
-            f"{path} has {len(others)} weights that this network has not, {others[0]} among them: "
-            "give the config that belongs to this checkpoint"
-        )
+    names, ours = _their_names(model), model.state_dict()
+    theirs, of_the_loss = _set_apart(read_weights(path), ("loss.",))
+    _check_weights(path, theirs, {name: ours[our_name].shape for our_name, name in names.items()})
     if of_the_loss:
         modules = sorted({".".join(name.split(".")[:2]) for name in of_the_loss})
         print(f"ignored {len(of_the_loss)} weights of the training loss: {', '.join(modules)}")
-    ours = model.state_dict()
     for our_name, their_name in names.items():
-        expected, given = tuple(ours[our_name].shape), tuple(theirs[their_name].shape)
-        if given != expected:
-            raise InputError(
-                f"{path}: {their_name} has the shape {given}, but the config makes it {expected}: "
-                "give the config that belongs to this checkpoint"
-            )
         ours[our_name] = theirs[their_name].float()
     model.load_state_dict(ours)
     model.quantizer.waits_for_data = False
     return model.eval()
+
+
+def load_compvis_transformer(
+    path: str | Path, config: dict, grid_size: tuple[int, int] | None = None
+) -> GPT:
+    """Their checkpoint as a transformer in eval mode: the same logits.
+
+    A condition consists of ids of their one table: a code, the label of a class, a start token.
+    Token `nothing` has a row of zeros, since they trained none.
+
+    Args:
+        config: their YAML as a dictionary, or of it only the parameters of `transformer_config`,
+            flat or nested as there.
+        grid_size: (h, w) of the codes; what their block holds beyond them is the condition, of
+            block_size - h w + 1 tokens. None: (1, block_size), after a condition of one token.
+
+    Raises:
+        InputError: the file cannot be read, or does not have exactly the weights of this network
+            (those of the autoencoders beside it are named and ignored), or the grid is too large.
+    """
+    model = GPT(**_transformer_arguments(config, grid_size))
+    names, ours = _their_transformer_names(model), model.state_dict()
+    theirs, beside = _set_apart(read_weights(path), ("first_stage_model.", "cond_stage_model."))
+    theirs = {name: w for name, w in theirs.items() if not name.endswith(".attn.mask")}
+    shapes = {}
+    for our_name, their_names in names.items():
+        rows, *others = ours[our_name].shape
+        shapes |= dict.fromkeys(their_names, (rows // len(their_names), *others))
+    positions = "transformer.pos_emb"
+    shapes[positions] = (1, *shapes[positions])
+    _check_weights(path, theirs, shapes)
+    if beside:
+        modules = sorted({name.split(".")[0] for name in beside})
+        print(f"ignored {len(beside)} weights beside the transformer: {', '.join(modules)}")
+    theirs[positions] = theirs[positions].squeeze(0)
+    for our_name, their_names in names.items():
+        ours[our_name] = torch.cat([theirs[name].float() for name in their_names])
+    tokens = ours["code_table.weight"]
+    ours["condition_table.weight"] = torch.cat([tokens, torch.zeros_like(tokens[:1])])
+    model.load_state_dict(ours)
+    return model.eval()
+
+
+def _set_apart(weights: dict, prefixes: tuple[str, ...]) -> tuple[dict, list[str]]:
+    """The weights of the network, and the names of those that belong to something else."""
+    apart = sorted(name for name in weights if name.startswith(prefixes))
+    return {name: w for name, w in weights.items() if not name.startswith(prefixes)}, apart
+
+
+def _check_weights(path: str | Path, theirs: dict, shapes: dict) -> None:
+    """Raise InputError unless their weights have exactly these names and shapes."""
+    advice = "give the config that belongs to this checkpoint"
+    missing = sorted(shapes.keys() - theirs.keys())
+    if missing:
+        raise InputError(
+            f"{path} lacks {len(missing)} of the network's {len(shapes)} weights, {missing[0]} "
+            f"among them: {advice}"
+        )
+    unknown = sorted(theirs.keys() - shapes.keys())
+    if unknown:
+        raise InputError(
+            f"{path} has {len(unknown)} weights that this network has not, {unknown[0]} among "
+            f"them: {advice}"
+        )
+    for name, shape in shapes.items():
+        expected, given = tuple(shape), tuple(theirs[name].shape)
+        if given != expected:
+            raise InputError(
+                f"{path}: {name} has the shape {given}, but the config makes it {expected}: "
+                f"{advice}"
+            )
+
+
+# --- configs -----------------------------------------------------------------------------------
 
 
 def _arguments(config: dict) -> dict:
@@ -80,24 +144,8 @@ def _arguments(config: dict) -> dict:
     if "ddconfig" in config:  # beside it their YAML has more than the network: the loss, say
         outside = {key: config[key] for key in ("embed_dim", "n_embed") if key in config}
         config = config["ddconfig"] | outside
-    missing = [key for key in CONFIG_KEYS if key not in config]
-    if missing:
-        raise InputError(
-            f"the config lacks {', '.join(missing)}: give the ddconfig of the checkpoint's YAML, "
-            "with embed_dim and n_embed"
-        )
-    for key in CONFIG_KEYS:
-        values = config[key] if key in ("ch_mult", "attn_resolutions") else [config[key]]
-        if not isinstance(values, list | tuple) or not all(type(v) is int for v in values):
-            wanted = "a whole number" if values == [config[key]] else "a list of whole numbers"
-            raise InputError(f"the config has {key} = {config[key]!r}, but {wanted} was expected")
-    for key, value in config.items():
-        if key not in (*CONFIG_KEYS, *NO_EFFECT) and ONLY_VALUES.get(key, key) != value:
-            wanted = f"{ONLY_VALUES[key]!r}" if key in ONLY_VALUES else "not given"
-            raise InputError(
-                f"the config has {key} = {value!r}, which would be another network: "
-                f"a VQGAN's is {wanted}"
-            )
+    where = "the ddconfig of the checkpoint's YAML, with embed_dim and n_embed"
+    _check_config(config, where, CONFIG_KEYS, ONLY_VALUES, NO_EFFECT)
     sides = [config["resolution"] // 2**level for level in range(len(config["ch_mult"]))]
     return {
         "resolution": config["resolution"],
@@ -112,6 +160,53 @@ def _arguments(config: dict) -> dict:
         "quantizer": "gradient",  # the published ones
         "norm_groups": 32,
     }
+
+
+def _transformer_arguments(config: dict, grid_size: tuple[int, int] | None) -> dict:
+    """Constructor arguments of `GPT` from their config."""
+    for key in ("model", "params", "transformer_config", "params"):  # a whole YAML
+        config = config.get(key, config)
+    where = "the parameters of transformer_config in the checkpoint's YAML"
+    only_values, no_effect = TRANSFORMER_ONLY_VALUES, TRANSFORMER_NO_EFFECT
+    _check_config(config, where, TRANSFORMER_KEYS, only_values, no_effect)
+    block_size, vocabulary = config["block_size"], config["vocab_size"]
+    h, w = (1, block_size) if grid_size is None else grid_size
+    if h * w > block_size:
+        raise InputError(
+            f"a grid of {h}x{w} codes was given, but the transformer's block holds {block_size}: "
+            "give a smaller one"
+        )
+    return {
+        "num_embeddings": vocabulary,
+        "grid_size": (h, w),
+        "condition_vocabulary": vocabulary,
+        "condition_length": block_size - h * w + 1,  # the last code is not read
+        "n_layer": config["n_layer"],
+        "n_head": config["n_head"],
+        "n_embd": config["n_embd"],
+        "dropout": 0.0,
+    }
+
+
+def _check_config(
+    config: dict, where: str, keys: tuple[str, ...], only_values: dict, no_effect: tuple[str, ...]
+) -> None:
+    """Raise InputError unless the config has these keys, and no others but those without effect."""
+    missing = [key for key in keys if key not in config]
+    if missing:
+        raise InputError(f"the config lacks {', '.join(missing)}: give {where}")
+    for key in keys:
+        values = config[key] if key in ("ch_mult", "attn_resolutions") else [config[key]]
+        if not isinstance(values, list | tuple) or not all(type(v) is int for v in values):
+            wanted = "a whole number" if values == [config[key]] else "a list of whole numbers"
+            raise InputError(f"the config has {key} = {config[key]!r}, but {wanted} was expected")
+    for key, value in config.items():
+        if key not in (*keys, *no_effect) and only_values.get(key, key) != value:
+            wanted = f"{only_values[key]!r}" if key in only_values else "not given"
+            raise InputError(
+                f"the config has {key} = {value!r}, which would be another network: "
+                f"this one's is {wanted}"
+            )
 
 
 # --- names -------------------------------------------------------------------------------------
@@ -157,6 +252,24 @@ def _decoder_layers(model: VQGAN) -> Iterator[str]:
         if level > 0:
             yield f"decoder.up.{level}.upsample"
     yield from ("decoder.norm_out", "swish", "decoder.conv_out")
+
+
+def _their_transformer_names(model: GPT) -> dict[str, list[str]]:
+    """For each of our weights, what they call it, or the parts it is laid together from."""
+    renamed = {
+        "attention.proj": "attn.proj", "norm1": "ln1", "norm2": "ln2", "norm.": "ln_f.",
+        "code_table": "tok_emb", "position_table": "pos_emb",
+    }  # fmt: skip
+    names = {}
+    for our_name in model.state_dict():
+        if our_name == "condition_table.weight":
+            continue  # a copy of the table of codes
+        name = f"transformer.{our_name}"
+        for ours, theirs in renamed.items():
+            name = name.replace(ours, theirs)
+        parts = ("query", "key", "value") if "attention.qkv" in name else ("",)
+        names[our_name] = [name.replace("attention.qkv", f"attn.{part}") for part in parts]
+    return names
 
 
 # --- reading -----------------------------------------------------------------------------------

@@ -355,12 +355,18 @@ class Batches:
         if isinstance(self.images, Tensor):
             order = order.to(self.device)  # once an epoch: no copy to the GPU at every step
         for images in _fetch(self.images, order[self.position :], self.device):
-            row, mirrored = order[self.position], flips[self.position][:, None, None, None]
+            row, mirrored = order[self.position], flips[self.position]
             self.position += 1
-            x = from_uint8(images)
-            x = torch.where(mirrored, x.flip(3), x)
-            yield x if self.labels is None else (x, self.labels[row.to(self.device)])
+            yield self.make_batch(images, row, mirrored)
         self.epoch_start, self.position = self.generator.get_state(), 0
+
+    def make_batch(
+        self, images: Tensor, row: Tensor, mirrored: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """What is given out, of images uint8 (B, 3, H, W), their numbers and flips, both (B,)."""
+        x = from_uint8(images)
+        x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        return x if self.labels is None else (x, self.labels[row.to(self.device)])
 
     def state_dict(self) -> dict:
         return {

@@ -128,6 +128,37 @@ def losses(
     _save(figure, path)
 
 
+def code_losses(
+    path: Path,
+    rows: Sequence[Mapping[str, float]],
+    validation: Sequence[Mapping[str, float]],
+    baselines: Mapping[str, float],
+    *,
+    title: str,
+) -> None:
+    """Nats a code by epoch: training, validation, and dashed lines that a model must get below.
+
+    rows, validation: {"epoch", "loss"}, as in log.csv; baselines: {label: nats a code}.
+    """
+    figure = Figure(figsize=(7.4, 4.2), layout="constrained")
+    figure.suptitle(title)
+    axes = _plot_axes(figure, (1, 1, 1), xlabel="epoch", ylabel="nats a code")
+    for i, (name, points) in enumerate((("training", rows), ("validation", validation))):
+        epochs, losses = ([point[key] for point in points] for key in ("epoch", "loss"))
+        style = _line(points) | ({"marker": "o", "markersize": 4} if name == "validation" else {})
+        axes.plot(epochs, losses, label=name, color=COLOURS[i], zorder=3 + i, **style)
+    for i, (name, value) in enumerate(baselines.items()):
+        axes.axhline(
+            value,
+            color=COLOURS[2 + i],
+            linestyle="--",
+            linewidth=1.2,
+            label=f"{name}: {value:.2f}",
+        )
+    axes.legend(frameon=False, fontsize=9)
+    _save(figure, path)
+
+
 def adversarial(
     path: Path,
     rows: Sequence[Mapping[str, float]],

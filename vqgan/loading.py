@@ -1,28 +1,70 @@
 """A trained model from its file: one of this package, or one that the VQGAN's authors published."""
 
+import hashlib
+import json
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 
 from vqgan.compvis import load_compvis_vqgan
+from vqgan.conditions import Condition
 from vqgan.errors import InputError
 from vqgan.training import load_checkpoint
+from vqgan.transformer import GPT
 from vqgan.vae import VAE
 from vqgan.vqgan import VQGAN
-from vqgan.vqvae import VQVAE
+from vqgan.vqvae import VQVAE, VQAutoencoder
 
-MODELS = {"VAE": VAE, "VQVAE": VQVAE, "VQGAN": VQGAN}
+MODELS = {"VAE": VAE, "VQVAE": VQVAE, "VQGAN": VQGAN, "GPT": GPT}
+# Pairs that come with the package, by name.
+SHIPPED = {"shapes": Path(__file__).parent / "pretrained" / "shapes" / "checkpoint.pt"}
 
 
-def load_model(path: str | Path, *, config: dict | None = None) -> VAE | VQVAE | VQGAN:
+def load_model(path: str | Path, *, config: dict | None = None) -> VAE | VQVAE | VQGAN | GPT:
     """The model of a checkpoint, on the CPU, in eval mode, its parameters frozen.
 
     Args:
+        path: a file, or the name of one that comes with the package (`SHIPPED`).
         config: for a checkpoint of the VQGAN's authors: see `compvis.load_compvis_vqgan`.
 
     Raises:
         InputError: the file is no checkpoint, or not of the model it names.
     """
+    if config is not None:
+        path = _existing(path)
+        return load_compvis_vqgan(path, config).eval().requires_grad_(False)
+    return build_model(read_checkpoint(path), path)
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """What a checkpoint of this package holds, of whichever model; see `load_model`."""
+    remedy = "name the checkpoint.pt of a run, or give one of the VQGAN's authors its config"
+    state = load_checkpoint(_existing(path), remedy=f"{remedy} (--config)")
+    if state["model"] not in MODELS:
+        raise InputError(
+            f"{path} is of a {state['model']!r}, but one of {', '.join(MODELS)} was expected: "
+            "name another checkpoint"
+        )
+    return state
+
+
+def build_model(state: dict, path: str | Path) -> VAE | VQVAE | VQGAN | GPT:
+    """The model of a checkpoint that was read; `path` is what errors call it."""
+    try:
+        model = MODELS[state["model"]](**state["arguments"])
+        model.load_state_dict(state["weights"])
+    except (TypeError, RuntimeError) as error:
+        raise InputError(
+            f"{path} does not fit {state['model']} ({' '.join(str(error).split())[:200]}): "
+            "it is of another version, or damaged; name another checkpoint"
+        ) from error
+    return model.eval().requires_grad_(False)
+
+
+def _existing(path: str | Path) -> Path:
+    if str(path) in SHIPPED and not Path(path).is_file():
+        return SHIPPED[str(path)]
     path = Path(path)
     if path.is_dir():
         inside = sorted(str(found) for found in path.rglob("checkpoint.pt"))
@@ -33,27 +75,10 @@ def load_model(path: str | Path, *, config: dict | None = None) -> VAE | VQVAE |
     if not path.exists():
         raise InputError(
             f"there is no checkpoint {path}: name the checkpoint.pt of a run, as in "
-            "runs/vqgan/vqgan/checkpoint.pt"
+            f"runs/vqgan/vqgan/checkpoint.pt, or one that comes with the package: "
+            f"{', '.join(SHIPPED)}"
         )
-    if config is not None:
-        model = load_compvis_vqgan(path, config)
-    else:
-        remedy = "name the checkpoint.pt of a run, or give one of the VQGAN's authors its config"
-        state = load_checkpoint(path, remedy=f"{remedy} (--config)")
-        if state["model"] not in MODELS:
-            raise InputError(
-                f"{path} is of a {state['model']!r}, but one of {', '.join(MODELS)} was expected: "
-                "name another checkpoint"
-            )
-        try:
-            model = MODELS[state["model"]](**state["arguments"])
-            model.load_state_dict(state["weights"])
-        except (TypeError, RuntimeError) as error:
-            raise InputError(
-                f"{path} does not fit {state['model']} ({' '.join(str(error).split())[:200]}): "
-                "it is of another version, or damaged; name another checkpoint"
-            ) from error
-    return model.eval().requires_grad_(False)
+    return path
 
 
 def image_size_of(model: nn.Module) -> int:
@@ -62,3 +87,84 @@ def image_size_of(model: nn.Module) -> int:
         return model.image_size
     # A VQ-VAE takes any side, and does not know which it was trained on.
     return model.resolution if isinstance(model, VQGAN) else 32
+
+
+# --- both stages -----------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    """A transformer, and the tokenizer whose codes it writes."""
+
+    transformer: GPT
+    tokenizer: VQAutoencoder
+    condition: Condition
+    image_size: int  # side in pixels
+
+
+def load_tokenizer(path: str | Path) -> tuple[VQAutoencoder, dict]:
+    """A VQ-VAE or VQGAN, and its checkpoint's state, whose "about" says what it was trained on.
+
+    Raises:
+        InputError: also for a model that has no codes.
+    """
+    state = read_checkpoint(path)
+    model = build_model(state, path)
+    if not isinstance(model, VQAutoencoder):
+        raise InputError(
+            f"{path} is of a {state['model']}, and a tokenizer was expected: name the "
+            "checkpoint.pt of a VQVAE or VQGAN"
+        )
+    state["about"] = state.get("about") or _about_from_config(_existing(path))
+    return model, state
+
+
+def _about_from_config(path: Path) -> dict:
+    """What the run folder's config.json says of a checkpoint that does not say it itself."""
+    for folder in (path.parent, path.parent.parent):
+        try:
+            config = json.loads((folder / "config.json").read_text())
+            return {key: config[key] for key in ("data", "image_size", "command")}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of a model's weights, whichever file they came from: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if hasattr(tensor, "cpu"):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_pair(path: str | Path, *, tokenizer: str | Path | None = None) -> Pair:
+    """A transformer with its tokenizer: the file `tokenizer.pt` beside it, or the one given.
+
+    Raises:
+        InputError: not a transformer's checkpoint, no tokenizer there, or not the one that the
+            transformer was trained with.
+    """
+    state = read_checkpoint(path)
+    transformer = build_model(state, path)
+    if not isinstance(transformer, GPT) or "condition" not in state.get("about", {}):
+        raise InputError(
+            f"{path} is of a {state['model']}, and a transformer was expected: name the "
+            "checkpoint.pt of a run of train_transformer.py"
+        )
+    about = state["about"]
+    beside = _existing(path).with_name("tokenizer.pt")
+    if tokenizer is None and not beside.exists():
+        raise InputError(
+            f"the tokenizer of {path} is not beside it ({beside}): copy it there, or name it with "
+            f"--tokenizer (it was {about['tokenizer']})"
+        )
+    given = tokenizer or beside
+    model, _ = load_tokenizer(given)
+    if fingerprint(model) != about["tokenizer_fingerprint"]:
+        raise InputError(
+            f"{given} is not the tokenizer that {path} was trained with "
+            f"({about['tokenizer']}): its codes mean other things; name that one"
+        )
+    return Pair(transformer, model, Condition.from_dict(about["condition"]), about["image_size"])

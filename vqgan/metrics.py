@@ -209,6 +209,46 @@ class CodebookUsage:
         return 2**self.entropy
 
 
+# Observations that the frequencies of single codes count for beside those after one code.
+BACKOFF = 100
+
+
+def code_baselines(train: Tensor, test: Tensor, num_embeddings: int) -> dict[str, float]:
+    """What three simple models of grids need for a code, in nats: a transformer must need less.
+
+        uniform   ln K: every code alike
+        single    -mean log p(s), by how often each code occurs
+        left      -mean log p(s | l), by how often it occurs to the right of code l
+
+    The frequencies are those of the training grids, the mean is over the test grids: like a
+    transformer's validation loss, it charges for what was not seen. (Frequencies p(s) count every
+    code once more than it was seen; p(s | l) counts BACKOFF more, shared as p(s). The first code of
+    a row has none to its left, and costs -log p(s).)
+
+    Args:
+        train, test: (N, h, w) int64, 0 to K - 1.
+    """
+    K = num_embeddings
+    counts = torch.bincount(train.flatten(), minlength=K).double() + 1
+    single = counts / counts.sum()  # p(s), (K,)
+    # Pairs that occur are few of the K^2: they are counted as numbers l K + s.
+    pairs, pair_counts = (train[..., :-1] * K + train[..., 1:]).unique(return_counts=True)
+    left_counts = torch.bincount(train[..., :-1].flatten(), minlength=K)
+    left, code = test[..., :-1].flatten(), test[..., 1:].flatten()
+    wanted = left * K + code
+    place = torch.searchsorted(pairs, wanted).clamp(max=max(len(pairs) - 1, 0))
+    seen = torch.zeros_like(wanted)
+    if len(pairs):
+        seen = torch.where(pairs[place] == wanted, pair_counts[place], 0)
+    given_left = (seen + BACKOFF * single[code]) / (left_counts[left] + BACKOFF)  # p(s | l)
+    first = single[test[..., 0].flatten()]  # of a row
+    return {
+        "uniform": math.log(K),
+        "single": -single[test].log().mean().item(),
+        "left": -torch.cat([given_left, first]).log().mean().item(),
+    }
+
+
 def code_bits(height: int, width: int, num_embeddings: int) -> float:
     """Bits of a grid of codes sent as plain numbers: h w log2 K."""
     return height * width * math.log2(num_embeddings)

@@ -33,7 +33,9 @@ COLOURS = {
     "white": (240, 240, 240),
     "black": (25, 25, 25),
 }
+GREY = 110.0  # in the middle of the palette; textures mix a background with it
 SIZE_IN_PIXELS = 32
+SMALLEST_AREA = 20  # pixels that the smallest shape has at least
 IMAGES_AT_ONCE = 64  # so that their points, 1 MiB in float32, stay in a processor's cache
 SUPERSAMPLING = 2  # each pixel's coverage is the mean of 2x2 points, so that edges are smooth
 
@@ -86,8 +88,8 @@ def draw_shapes(
     foreground = palette[colour] + jitter[0]
     light = palette[background] + jitter[1]
     contrast = rng.uniform(0.3, 0.6, size=(num_images, 1)).astype(np.float32)
-    grey = np.float32(110.0)  # the second shade lies between the colour and a grey
-    dark = light * (1 - contrast) + grey * contrast
+    # The second shade lies between the colour and a grey.
+    dark = light * (1 - contrast) + np.float32(GREY) * contrast
     texture = _texture(rng, num_images)
     images = np.empty((num_images, 3, SIZE_IN_PIXELS, SIZE_IN_PIXELS), dtype=np.uint8)
     for start in range(0, num_images, IMAGES_AT_ONCE):
@@ -153,6 +155,44 @@ def _is_inside(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if name == "hourglass":
         return (abs(x) <= 0.12 + 0.75 * abs(y)) & (abs(y) <= 0.9)
     raise ValueError(f"no shape is called {name!r}; the shapes are {', '.join(CLASSES)}")
+
+
+def colours_of(images: np.ndarray) -> list[tuple[str, str]]:
+    """The colours of drawn pictures, or of a model's: (shape's, background's) for each.
+
+    A background runs from its colour towards grey, so in the space of colours it is a line through
+    grey; which of the eight lines is told by the pixels at the border, where no shape reaches. The
+    shape is where pixels are farthest from that line, and their mean names its colour.
+
+    Args:
+        images: uint8 (N, 3, 32, 32).
+    """
+    names, palette = list(COLOURS), np.array(list(COLOURS.values()), dtype=np.float32)
+    rays = palette - GREY  # (8, 3), from grey to each colour
+    lengths = np.linalg.norm(rays, axis=1)
+    rays = rays / lengths[:, None]
+    pixels = images.transpose(0, 2, 3, 1).astype(np.float32)  # (N, 32, 32, 3)
+
+    def distances(points: np.ndarray) -> np.ndarray:
+        """From points (..., 3) to the eight stretches from grey to a colour: (..., 8)."""
+        offset = points - GREY
+        along = np.clip(offset @ rays.T, 0, lengths)
+        return np.linalg.norm(offset[..., None, :] - along[..., None] * rays, axis=-1)
+
+    border = np.concatenate(
+        [pixels[:, 0], pixels[:, -1], pixels[:, 1:-1, 0], pixels[:, 1:-1, -1]], axis=1
+    )
+    background = distances(border).mean(axis=1).argmin(axis=1)  # (N,)
+    from_background = np.stack(
+        [distances(picture)[..., b].ravel() for picture, b in zip(pixels, background, strict=True)]
+    )  # (N, 1024)
+    farthest = np.argsort(-from_background, axis=1)[:, :SMALLEST_AREA]
+    flat = pixels.reshape(len(pixels), -1, 3)
+    mean = np.take_along_axis(flat, farthest[..., None], axis=1).mean(axis=1)  # (N, 3)
+    to_palette = np.linalg.norm(mean[:, None] - palette, axis=2)  # (N, 8)
+    to_palette[np.arange(len(mean)), background] = np.inf  # a shape never has it
+    shape = to_palette.argmin(axis=1)
+    return [(names[s], names[b]) for s, b in zip(shape, background, strict=True)]
 
 
 def _texture(rng: np.random.Generator, num_images: int) -> np.ndarray:

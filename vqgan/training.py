@@ -43,6 +43,7 @@ from vqgan.errors import InputError
 
 # Flags that a resumed run may have otherwise: it is still the same run.
 MAY_CHANGE_ON_RESUME = {"device", "compile", "checkpoint_every", "epochs", "data_root", "rfid"}
+MAY_CHANGE_ON_RESUME |= {"temperature", "top_k", "top_p", "guidance", "num_samples"}
 
 
 def _number(kind: type, is_valid: Callable, wanted: str) -> Callable[[str], float]:
@@ -235,6 +236,11 @@ def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
     return Run(out, device, dtype, data, pixel_variance(data.train_images))
 
 
+def about_run(args: argparse.Namespace) -> dict:
+    """What a checkpoint says of its run: the data it was trained on, and by which command."""
+    return {"data": args.data, "image_size": args.image_size, "command": args.command}
+
+
 def write_metrics(run: Run, args: argparse.Namespace, models: dict[str, dict], **more) -> None:
     """metrics.json: what was measured of each model, on which data, by what; and more keys."""
     content = {
@@ -368,17 +374,8 @@ def write_json(path: Path, content: dict) -> None:
 
 # --- checkpoints -------------------------------------------------------------------------------
 
-CHECKPOINT_KEYS = {  # what a run cannot go on without
-    "model",
-    "arguments",
-    "weights",
-    "optimizers",
-    "batches",
-    "step",
-    "seconds",
-    "random",
-    "threads",
-}
+MODEL_KEYS = {"model", "arguments", "weights"}  # what a model can be used with
+RUN_KEYS = {"optimizers", "batches", "step", "seconds", "random", "threads"}  # and a run goes on
 
 # What to do after a loss or a weight that is not finite.
 START_AGAIN = (
@@ -397,6 +394,7 @@ def save_checkpoint(
     step: int,
     seconds: float,
     companions: dict | None = None,
+    about: dict | None = None,
 ) -> None:
     """Everything that the next step depends on, as plain tensors, numbers, strings and dicts.
 
@@ -407,6 +405,7 @@ def save_checkpoint(
         seconds: of training so far.
         companions: what else training goes on with, by name (a discriminator, say): anything with
             a `state_dict`.
+        about: what else is to be known of the model: its data, say (`about_run`).
 
     Raises:
         InputError: a weight is not finite any more; the old checkpoint stays.
@@ -429,11 +428,30 @@ def save_checkpoint(
         "seconds": seconds,
         "random": random_state(),
         "threads": torch.get_num_threads(),
+        "about": about or {},
         "code_version": vqgan.__version__,
     }
+    save_plain(path, state)
+
+
+def save_plain(path: Path, state: dict) -> None:
+    """Write plain tensors, numbers, strings, lists and dicts, whole or not at all."""
     buffer = io.BytesIO()  # torch.save reports a full disk as something other than an OSError
     torch.save(state, buffer)
     write_atomically(path, buffer.getvalue())
+
+
+def save_model(path: Path, state: dict, *, half: bool = False) -> None:
+    """Of a checkpoint's state (`load_checkpoint`) only what the model is used with.
+
+    `half`: the weights in half precision: a file of half the size, equal to about three digits.
+    """
+    weights = {
+        name: value.half() if half and _is_float(value) else value
+        for name, value in state["weights"].items()
+    }
+    kept = {key: state[key] for key in ("model", "arguments", "about", "code_version")}
+    save_plain(path, kept | {"weights": weights})
 
 
 def load_checkpoint(
@@ -448,7 +466,8 @@ def load_checkpoint(
     To use a model: `VQVAE(**c["arguments"])`, then `load_state_dict(c["weights"])`.
 
     Args:
-        model, arguments: what the checkpoint must be of, if given.
+        model, arguments: what the checkpoint must be of for a run to go on with it; if not given,
+            it may be one that can only be used (`save_model`).
         remedy: what to do when the file is not a checkpoint, for the error.
 
     Raises:
@@ -466,7 +485,8 @@ def load_checkpoint(
         raise InputError(
             f"{path} is not a checkpoint of plain data ({reason}): {remedy}"
         ) from error
-    if not isinstance(state, dict) or not CHECKPOINT_KEYS <= state.keys():
+    keys = MODEL_KEYS if model is None else MODEL_KEYS | RUN_KEYS
+    if not isinstance(state, dict) or not keys <= state.keys():
         raise InputError(f"{path} is not a checkpoint of this package: {remedy}")
     if model is not None and (state["model"], state["arguments"]) != (model, arguments):
         raise InputError(

@@ -275,7 +275,7 @@ class GPT(nn.Module):
                 top_k, top_p or guidance out of range.
         """
         self._check_condition(condition)
-        _check_sampling(self.num_embeddings, temperature, top_k, top_p, guidance)
+        check_sampling(self.num_embeddings, temperature, top_k, top_p, guidance)
         B, (h, w) = len(condition), self.grid_size
         if known is not None:
             if known.shape != (B, h, w):
@@ -334,7 +334,7 @@ class GPT(nn.Module):
             the others: as `sample`'s.
         """
         self._check_condition(condition)
-        _check_sampling(self.num_embeddings, temperature, top_k, top_p, guidance)
+        check_sampling(self.num_embeddings, temperature, top_k, top_p, guidance)
         (h, w), B = self.grid_size, len(condition)
         if height < h or width < w:
             raise InputError(
@@ -436,7 +436,7 @@ def _uniform(num_codes: int, batch_size: int, generator: torch.Generator | None)
     return 1 - torch.rand(num_codes, batch_size, generator=generator, device=generator.device)
 
 
-def _check_sampling(
+def check_sampling(
     num_embeddings: int,
     temperature: float,
     top_k: int | None,

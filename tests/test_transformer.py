@@ -1,0 +1,583 @@
+import copy
+import math
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from vqgan.errors import InputError
+from vqgan.transformer import GPT, _uniform, draw, keep_likely
+
+K, GRID, CONDITIONS = 11, (3, 4), 5
+
+
+def make(C=1, dtype=torch.float64, **sizes):
+    """A tiny transformer in eval mode, far enough from its start that everything has an effect."""
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.0} | sizes
+    model = GPT(K, GRID, CONDITIONS, C, **sizes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+def data(C=1, B=3, N=12):
+    return torch.randint(CONDITIONS, (B, C)), torch.randint(K, (B, N))
+
+
+def seeded(seed=7):
+    return torch.Generator().manual_seed(seed)
+
+
+def sample_plainly(condition, next_logits, seed=7, known=None, **filters):
+    """Twelve codes without a cache: next_logits(indices so far) gives the logits of the next."""
+    uniform = _uniform(12, len(condition), seeded(seed))
+    indices = torch.zeros(len(condition), 0, dtype=torch.int64)
+    for i in range(12):
+        settings = {"temperature": 1.0, "top_k": None, "top_p": None} | filters
+        code = draw(next_logits(indices), uniform[i], **settings)
+        if known is not None:
+            code = torch.where(known[:, i] < 0, code, known[:, i])
+        indices = torch.cat([indices, code[:, None]], dim=1)
+    return indices.view(-1, *GRID)
+
+
+def from_forward(model, condition):
+    """next_logits for `sample_plainly`: a whole forward for each code."""
+
+    def next_logits(indices):
+        unread = torch.zeros(len(indices), 1, dtype=torch.int64)
+        with torch.no_grad():
+            return model(condition, torch.cat([indices, unread], dim=1))[:, -1]
+
+    return next_logits
+
+
+# --- the network -------------------------------------------------------------------------------
+
+
+def by_hand(model, condition, indices):
+    """The whole forward of one grid, place by place and head by head, from the weights alone."""
+    w = {name: value.detach() for name, value in model.named_parameters()}
+
+    def norm(x, name):
+        x = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
+
+    rows = [w["condition_table.weight"][c] for c in condition]
+    rows += [w["code_table.weight"][s] for s in indices[:-1]]
+    places = [row + w["position_table"][t] for t, row in enumerate(rows)]
+    size = len(places[0]) // model.n_head
+    for layer in range(len(model.blocks)):
+        block = f"blocks.{layer}"
+        qkv = [linear(norm(x, f"{block}.norm1"), f"{block}.attention.qkv") for x in places]
+        for t in range(len(places)):
+            heads = []
+            for head in range(model.n_head):
+                q, k, v = (
+                    [x.chunk(3)[part][head * size : (head + 1) * size] for x in qkv]
+                    for part in range(3)
+                )
+                scores = torch.stack([q[t] @ k[s] / math.sqrt(size) for s in range(t + 1)])
+                weights = scores.exp() / scores.exp().sum()
+                heads.append(sum(weights[s] * v[s] for s in range(t + 1)))
+            places[t] = places[t] + linear(torch.cat(heads), f"{block}.attention.proj")
+        for t, x in enumerate(places):
+            hidden = linear(norm(x, f"{block}.norm2"), f"{block}.mlp.0")
+            hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+            places[t] = x + linear(hidden, f"{block}.mlp.2")
+    last_of_the_condition = len(condition) - 1
+    return torch.stack([w["head.weight"] @ norm(x, "norm") for x in places[last_of_the_condition:]])
+
+
+@pytest.mark.parametrize("C", [1, 3])
+@pytest.mark.parametrize("N", [1, 5])
+def test_forward_by_hand(C, N):
+    model, (condition, indices) = make(C), data(C, N=N)
+    logits = model(condition, indices)
+    assert logits.shape == (3, N, K)
+    for b in range(3):
+        assert torch.allclose(logits[b], by_hand(model, condition[b], indices[b]), atol=1e-10)
+
+
+def test_same_logits_as_gpt2_of_transformers():
+    config = GPT2Config(
+        vocab_size=K, n_positions=12, n_embd=16, n_layer=2, n_head=2, activation_function="gelu",
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.3,
+    )  # fmt: skip
+    theirs = GPT2LMHeadModel(config).eval()
+    ours = GPT(K, GRID, K, 1, n_layer=2, n_head=2, n_embd=16).eval()
+    body = theirs.transformer
+    norms, pairs = [(ours.norm, body.ln_f)], []
+    for block, h in zip(ours.blocks, body.h, strict=True):
+        norms += [(block.norm1, h.ln_1), (block.norm2, h.ln_2)]
+        pairs += [(block.attention.qkv, h.attn.c_attn), (block.attention.proj, h.attn.c_proj)]
+        pairs += [(block.mlp[0], h.mlp.c_fc), (block.mlp[2], h.mlp.c_proj)]
+    with torch.no_grad():
+        for mine, other in norms + pairs:
+            other.bias.normal_()
+            mine.bias.copy_(other.bias)
+        for mine, other in norms:
+            mine.weight.copy_(other.weight.normal_())
+        for mine, other in pairs:
+            mine.weight.copy_(other.weight.T)  # theirs is (in, out)
+        ours.position_table.copy_(body.wpe.weight)
+        for table in (ours.code_table.weight, ours.condition_table.weight[:K], ours.head.weight):
+            table.copy_(body.wte.weight)
+        tokens = torch.randint(K, (3, 12))
+        unread = torch.zeros(3, 1, dtype=torch.int64)
+        logits = ours(tokens[:, :1], torch.cat([tokens[:, 1:], unread], dim=1))
+        assert torch.allclose(logits, theirs(tokens).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("C", [1, 3])
+def test_a_code_changes_the_logits_of_later_codes_only(C):
+    model, (condition, indices) = make(C), data(C)
+    logits = model(condition, indices)
+    for j in range(12):
+        changed = indices.clone()
+        changed[:, j] = (changed[:, j] + 1) % K
+        difference = (model(condition, changed) - logits).abs().amax(dim=(0, 2))
+        assert (difference[: j + 1] == 0).all()
+        assert (difference[j + 1 :] > 1e-6).all()  # of the last code: none
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_every_token_of_the_condition_reaches_every_code(place):
+    model, (condition, indices) = make(3), data(3)
+    changed = condition.clone()
+    changed[:, place] = (changed[:, place] + 1) % CONDITIONS
+    difference = (model(changed, indices) - model(condition, indices)).abs().amax(dim=(0, 2))
+    assert (difference > 1e-6).all()
+
+
+def test_the_loss_is_the_mean_of_minus_log_probabilities():
+    model, (condition, indices) = make(), data()
+    log_probabilities = model(condition, indices).float().log_softmax(dim=-1)
+    total = 0.0
+    for b in range(3):
+        for i in range(12):
+            total -= log_probabilities[b, i, indices[b, i]].item()
+    assert model.loss(condition, indices).item() == pytest.approx(total / 36, rel=1e-5)
+
+
+def test_dropout_in_training_only():
+    model, (condition, indices) = make(dropout=0.5), data()
+    assert torch.equal(model(condition, indices), model(condition, indices))
+    model.train()
+    assert not torch.allclose(model(condition, indices), model(condition, indices))
+    attention, x = model.blocks[0].attention, torch.randn(1, 6, 16, dtype=torch.float64)
+    assert not torch.allclose(attention(x), attention(x))  # its weights are dropped too
+
+
+def test_it_starts_as_gpt2():
+    model = GPT(64, (8, 8), 64, 1, n_layer=8, n_head=4, n_embd=64)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            ends_a_branch = name.endswith(("proj.weight", "mlp.2.weight"))
+            std = 0.02 / 4 if ends_a_branch else 0.02  # 4 = sqrt(2 * 8 layers)
+            assert parameter.std().item() == pytest.approx(std, rel=0.06), name
+            assert abs(parameter.mean().item()) < 0.1 * std, name
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay():
+    model = make()
+    decaying, others = model.parameter_groups(0.1)
+    assert decaying["weight_decay"] == 0.1 and others["weight_decay"] == 0
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    assert len(decaying["params"]) + len(others["params"]) == len(names)
+    assert set(decaying["params"]) | set(others["params"]) == names.keys()
+    expected = {"head.weight"} | {
+        f"blocks.{i}.{layer}.weight"
+        for i in range(2)
+        for layer in ("attention.qkv", "attention.proj", "mlp.0", "mlp.2")
+    }
+    assert {names[parameter] for parameter in decaying["params"]} == expected
+
+
+def test_a_copy_is_independent_of_the_original():
+    model, (condition, _) = make(), data()
+    twin = copy.deepcopy(model)
+    before = model.sample(condition, generator=seeded())
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert (twin.sample(condition, temperature=0) == 0).all()
+    assert torch.equal(model.sample(condition, generator=seeded()), before)
+
+
+def test_the_head_has_the_codes_alone():
+    model = GPT(4, GRID, 1000, 2, n_layer=1, n_head=1, n_embd=8)
+    assert model.head.weight.shape == (4, 8) and model.head.bias is None
+    indices = model.sample(torch.randint(1000, (200, 2)), temperature=5.0, generator=seeded())
+    assert indices.unique().tolist() == [0, 1, 2, 3]
+
+
+# --- drawing a code ----------------------------------------------------------------------------
+
+
+def likely_plainly(logits, top_k, top_p):
+    """Which codes of one row are kept, by a sorted list."""
+    codes = sorted(range(len(logits)), key=lambda code: -logits[code])
+    if top_k is not None:
+        codes = codes[:top_k]
+    if top_p is not None:
+        total = sum(math.exp(logits[code]) for code in codes)
+        kept, mass = [], 0.0
+        for code in codes:
+            kept.append(code)
+            mass += math.exp(logits[code]) / total
+            if mass >= top_p:
+                break
+        codes = kept
+    return set(codes)
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 4, 30])
+@pytest.mark.parametrize("top_p", [None, 1e-9, 0.35, 0.8, 1.0])
+def test_the_likely_codes_by_a_sorted_list(top_k, top_p):
+    logits = 2 * torch.randn(2, 10, 30, dtype=torch.float64)
+    kept = keep_likely(logits, top_k, top_p)
+    assert kept.shape == logits.shape
+    for row, kept_row in zip(logits.flatten(0, 1), kept.flatten(0, 1), strict=True):
+        expected = likely_plainly(row.tolist(), top_k, top_p)
+        assert set(kept_row.isfinite().nonzero().flatten().tolist()) == expected
+        assert all(kept_row[code] == row[code] for code in expected)
+
+
+def test_of_ties_as_many_are_kept_as_are_needed():
+    logits = torch.zeros(1, 8)
+    assert keep_likely(logits, 3, None).isfinite().sum() == 3
+    assert keep_likely(logits, None, 0.5).isfinite().sum() == 4
+    assert keep_likely(logits, 4, 0.5).isfinite().sum() == 2  # half of the four
+    logits[0, 5] = 1.0
+    assert keep_likely(logits, 2, None).isfinite()[0, 5]
+
+
+def test_codes_are_drawn_as_often_as_the_softmax_says():
+    logits, n = torch.randn(K, dtype=torch.float64), 200_000
+    for temperature in (1.0, 0.5):
+        uniform = _uniform(n, 1, seeded()).flatten()
+        codes = draw(logits.expand(n, K), uniform, temperature, None, None)
+        p = (logits / temperature).softmax(dim=0)
+        share = codes.bincount(minlength=K) / n
+        assert ((share - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all()
+
+
+def test_each_code_has_its_stretch_of_the_line():
+    logits = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    for u, code in ((0.01, 0), (0.199, 0), (0.201, 1), (0.699, 1), (0.701, 2), (1.0, 2)):
+        assert draw(logits[None], torch.tensor([u]), 1.0, None, None).item() == code
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_impossible_code_is_never_drawn(dtype):
+    """Neither the first nor the last on the line, at either end of what is drawn."""
+    logits = torch.full((2, 300), -math.inf, dtype=dtype)
+    logits[:, [7, 8, 200]] = torch.tensor([0.1, 0.7, 0.3], dtype=dtype)
+    codes = draw(logits, torch.tensor([2.0**-24, 1.0]), 1.0, None, None)
+    assert codes.tolist() == [7, 200]
+
+
+def test_uniform_numbers_leave_out_zero_and_have_one():
+    zeros = mock.Mock(return_value=torch.zeros(2, 3))
+    with mock.patch("vqgan.transformer.torch.rand", zeros):
+        assert (_uniform(2, 3, seeded()) == 1).all()
+    uniform = _uniform(1000, 100, seeded())
+    assert uniform.min() > 0 and uniform.max() <= 1
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.005)
+
+
+def test_greedy_by_temperature_top_k_and_top_p():
+    logits, uniform = torch.randn(50, K), torch.rand(50)
+    likeliest = logits.argmax(dim=-1)
+    assert torch.equal(draw(logits, uniform, 0, None, None), likeliest)
+    assert torch.equal(draw(logits, uniform, 1.0, 1, None), likeliest)
+    assert torch.equal(draw(logits, uniform, 1.0, None, 1e-6), likeliest)
+    assert torch.equal(draw(logits, uniform, 1e-4, None, None), likeliest)
+    assert not torch.equal(draw(logits, uniform, 1.0, None, None), likeliest)
+
+
+def test_the_temperature_comes_before_top_p():
+    """At 0.5 the probabilities 0.6, 0.4 become 0.69, 0.31: one code has 0.65 of them."""
+    logits = torch.tensor([[0.6, 0.4]]).log()
+    assert draw(logits, torch.ones(1), 1.0, None, 0.65).item() == 1
+    assert draw(logits, torch.ones(1), 0.5, None, 0.65).item() == 0
+
+
+# --- sampling ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("C", [1, 3])
+def test_logits_with_the_cache_are_those_without(C):
+    model, (condition, indices) = make(C, dtype=torch.float32), data(C)
+    caches, x = model._new_caches(3), model.condition_table(condition)
+    with torch.no_grad():
+        expected = model(condition, indices)
+        for i in range(12):
+            logits = model._next_logits(x, caches)
+            assert torch.allclose(logits, expected[:, i], atol=1e-4)
+            x = model.code_table(indices[:, i : i + 1])
+    assert caches[0].length == len(model.position_table) == C + 11
+
+
+@pytest.mark.parametrize("C", [1, 3])
+@pytest.mark.parametrize(
+    "filters",
+    [{}, {"temperature": 0}, {"temperature": 0.5, "top_k": 4}, {"temperature": 1.5, "top_p": 0.7}],
+)
+def test_sampling_with_the_cache_draws_what_a_plain_loop_draws(C, filters):
+    model, (condition, _) = make(C), data(C)
+    indices = model.sample(condition, generator=seeded(), **filters)
+    assert indices.shape == (3, *GRID) and indices.dtype == torch.int64
+    plain = sample_plainly(condition, from_forward(model, condition), **filters)
+    assert torch.equal(indices, plain)
+
+
+def test_known_codes_are_kept_and_the_others_written_around_them():
+    model, (condition, indices) = make(), data()
+    known = torch.where(torch.rand(3, *GRID) < 0.5, indices.view(3, *GRID), -1)
+    written = model.sample(condition, known=known, generator=seeded())
+    assert torch.equal(written[known >= 0], known[known >= 0])
+    assert (written >= 0).all()
+    plain = sample_plainly(condition, from_forward(model, condition), known=known.flatten(1))
+    assert torch.equal(written, plain)
+
+
+def test_what_is_known_does_not_shift_what_is_drawn():
+    model, (condition, _) = make(), data()
+    plain = model.sample(condition, generator=seeded())
+    nothing_known = torch.full((3, *GRID), -1)
+    assert torch.equal(model.sample(condition, known=nothing_known, generator=seeded()), plain)
+    top = nothing_known.clone()
+    top[:, 0] = plain[:, 0]
+    assert torch.equal(model.sample(condition, known=top, generator=seeded()), plain)
+
+
+def test_guidance_1_is_none_and_0_leaves_the_condition_out():
+    model, (condition, _) = make(3), data(3)
+    nothing = torch.full_like(condition, model.nothing)
+    for sample in (model.sample, lambda *args, **kwargs: model.sample_large(*args, 3, 5, **kwargs)):
+        plain = sample(condition, generator=seeded())
+        without = sample(nothing, generator=seeded())
+        assert torch.equal(sample(condition, guidance=1.0, generator=seeded()), plain)
+        assert torch.equal(sample(condition, guidance=0.0, generator=seeded()), without)
+        assert not torch.equal(plain, without)
+
+
+def test_guidance_goes_beyond_the_condition():
+    """3 l(condition) - 2 l(nothing), for g = 3."""
+    model, (condition, _) = make(), data()
+    told = from_forward(model, condition)
+    untold = from_forward(model, torch.full_like(condition, model.nothing))
+    plain = sample_plainly(condition, lambda s: 3 * told(s) - 2 * untold(s), top_k=5)
+    settings = {"guidance": 3.0, "top_k": 5}
+    assert torch.equal(model.sample(condition, generator=seeded(), **settings), plain)
+    large = model.sample_large(condition, *GRID, generator=seeded(), **settings)
+    assert torch.equal(large, plain)
+
+
+def samplers(model, condition):
+    return (
+        lambda **settings: model.sample(condition, **settings),
+        lambda **settings: model.sample_large(condition, 4, 4, **settings),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_mode_and_the_global_random_state_are_left_alone(which, training):
+    model, (condition, _) = make(dropout=0.5), data()
+    sample = samplers(model, condition)[which]
+    expected = sample(generator=seeded())
+    model.train(training)
+    state = torch.get_rng_state()
+    assert torch.equal(sample(generator=seeded()), expected)  # without dropout
+    assert not torch.equal(sample(), sample())  # a generator of its own
+
+    def stop():
+        assert not model.training
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(progress=stop)
+    assert all(module.training == training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_progress_is_called_after_every_code():
+    model, (condition, _) = make(), data()
+    for sample, codes in zip(samplers(model, condition), (12, 16), strict=True):
+        progress = mock.Mock()
+        sample(progress=progress)
+        assert progress.call_count == codes
+
+
+def test_an_overfitted_transformer_writes_its_grids_back():
+    condition = torch.tensor([[0], [1]])
+    grids = torch.randint(K, (2, 12))
+    model = GPT(K, GRID, 2, 1, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.01), lr=3e-3)
+    for _ in range(400):
+        optimizer.zero_grad()
+        loss = model.loss(condition, grids)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.003
+    for settings in ({"temperature": 0}, {"generator": seeded()}):
+        assert torch.equal(model.sample(condition, **settings).flatten(1), grids)
+
+
+# --- larger grids ------------------------------------------------------------------------------
+
+
+def test_a_large_grid_of_the_blocks_size_is_that_of_sample():
+    model, (condition, _) = make(3), data(3)
+    for filters in ({}, {"temperature": 0.7, "top_k": 6, "top_p": 0.9}):
+        large = model.sample_large(condition, *GRID, generator=seeded(), **filters)
+        assert torch.equal(large, model.sample(condition, generator=seeded(), **filters))
+
+
+@pytest.mark.parametrize(("height", "width"), [(7, 9), (3, 6), (5, 4)])
+def test_each_code_is_predicted_in_a_window_around_it(height, width):
+    """Every code that is written is told apart by where it stands; K has to be large enough."""
+    (h, w), model = GRID, GPT(100, GRID, CONDITIONS, 1, n_layer=1, n_head=1, n_embd=8)
+    seen = []
+
+    def forward(condition, indices):
+        code = len(seen)  # raster order
+        seen.append(indices[0].clone())
+        return F.one_hot(torch.tensor(code), 100).float().expand(1, indices.shape[1], 100)
+
+    condition = torch.zeros(1, 1, dtype=torch.int64)
+    with mock.patch.object(model, "forward", forward):
+        grid = model.sample_large(condition, height, width, temperature=0)
+    assert torch.equal(grid, torch.arange(height * width).view(1, height, width))
+    for code, window in enumerate(seen):
+        row, column = divmod(code, width)
+        tops = [top for top in range(height - h + 1) if top <= row < top + h]
+        lefts = [left for left in range(width - w + 1) if left <= column < left + w]
+        top = min(tops, key=lambda top: abs(row - top - h // 2))  # as near to its middle as it goes
+        left = min(lefts, key=lambda left: abs(column - left - w // 2))
+        place = (row - top) * w + column - left
+        expected = grid[0, top : top + h, left : left + w].flatten()[:place]
+        assert len(window) == place + 1  # its last is the code itself, not written yet
+        assert torch.equal(window[:-1], expected)
+
+
+# --- bad input ---------------------------------------------------------------------------------
+
+CONDITION, INDICES = torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 12, dtype=torch.int64)
+
+
+def filled(tensor, value, shape=None):
+    return torch.full(shape or tensor.shape, value)
+
+
+@pytest.mark.parametrize(
+    ("indices", "expected"),
+    [
+        (filled(INDICES, K), "indices from 11 to 11 were given: give 0 to 10"),
+        (filled(INDICES, -1), "indices from -1 to -1 were given: give 0 to 10"),
+        (filled(INDICES, 0, (2, 13)), r"13 codes .* block holds 1 to 12 \(3x4\)"),
+        (filled(INDICES, 0, (2, 0)), "0 codes were given"),
+        (filled(INDICES, 0, (3, 12)), r"shape \(2, N\) were expected, not \(3, 12\)"),
+        (filled(INDICES, 0, (2, 3, 4)), r"shape \(2, N\) were expected, not \(2, 3, 4\)"),
+    ],
+)
+def test_indices_that_do_not_fit_are_refused(indices, expected):
+    with pytest.raises(ValueError, match=expected) as caught:
+        make()(CONDITION, indices)
+    assert caught.type is ValueError  # a fault of the program, not of its user
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        (filled(CONDITION, 0, (2, 2)), r"shape \(B, 1\) was expected, not \(2, 2\)"),
+        (filled(CONDITION, 0, (2,)), r"shape \(B, 1\) was expected, not \(2,\)"),
+        (filled(CONDITION, 6), "tokens of a condition from 6 to 6 were given: give 0 to 5"),
+        (filled(CONDITION, -1), "tokens of a condition from -1 to -1"),
+    ],
+)
+def test_conditions_that_do_not_fit_are_refused(condition, expected):
+    model = make()
+    for call in (lambda: model(condition, INDICES), *samplers(model, condition)):
+        with pytest.raises(ValueError, match=expected):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        (filled(INDICES, 0), r"known of shape \(2, 3, 4\) was expected"),
+        (filled(INDICES, 0, (1, 3, 4)), r"known of shape \(2, 3, 4\) was expected"),
+        (filled(INDICES, -2, (2, 3, 4)), "known codes from -2 to -2 were given: give -1 to 10"),
+        (filled(INDICES, K, (2, 3, 4)), "known codes from 11 to 11"),
+    ],
+)
+def test_known_codes_that_do_not_fit_are_refused(known, expected):
+    with pytest.raises(ValueError, match=expected):
+        make().sample(CONDITION, known=known)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"temperature": -1.0}, "temperature -1.0 was given"),
+        ({"temperature": math.nan}, "temperature nan"),
+        ({"temperature": math.inf}, "temperature inf"),
+        ({"top_k": 0}, "top-k 0 was given, but there are 11 codes"),
+        ({"top_k": K + 1}, "top-k 12"),
+        ({"top_p": 0.0}, "top-p 0.0"),
+        ({"top_p": 1.5}, "top-p 1.5"),
+        ({"top_p": math.nan}, "top-p nan"),
+        ({"guidance": -1.0}, "guidance -1.0"),
+        ({"guidance": math.nan}, "guidance nan"),
+        ({"guidance": math.inf}, "guidance inf"),
+    ],
+)
+def test_settings_out_of_range_are_named(setting, expected):
+    for sample in samplers(make(), CONDITION):
+        with pytest.raises(InputError, match=expected):
+            sample(**setting)
+
+
+@pytest.mark.parametrize(("height", "width"), [(2, 4), (3, 3)])
+def test_a_large_grid_smaller_than_the_window_is_refused(height, width):
+    with pytest.raises(InputError, match=f"{height}x{width} codes .* the window has 3x4"):
+        make().sample_large(CONDITION, height, width)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"num_embeddings": 0}, "num_embeddings must be at least 1, not 0"),
+        ({"grid_size": (0, 4)}, "height of the grid must be at least 1"),
+        ({"grid_size": (3, -1)}, "width of the grid must be at least 1, not -1"),
+        ({"condition_vocabulary": 0}, "condition_vocabulary must"),
+        ({"condition_length": 0}, "condition_length must"),
+        ({"n_layer": 0}, "n_layer must"),
+        ({"n_head": 0}, "n_head must"),
+        ({"n_embd": 0}, "a width of 0"),
+        ({"n_embd": 18}, "a width of 18 cannot be shared by 4 heads"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), not 1.0"),
+        ({"dropout": math.nan}, "dropout must lie in"),
+    ],
+)
+def test_sizes_that_make_no_transformer_are_named(change, expected):
+    sizes = {"num_embeddings": 8, "grid_size": (3, 4), "condition_vocabulary": 2, "n_layer": 1}
+    sizes |= {"condition_length": 1, "n_head": 4, "n_embd": 16, "dropout": 0.0}
+    assert isinstance(GPT(**sizes), nn.Module)
+    with pytest.raises(InputError, match=expected):
+        GPT(**sizes | change)
