@@ -3,10 +3,12 @@ from setuptools import setup
 setup(
     name="vqgan",
     version="0.1.0",
-    description="VAE, VQ-VAE and VQGAN (next: a transformer prior) in plain PyTorch, to be read",
+    description="VAE, VQ-VAE, VQGAN and a transformer over their codes, in plain PyTorch",
     license="MIT",
     python_requires=">=3.10",
     packages=["vqgan"],
+    package_data={"vqgan": ["pretrained/*/*.pt"]},
+    entry_points={"console_scripts": ["vqgan = vqgan.__main__:command_line"]},
     install_requires=["torch>=2.6", "torchvision>=0.21", "numpy", "matplotlib", "tqdm"],
     extras_require={
         # The peers whose numbers the tests and benchmarks compare with.
@@ -17,8 +19,9 @@ setup(
             "vector-quantize-pytorch",
             "lpips",
             "torchmetrics",
+            "transformers",
         ],
-        "benchmark": ["diffusers"],
+        "benchmark": ["diffusers", "transformers"],
         # The published heads of LPIPS; true rFID, with Inception's weights.
         "lpips": ["lpips"],
         "fid": ["torchmetrics[image]"],

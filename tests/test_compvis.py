@@ -252,6 +252,17 @@ def test_the_transformers_config_may_be_nested_as_in_their_yaml(written):
         assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
+def test_a_condition_may_be_shorter_than_the_block_allows(written):
+    model = load_compvis_transformer(TRANSFORMER, written["config"], (3, 4), condition_length=5)
+    condition, indices = written["tokens"][:, :5], written["tokens"][:, 5:17]
+    with torch.no_grad():
+        logits = model(condition, indices)
+    assert torch.allclose(logits, written["logits"][:, 4:16], atol=1e-4)
+    for length in (0, 10):
+        with pytest.raises(InputError, match="1 to 9"):
+            load_compvis_transformer(TRANSFORMER, written["config"], (3, 4), length)
+
+
 @pytest.mark.parametrize(
     ("change", "grid", "expected"),
     [

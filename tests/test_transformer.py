@@ -167,13 +167,20 @@ def test_the_loss_is_the_mean_of_minus_log_probabilities():
     assert model.loss(condition, indices).item() == pytest.approx(total / 36, rel=1e-5)
 
 
-def test_dropout_in_training_only():
-    model, (condition, indices) = make(dropout=0.5), data()
-    assert torch.equal(model(condition, indices), model(condition, indices))
-    model.train()
-    assert not torch.allclose(model(condition, indices), model(condition, indices))
-    attention, x = model.blocks[0].attention, torch.randn(1, 6, 16, dtype=torch.float64)
-    assert not torch.allclose(attention(x), attention(x))  # its weights are dropped too
+def test_tokens_attention_and_branches_are_dropped_in_training_only():
+    for part in ("tokens", "attention", "branches"):
+        model, (condition, indices) = make(dropout=0.0), data()
+        expected = model(condition, indices)
+        if part == "attention":
+            model.blocks[0].attention.dropout = 0.5
+        else:
+            (model if part == "tokens" else model.blocks[0]).dropout.p = 0.5
+        assert torch.equal(model(condition, indices), expected), part
+        model.train()
+        assert not torch.allclose(model(condition, indices), expected), part
+    model = GPT(K, GRID, CONDITIONS, 1, n_layer=1, dropout=0.3)
+    block = model.blocks[0]
+    assert model.dropout.p == block.dropout.p == block.attention.dropout == 0.3
 
 
 def test_it_starts_as_gpt2():
@@ -287,6 +294,20 @@ def test_an_impossible_code_is_never_drawn(dtype):
     logits[:, [7, 8, 200]] = torch.tensor([0.1, 0.7, 0.3], dtype=dtype)
     codes = draw(logits, torch.tensor([2.0**-24, 1.0]), 1.0, None, None)
     assert codes.tolist() == [7, 200]
+
+
+def test_a_temperature_that_float32_cannot_divide_by_is_greedy():
+    logits = torch.randn(5, K)
+    for temperature in (1e-7, 1e-40, 1e-300):
+        codes = draw(logits, torch.full((5,), 0.5), temperature, None, None)
+        assert torch.equal(codes, logits.argmax(dim=-1))
+
+
+def test_half_precision_logits_are_drawn_from_in_float32():
+    """In bfloat16 the line of 2,000 equally likely codes would have a few hundred stretches."""
+    logits, uniform = torch.zeros(500, 2000, dtype=torch.bfloat16), torch.rand(500)
+    codes = draw(logits, uniform, 1.0, None, 0.999)
+    assert torch.equal(codes, draw(logits.float(), uniform, 1.0, None, 0.999))
 
 
 def test_uniform_numbers_leave_out_zero_and_have_one():
@@ -405,7 +426,7 @@ def test_the_mode_and_the_global_random_state_are_left_alone(which, training):
     assert torch.equal(sample(generator=seeded()), expected)  # without dropout
     assert not torch.equal(sample(), sample())  # a generator of its own
 
-    def stop():
+    def stop(_):
         assert not model.training
         raise KeyboardInterrupt
 
@@ -420,7 +441,7 @@ def test_progress_is_called_after_every_code():
     for sample, codes in zip(samplers(model, condition), (12, 16), strict=True):
         progress = mock.Mock()
         sample(progress=progress)
-        assert progress.call_count == codes
+        assert progress.mock_calls == codes * [mock.call(len(condition))]
 
 
 def test_an_overfitted_transformer_writes_its_grids_back():
@@ -446,6 +467,15 @@ def test_a_large_grid_of_the_blocks_size_is_that_of_sample():
     for filters in ({}, {"temperature": 0.7, "top_k": 6, "top_p": 0.9}):
         large = model.sample_large(condition, *GRID, generator=seeded(), **filters)
         assert torch.equal(large, model.sample(condition, generator=seeded(), **filters))
+
+
+def test_each_code_of_a_large_grid_is_drawn_with_its_own_number():
+    """Of a model to which all codes are equally likely, code k has the stretch k/K to (k + 1)/K."""
+    model, (condition, _) = make(), data()
+    nn.init.zeros_(model.head.weight)
+    large = model.sample_large(condition, 5, 6, generator=seeded())
+    uniform = _uniform(30, 3, seeded()).T.reshape(3, 5, 6)
+    assert torch.equal(large, (uniform * K).ceil().long() - 1)
 
 
 @pytest.mark.parametrize(("height", "width"), [(7, 9), (3, 6), (5, 4)])
@@ -553,7 +583,7 @@ def test_settings_out_of_range_are_named(setting, expected):
             sample(**setting)
 
 
-@pytest.mark.parametrize(("height", "width"), [(2, 4), (3, 3)])
+@pytest.mark.parametrize(("height", "width"), [(2, 40), (30, 3)])
 def test_a_large_grid_smaller_than_the_window_is_refused(height, width):
     with pytest.raises(InputError, match=f"{height}x{width} codes .* the window has 3x4"):
         make().sample_large(CONDITION, height, width)

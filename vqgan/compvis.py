@@ -64,7 +64,10 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
 
 
 def load_compvis_transformer(
-    path: str | Path, config: dict, grid_size: tuple[int, int] | None = None
+    path: str | Path,
+    config: dict,
+    grid_size: tuple[int, int] | None = None,
+    condition_length: int | None = None,
 ) -> GPT:
     """Their checkpoint as a transformer in eval mode: the same logits.
 
@@ -76,12 +79,14 @@ def load_compvis_transformer(
             flat or nested as there.
         grid_size: (h, w) of the codes; what their block holds beyond them is the condition, of
             block_size - h w + 1 tokens. None: (1, block_size), after a condition of one token.
+        condition_length: fewer tokens than that, where a block is larger than it had to be (their
+            faces have 512 places for 256 tokens and 256 codes, of which the last is not read).
 
     Raises:
         InputError: the file cannot be read, or does not have exactly the weights of this network
             (those of the autoencoders beside it are named and ignored), or the grid is too large.
     """
-    model = GPT(**_transformer_arguments(config, grid_size))
+    model = GPT(**_transformer_arguments(config, grid_size, condition_length))
     names, ours = _their_transformer_names(model), model.state_dict()
     theirs, beside = _set_apart(read_weights(path), ("first_stage_model.", "cond_stage_model."))
     theirs = {name: w for name, w in theirs.items() if not name.endswith(".attn.mask")}
@@ -90,12 +95,14 @@ def load_compvis_transformer(
         rows, *others = ours[our_name].shape
         shapes |= dict.fromkeys(their_names, (rows // len(their_names), *others))
     positions = "transformer.pos_emb"
-    shapes[positions] = (1, *shapes[positions])
+    model_config = _innermost(config)
+    shapes[positions] = (1, model_config["block_size"], model_config["n_embd"])
     _check_weights(path, theirs, shapes)
     if beside:
         modules = sorted({name.split(".")[0] for name in beside})
         print(f"ignored {len(beside)} weights beside the transformer: {', '.join(modules)}")
-    theirs[positions] = theirs[positions].squeeze(0)
+    # Rows of places that are not read, where the condition is shorter than the block allows, go.
+    theirs[positions] = theirs[positions].squeeze(0)[: len(model.position_table)]
     for our_name, their_names in names.items():
         ours[our_name] = torch.cat([theirs[name].float() for name in their_names])
     tokens = ours["code_table.weight"]
@@ -162,10 +169,11 @@ def _arguments(config: dict) -> dict:
     }
 
 
-def _transformer_arguments(config: dict, grid_size: tuple[int, int] | None) -> dict:
+def _transformer_arguments(
+    config: dict, grid_size: tuple[int, int] | None, condition_length: int | None
+) -> dict:
     """Constructor arguments of `GPT` from their config."""
-    for key in ("model", "params", "transformer_config", "params"):  # a whole YAML
-        config = config.get(key, config)
+    config = _innermost(config)
     where = "the parameters of transformer_config in the checkpoint's YAML"
     only_values, no_effect = TRANSFORMER_ONLY_VALUES, TRANSFORMER_NO_EFFECT
     _check_config(config, where, TRANSFORMER_KEYS, only_values, no_effect)
@@ -176,16 +184,29 @@ def _transformer_arguments(config: dict, grid_size: tuple[int, int] | None) -> d
             f"a grid of {h}x{w} codes was given, but the transformer's block holds {block_size}: "
             "give a smaller one"
         )
+    most = block_size - h * w + 1  # the last code is not read
+    if condition_length is not None and not 1 <= condition_length <= most:
+        raise InputError(
+            f"a condition of {condition_length} tokens was given, but beside {h}x{w} codes the "
+            f"transformer's block holds 1 to {most}: give as many"
+        )
     return {
         "num_embeddings": vocabulary,
         "grid_size": (h, w),
         "condition_vocabulary": vocabulary,
-        "condition_length": block_size - h * w + 1,  # the last code is not read
+        "condition_length": condition_length or most,
         "n_layer": config["n_layer"],
         "n_head": config["n_head"],
         "n_embd": config["n_embd"],
         "dropout": 0.0,
     }
+
+
+def _innermost(config: dict) -> dict:
+    """The transformer's own parameters, of a whole YAML of theirs or a part of it."""
+    for key in ("model", "params", "transformer_config", "params"):
+        config = config.get(key, config)
+    return config
 
 
 def _check_config(

@@ -140,7 +140,7 @@ def code_losses(
 
     rows, validation: {"epoch", "loss"}, as in log.csv; baselines: {label: nats a code}.
     """
-    figure = Figure(figsize=(7.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
     figure.suptitle(title)
     axes = _plot_axes(figure, (1, 1, 1), xlabel="epoch", ylabel="nats a code")
     for i, (name, points) in enumerate((("training", rows), ("validation", validation))):
@@ -155,7 +155,7 @@ def code_losses(
             linewidth=1.2,
             label=f"{name}: {value:.2f}",
         )
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _save(figure, path)
 
 

@@ -32,7 +32,7 @@ def load_model(path: str | Path, *, config: dict | None = None) -> VAE | VQVAE |
         InputError: the file is no checkpoint, or not of the model it names.
     """
     if config is not None:
-        path = _existing(path)
+        path = checkpoint_path(path)
         return load_compvis_vqgan(path, config).eval().requires_grad_(False)
     return build_model(read_checkpoint(path), path)
 
@@ -40,7 +40,7 @@ def load_model(path: str | Path, *, config: dict | None = None) -> VAE | VQVAE |
 def read_checkpoint(path: str | Path) -> dict:
     """What a checkpoint of this package holds, of whichever model; see `load_model`."""
     remedy = "name the checkpoint.pt of a run, or give one of the VQGAN's authors its config"
-    state = load_checkpoint(_existing(path), remedy=f"{remedy} (--config)")
+    state = load_checkpoint(checkpoint_path(path), remedy=f"{remedy} (--config)")
     if state["model"] not in MODELS:
         raise InputError(
             f"{path} is of a {state['model']!r}, but one of {', '.join(MODELS)} was expected: "
@@ -62,7 +62,8 @@ def build_model(state: dict, path: str | Path) -> VAE | VQVAE | VQGAN | GPT:
     return model.eval().requires_grad_(False)
 
 
-def _existing(path: str | Path) -> Path:
+def checkpoint_path(path: str | Path) -> Path:
+    """The file that is meant; raises InputError for a folder, or nothing there."""
     if str(path) in SHIPPED and not Path(path).is_file():
         return SHIPPED[str(path)]
     path = Path(path)
@@ -114,7 +115,7 @@ def load_tokenizer(path: str | Path) -> tuple[VQAutoencoder, dict]:
             f"{path} is of a {state['model']}, and a tokenizer was expected: name the "
             "checkpoint.pt of a VQVAE or VQGAN"
         )
-    state["about"] = state.get("about") or _about_from_config(_existing(path))
+    state["about"] = state.get("about") or _about_from_config(checkpoint_path(path))
     return model, state
 
 
@@ -154,7 +155,7 @@ def load_pair(path: str | Path, *, tokenizer: str | Path | None = None) -> Pair:
             "checkpoint.pt of a run of train_transformer.py"
         )
     about = state["about"]
-    beside = _existing(path).with_name("tokenizer.pt")
+    beside = checkpoint_path(path).with_name("tokenizer.pt")
     if tokenizer is None and not beside.exists():
         raise InputError(
             f"the tokenizer of {path} is not beside it ({beside}): copy it there, or name it with "

@@ -241,7 +241,7 @@ class GPT(nn.Module):
         guidance: float = 1.0,
         known: Tensor | None = None,
         generator: torch.Generator | None = None,
-        progress: Callable[[], None] | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Write grids of codes, in raster order. The model's mode is left as it was.
 
@@ -265,7 +265,7 @@ class GPT(nn.Module):
                 having been foreseen.
             generator: what is drawn from, on any device; None: one of its own, seeded by the
                 operating system. The global random state is not touched.
-            progress: called after every code.
+            progress: called after every place, with how many codes were written there (B).
 
         Returns:
             indices (B, h, w) int64, 0 to K - 1.
@@ -279,7 +279,9 @@ class GPT(nn.Module):
         B, (h, w) = len(condition), self.grid_size
         if known is not None:
             if known.shape != (B, h, w):
-                raise ValueError(f"known of shape {(B, h, w)} was expected, not {known.shape}")
+                raise ValueError(
+                    f"known of shape {(B, h, w)} was expected, not {tuple(known.shape)}"
+                )
             _check_range(known.cpu(), -1, self.num_embeddings - 1, "known codes")
             known = known.to(condition.device).flatten(1)  # (B, N)
         uniform = _uniform(self.num_codes, B, generator)
@@ -300,7 +302,7 @@ class GPT(nn.Module):
                 x = self.code_table(code)[:, None]  # (B, 1, n_embd)
                 x = torch.cat([x, x]) if guidance != 1 else x
                 if progress is not None:
-                    progress()
+                    progress(B)
         finally:
             self.train(was_training)
         return torch.stack(codes, dim=1).view(B, h, w)
@@ -317,7 +319,7 @@ class GPT(nn.Module):
         top_p: float | None = None,
         guidance: float = 1.0,
         generator: torch.Generator | None = None,
-        progress: Callable[[], None] | None = None,
+        progress: Callable[[int], None] | None = None,
     ) -> Tensor:
         """Write grids larger than those of the training: (B, height, width).
 
@@ -360,7 +362,7 @@ class GPT(nn.Module):
                     u = uniform[row * width + column]
                     codes[:, row, column] = draw(logits, u, temperature, top_k, top_p)
                     if progress is not None:
-                        progress()
+                        progress(B)
         finally:
             self.train(was_training)
         return codes
@@ -390,6 +392,9 @@ class GPT(nn.Module):
 # --- drawing a code ------------------------------------------------------------------------------
 
 
+LOWEST_TEMPERATURE = 1e-6  # below it, chance has no part in float32
+
+
 def _guide(logits: Tensor, guidance: float) -> Tensor:
     """Logits (2 B, K) with and without the condition -> (B, K); see `GPT.sample`."""
     with_condition, without = logits.chunk(2)
@@ -404,9 +409,11 @@ def draw(
     The probabilities are laid end to end on a line from 0 to 1; u falls into the stretch of one
     code. A code of probability 0 has no stretch, and is never drawn.
     """
-    if temperature == 0:
+    if temperature < LOWEST_TEMPERATURE:
         return logits.argmax(dim=-1)
-    logits = keep_likely(logits / temperature, top_k, top_p)
+    logits = keep_likely(
+        logits.float() / temperature, top_k, top_p
+    )  # bfloat16 sums K numbers badly
     ends = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, K), where each stretch ends
     u = uniform.to(ends)[:, None] * ends[:, -1:]  # the last end is 1 only but for rounding
     return torch.searchsorted(ends, u).squeeze(1)  # the first with end >= u
