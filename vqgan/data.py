@@ -1,4 +1,4 @@
-"""Images in: CIFAR-10, a folder, or drawn shapes; and the mapping to the models' range.
+"""Images in: CIFAR-10, a folder, or drawn pictures; and the mapping to the models' range.
 
     uint8 (N, 3, H, W), 0 to 255  --from_uint8-->  float [-1, 1]  --model-->  about [-1, 1]
     float about [-1, 1]  --to_unit-->  float [0, 1], clamped: what metrics and figures take
@@ -23,9 +23,9 @@ from torchvision.datasets import CIFAR10
 from tqdm import tqdm
 
 from vqgan.errors import InputError
-from vqgan.shapes import draw_shapes
+from vqgan.shapes import draw_shapes, draw_textures
 
-NUM_SHAPES = (10_000, 2_000)  # drawn for training, for testing
+NUM_DRAWN = (10_000, 2_000)  # drawn for training, for testing
 TEST_SHARE = 0.1  # of a folder that has no test/ of its own
 MOST_NAMED = 100  # unreadable files that are named, before the rest is only counted
 MEMORY_LIMIT = 4 * 2**30  # bytes of uint8 images to hold at once; a larger folder streams
@@ -83,41 +83,39 @@ class ImageDataset:
 def load_dataset(
     source: str, *, root: str | Path = "data", image_size: int = 32, seed: int = 0
 ) -> ImageDataset:
-    """Load one of the three sources.
+    """Load one of the four sources.
 
     Args:
-        source: "cifar10" (downloaded to `root` where it is not there yet), "shapes" (drawn from
-            `seed`), or a folder of images: train/<class>/* and test/<class>/*, or <class>/*, or
-            loose images; the last two are split, always in the same way.
+        source: "cifar10" (downloaded to `root` where it is not there yet), "shapes" or "textures"
+            (drawn from `seed`), or a folder of images: train/<class>/* and test/<class>/*, or
+            <class>/*, or loose images; the last two are split, always in the same way.
         image_size: side of the square images in pixels; folders are resized and cropped to it,
-            the other two sources have 32.
+            the other sources have 32.
 
     Raises:
         InputError: an unknown source, a folder without readable images, CIFAR-10 out of reach.
     """
-    if source == "shapes":
-        _require_32_pixels(source, image_size)
-        return _load_shapes(seed)
-    if source == "cifar10":
-        _require_32_pixels(source, image_size)
-        return _load_cifar10(Path(root))
-    if Path(source).is_dir():
-        return _load_folder(Path(source), image_size=image_size)
-    raise InputError(
-        f"no data source {source!r}: give 'cifar10', 'shapes', or a folder of images that exists"
-    )
-
-
-def _require_32_pixels(source: str, image_size: int) -> None:
-    if image_size != 32:
+    if source in ("cifar10", "shapes", "textures") and image_size != 32:
         raise InputError(
             f"images of {source} have 32 pixels a side, not {image_size}: "
             "leave --image-size out, or give a folder of images"
         )
+    if source == "shapes":
+        return _load_shapes(seed)
+    if source == "textures":
+        return _load_textures(seed)
+    if source == "cifar10":
+        return _load_cifar10(Path(root))
+    if Path(source).is_dir():
+        return _load_folder(Path(source), image_size=image_size)
+    raise InputError(
+        f"no data source {source!r}: give 'cifar10', 'shapes', 'textures', or a folder of images "
+        "that exists"
+    )
 
 
 def _load_shapes(seed: int) -> ImageDataset:
-    num_train, num_test = NUM_SHAPES
+    num_train, num_test = NUM_DRAWN
     images, labels, captions, class_names = draw_shapes(num_train + num_test, seed=seed)
     images, labels = torch.from_numpy(images), torch.from_numpy(labels)
     return ImageDataset(
@@ -128,6 +126,19 @@ def _load_shapes(seed: int) -> ImageDataset:
         class_names=class_names,
         train_captions=captions[:num_train],
         test_captions=captions[num_train:],
+    )
+
+
+def _load_textures(seed: int) -> ImageDataset:
+    num_train, num_test = NUM_DRAWN
+    images, labels, class_names = draw_textures(num_train + num_test, seed=seed)
+    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+    return ImageDataset(
+        train_images=images[:num_train],
+        test_images=images[num_train:],
+        train_labels=labels[:num_train],
+        test_labels=labels[num_train:],
+        class_names=class_names,
     )
 
 

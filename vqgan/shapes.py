@@ -22,6 +22,7 @@ CLASSES = (
     "crescent",
     "hourglass",
 )
+TEXTURES = ("stripes", "checks", "bumps", "speckle")
 SIZES = ("small", "medium", "large")
 COLOURS = {
     "red": (205, 45, 45),
@@ -90,7 +91,7 @@ def draw_shapes(
     contrast = rng.uniform(0.3, 0.6, size=(num_images, 1)).astype(np.float32)
     # The second shade lies between the colour and a grey.
     dark = light * (1 - contrast) + np.float32(GREY) * contrast
-    texture = _texture(rng, num_images)
+    texture, _ = _texture(rng, num_images)
     images = np.empty((num_images, 3, SIZE_IN_PIXELS, SIZE_IN_PIXELS), dtype=np.uint8)
     for start in range(0, num_images, IMAGES_AT_ONCE):
         part = slice(start, start + IMAGES_AT_ONCE)
@@ -106,6 +107,32 @@ def draw_shapes(
         for s, c, k, b in zip(size, colour, labels, background, strict=True)
     ]
     return images, labels.astype(np.int64), captions, CLASSES
+
+
+def draw_textures(
+    num_images: int, *, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Draw textures without shapes, of two colours each: pictures that look alike everywhere.
+
+    What `GPT.sample_large` can continue for as long as one likes.
+
+    Returns:
+        images: uint8 (N, 3, 32, 32)
+        labels: int64 (N,), the texture's place in the class names
+        class_names: the four textures
+    """
+    rng = np.random.default_rng(seed)
+    first = rng.integers(len(COLOURS), size=num_images)
+    second = (first + rng.integers(1, len(COLOURS), size=num_images)) % len(COLOURS)
+    texture, kind = _texture(rng, num_images)
+    palette = np.array(list(COLOURS.values()), dtype=np.float32)[..., None, None]  # (8, 3, 1, 1)
+    images = np.empty((num_images, 3, SIZE_IN_PIXELS, SIZE_IN_PIXELS), dtype=np.uint8)
+    for start in range(0, num_images, IMAGES_AT_ONCE):
+        part = slice(start, start + IMAGES_AT_ONCE)
+        shade = texture[part, None]  # (n, 1, 32, 32)
+        pixels = palette[first[part]] * (1 - shade) + palette[second[part]] * shade
+        images[part] = pixels + np.float32(0.5)
+    return images, kind.astype(np.int64), TEXTURES
 
 
 def _local_coordinates(
@@ -195,11 +222,11 @@ def colours_of(images: np.ndarray) -> list[tuple[str, str]]:
     return [(names[s], names[b]) for s, b in zip(shape, background, strict=True)]
 
 
-def _texture(rng: np.random.Generator, num_images: int) -> np.ndarray:
-    """Weights in [0, 1] of the background's second shade, (N, 32, 32): one of four textures."""
+def _texture(rng: np.random.Generator, num_images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights in [0, 1] of a second shade, (N, 32, 32), and which of the textures each is, (N,)."""
     pixel = np.arange(SIZE_IN_PIXELS, dtype=np.float32)
     x, y = pixel[None, None, :], pixel[None, :, None]
-    kind = rng.integers(4, size=num_images)
+    kind = rng.integers(len(TEXTURES), size=num_images)
     # Two waves at right angles, 5 to 10 pixels long, in a direction (a, b) with a^2 + b^2 = 1.
     t = rng.uniform(-1.0, 1.0, size=num_images)
     period = rng.uniform(5.0, 10.0, size=num_images)
@@ -210,13 +237,13 @@ def _texture(rng: np.random.Generator, num_images: int) -> np.ndarray:
     along, across = along - np.floor(along), across - np.floor(across)  # saw teeth in [0, 1)
     noise = rng.random(size=(num_images, SIZE_IN_PIXELS, SIZE_IN_PIXELS), dtype=np.float32)
     textures = {
-        0: lambda s: along[s] < 0.5,  # stripes
-        1: lambda s: (along[s] < 0.5) ^ (across[s] < 0.5),  # checks
-        2: lambda s: abs(2 * along[s] - 1) * abs(2 * across[s] - 1),  # soft bumps
-        3: lambda s: noise[s],  # speckle, one value a pixel
+        "stripes": lambda s: along[s] < 0.5,
+        "checks": lambda s: (along[s] < 0.5) ^ (across[s] < 0.5),
+        "bumps": lambda s: abs(2 * along[s] - 1) * abs(2 * across[s] - 1),
+        "speckle": lambda s: noise[s],  # one value a pixel
     }
     texture = np.empty((num_images, SIZE_IN_PIXELS, SIZE_IN_PIXELS), dtype=np.float32)
-    for number, draw in textures.items():
+    for number, name in enumerate(TEXTURES):
         chosen = kind == number
-        texture[chosen] = draw(chosen)
-    return texture
+        texture[chosen] = textures[name](chosen)
+    return texture, kind

@@ -73,7 +73,7 @@ fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 to belo
 def add_common_arguments(parser: argparse.ArgumentParser, *, out: str, epochs: int, lr: float):
     """The flags that mean the same in every script."""
     add = parser.add_argument
-    add("--data", default="cifar10", help="cifar10, shapes, or a folder of images")
+    add("--data", default="cifar10", help="cifar10, shapes, textures, or a folder of images")
     add("--data-root", default="data", help="where CIFAR-10 is, or is downloaded to")
     add("--image-size", type=positive_int, default=32, help="side in pixels, for a folder")
     add("--limit", type=positive_int, help="only the first N training and test images")
