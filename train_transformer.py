@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from vqgan import figures, metrics
-from vqgan.classifier import Classifier, load_classifier, make_yardstick
+from vqgan.classifier import Classifier, features_of, load_classifier, make_yardstick
 from vqgan.conditions import (
     KINDS,
     NO_CONDITION,
@@ -614,13 +614,6 @@ def decode(tokenizer: VQAutoencoder, codes: Tensor) -> Tensor:
     return torch.cat(
         [tokenizer.decode_indices(part).cpu() for part in codes.split(SAMPLES_AT_ONCE)]
     )
-
-
-@torch.no_grad()
-def features_of(yardstick: Classifier, images) -> Tensor:
-    """Features (M, F) of images given as batches in [-1, 1] on any device."""
-    device = next(yardstick.parameters()).device
-    return torch.cat([yardstick.features(x.to(device)).cpu() for x in images])
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016, arXiv
 """
 
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -222,6 +223,13 @@ def make_yardstick(
         flip=flip,
         resume=resume,
     )
+
+
+@torch.no_grad()
+def features_of(model: Classifier, batches: Iterable[Tensor]) -> Tensor:
+    """Features (N, F) of batches of images (B, 3, H, W) in [-1, 1], on the CPU."""
+    device = next(model.parameters()).device
+    return torch.cat([model.features(x.to(device)).cpu() for x in batches])
 
 
 @torch.no_grad()

@@ -1,0 +1,90 @@
+"""New images of three models side by side: VAE, VQ-VAE with a transformer, VQGAN with a transformer.
+
+    python docs/compare_generators.py --data data/cifar10-images
+
+reads the run folders below runs/ that this file names (docs/results/README.md has their commands)
+and writes, in docs/results/generation/:
+
+    generation.png   twelve samples of each, below twelve real images
+    metrics.json     Frechet distances of 10,000 samples to the test images, by one yardstick
+
+The transformers were measured by their own runs, with the same yardstick; the VAE's samples from
+its prior are measured here.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from vqgan import figures, metrics
+from vqgan.classifier import features_of, load_classifier
+from vqgan.data import batches_in_order, load_dataset, to_unit
+from vqgan.loading import load_model, load_pair
+from vqgan.training import Stopwatch, describe_device, run_script, versions, write_json
+
+OUT = Path("docs/results/generation")
+YARDSTICK = Path("vqgan/yardstick.pt")
+VAE_RUN = Path("study")
+TRANSFORMERS = {  # title: run folder
+    "VQ-VAE + transformer": Path("transformer-vqvae"),
+    "VQGAN + transformer": Path("transformer"),
+}
+NUM_SAMPLES, NUM_PICTURES, AT_ONCE = 10_000, 12, 500
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare what three generators make.")
+    parser.add_argument("--data", required=True, help="the data of the runs, as train_vqvae.py's")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
+    args = parser.parse_args()
+
+    watch, device = Stopwatch(), torch.device("cpu")
+    data = load_dataset(args.data)
+    yardstick, accuracy = load_classifier(args.runs / YARDSTICK, device)
+    test_features = features_of(yardstick, batches_in_order(data.test_images, AT_ONCE))
+    # One image of each class, then of the first classes again.
+    labels = torch.arange(NUM_PICTURES) % len(data.class_names)
+    real = [int((data.test_labels == label).nonzero()[i // 10]) for i, label in enumerate(labels)]
+    x = next(batches_in_order(data.test_images[real], NUM_PICTURES))
+    rows, models = [("test images", to_unit(x))], {}
+
+    vae = load_model(args.runs / VAE_RUN / "vae" / "checkpoint.pt")
+    generator = torch.Generator().manual_seed(0)
+    samples = [vae.sample(AT_ONCE, generator) for _ in range(NUM_SAMPLES // AT_ONCE)]
+    distance = metrics.frechet_distance(features_of(yardstick, samples), test_features)
+    models["vae"] = {"run": str(VAE_RUN), "frechet": distance, "num_samples": NUM_SAMPLES}
+    rows.append((f"VAE's prior\nFrechet {distance:.2f}", to_unit(samples[0][:NUM_PICTURES])))
+
+    for title, folder in TRANSFORMERS.items():
+        pair = load_pair(args.runs / folder / "checkpoint.pt")
+        measured = json.loads((args.runs / folder / "metrics.json").read_text())
+        best = min(measured["samples"], key=lambda sample: sample["frechet"])
+        models[str(folder)] = {"run": str(folder)} | best
+        setting = {key: best[key] for key in ("guidance", "temperature", "top_k", "top_p")}
+        codes = pair.transformer.sample(labels[:, None], generator=generator, **setting)
+        images = to_unit(pair.tokenizer.decode_indices(codes))
+        rows.append((f"{title}\nFrechet {best['frechet']:.2f}", images))
+
+    figures.image_rows(
+        OUT / "generation.png",
+        rows,
+        title="New images: the VAE's of no class, the transformers' of the class above them",
+    )
+    content = {
+        "command": f"python docs/compare_generators.py --data {args.data}",
+        "data": {"source": args.data, "test_images": len(data.test_images)},
+        "device": describe_device(device, torch.float32),
+        "versions": versions(),
+        "seconds": round(watch.seconds, 1),
+        "yardstick": {"accuracy": accuracy},
+        "frechet_floors": measured["frechet_floors"],
+    }
+    write_json(OUT / "metrics.json", content | {"models": models})
+    print(json.dumps(models, indent=2))
+
+
+if __name__ == "__main__":
+    run_script(main, resumable=False)
