@@ -1,4 +1,4 @@
-"""New images of three models side by side: VAE, VQ-VAE with a transformer, VQGAN with a transformer.
+"""New images of three models side by side: a VAE, and transformers over VQ-VAE and VQGAN codes.
 
     python docs/compare_generators.py --data data/cifar10-images
 
