@@ -249,6 +249,24 @@ def test_shapes_have_captions_and_the_same_seed_the_same_images(shapes):
         load_dataset("shapes", image_size=64)
 
 
+def test_textures_have_classes_and_no_captions_and_the_same_seed_the_same_images():
+    first, again = load_dataset("textures", seed=5), load_dataset("textures", seed=5)
+    assert first.class_names == ("stripes", "checks", "bumps", "speckle")
+    for part, count in (("train", 10_000), ("test", 2_000)):
+        images, labels = getattr(first, f"{part}_images"), getattr(first, f"{part}_labels")
+        assert images.shape == (count, 3, 32, 32) and images.dtype == torch.uint8
+        assert labels.bincount().tolist() == pytest.approx([count / 4] * 4, rel=0.15)
+        assert getattr(first, f"{part}_captions") is None
+        assert torch.equal(images, getattr(again, f"{part}_images"))
+        assert torch.equal(labels, getattr(again, f"{part}_labels"))
+    assert not torch.equal(first.train_images[:2000], first.test_images)
+
+
+def test_textures_of_another_size_are_refused():
+    with pytest.raises(InputError, match="textures have 32 pixels a side, not 64"):
+        load_dataset("textures", image_size=64)
+
+
 def test_labels_come_with_their_images_and_resume():
     images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 2, 2)
     batches = Batches(images, 8, seed=3, labels=torch.arange(40) * 10)

@@ -65,6 +65,29 @@ def test_curves_are_drawn_in_their_colours(tmp_path):
     assert all(has_colour(pixels_of(tmp_path / "d.png"), c) for c in figures.COLOURS[:2])
 
 
+def test_what_codes_cost_is_drawn_over_its_baselines(tmp_path, monkeypatch):
+    saved, save = [], figures._save
+    monkeypatch.setattr(figures, "_save", lambda *args: (saved.append(args[0]), save(*args)))
+    rows = [{"step": i, "epoch": i / 5, "loss": 3 - i / 20, "lr": 0.1} for i in range(1, 21)]
+    validation = [{"epoch": i, "loss": 3.1 - i / 5} for i in range(1, 5)]
+    baselines = {"uniform": 4.1, "single": 3.6, "left": 3.25}
+    figures.code_losses(tmp_path / "a.png", rows, validation, baselines, title="What codes cost")
+
+    (axes,) = saved[0].axes
+    lines = {line.get_label(): line for line in axes.lines}
+    for name, points in (("training", rows), ("validation", validation)):
+        assert lines[name].get_xdata().tolist() == [point["epoch"] for point in points]
+        assert lines[name].get_ydata().tolist() == [point["loss"] for point in points]
+        assert lines[name].get_linestyle() == "-"
+    for name, level in (("uniform: 4.10", 4.1), ("single: 3.60", 3.6), ("left: 3.25", 3.25)):
+        assert set(lines[name].get_ydata()) == {level} and lines[name].get_linestyle() == "--"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines)
+    assert len(lines) == 5 and axes.get_ylabel() == "nats a code"
+    pixels = pixels_of(tmp_path / "a.png")
+    assert [line.get_color() for line in lines.values()] == list(figures.COLOURS[:5])
+    assert all(has_colour(pixels, colour) for colour in figures.COLOURS[:2])  # dashes are too thin
+
+
 @pytest.mark.parametrize("bad", [torch.rand(2, 3, 8, 8) - 0.5, torch.rand(2, 1, 8, 8)])
 def test_images_out_of_range_are_refused(tmp_path, bad):
     with pytest.raises(ValueError, match=r"\[0, 1\]"):

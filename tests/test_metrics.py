@@ -10,7 +10,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from vqgan import metrics
 from vqgan.errors import InputError
 from vqgan.metrics import (
+    BACKOFF,
     CodebookUsage,
+    code_baselines,
     code_bits,
     nats_to_bits,
     normalised_mse,
@@ -124,6 +126,74 @@ def test_perplexity_of_a_set_does_not_depend_on_the_batches():
 def test_bits():
     assert code_bits(8, 8, 512) == 576
     assert nats_to_bits(math.log(8)) == pytest.approx(3)
+
+
+# --- simple models of codes --------------------------------------------------------------------
+
+
+def baselines_by_loops(train, test, K):
+    """The same from plain lists, with the whole table of p(s | l): (single, left)."""
+    seen, after = [1] * K, [[0] * K for _ in range(K)]
+    for row in train.flatten(0, 1).tolist():
+        for place, code in enumerate(row):
+            seen[code] += 1
+            if place > 0:
+                after[row[place - 1]][code] += 1
+    p = [count / sum(seen) for count in seen]
+    p_after = [[(n + BACKOFF * p[s]) / (sum(a) + BACKOFF) for s, n in enumerate(a)] for a in after]
+    assert all(sum(row) == pytest.approx(1) for row in p_after)
+    single, left = [], []
+    for row in test.flatten(0, 1).tolist():
+        for place, code in enumerate(row):
+            single.append(-math.log(p[code]))
+            left.append(-math.log(p_after[row[place - 1]][code] if place else p[code]))
+    return np.mean(single), np.mean(left)
+
+
+def successors(n, K):
+    """Grids (n, 4, 6) in which each code is the one before it and 1."""
+    return (torch.randint(0, K, (n, 4, 1)) + torch.arange(6)) % K
+
+
+def test_uniform_codes_cost_ln_k():
+    grids = torch.randint(0, 7, (3, 2, 2))
+    assert code_baselines(grids, grids, 7)["uniform"] == pytest.approx(math.log(7))
+
+
+def test_a_single_codes_cost_by_hand():
+    """Of K = 3 codes, seen 0, 3 and 1 times, each counts once more: 1/7, 4/7, 2/7."""
+    train, test = torch.tensor([[[1, 1], [2, 1]]]), torch.tensor([[[0, 1], [2, 2]]])
+    expected = -(math.log(1 / 7) + math.log(4 / 7) + 2 * math.log(2 / 7)) / 4
+    assert code_baselines(train, test, 3)["single"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("K", [5, 50])
+@pytest.mark.parametrize("width", [1, 2, 6])
+def test_baselines_are_those_of_plain_loops(K, width):
+    """Where most pairs were seen, where most were not, and where a row is a single code."""
+    skewed = torch.rand(60, 4, 6).square().mul(K).long()
+    skewed[:, 1:3] = successors(60, K)[:, 1:3]
+    skewed = skewed[..., :width]
+    train, test = skewed[:40], skewed[40:]
+    single, left = baselines_by_loops(train, test, K)
+    found = code_baselines(train, test, K)
+    assert found["single"] == pytest.approx(single) and found["left"] == pytest.approx(left)
+
+
+def test_a_code_that_follows_from_the_one_to_its_left_costs_little():
+    K = 8
+    found = code_baselines(successors(2000, K), successors(100, K), K)
+    assert found["single"] == pytest.approx(math.log(K), rel=0.01)
+    # Nothing but the first of the six codes of a row, and what the backoff takes.
+    assert math.log(K) / 6 < found["left"] < math.log(K) / 6 + 0.1
+
+
+def test_independent_codes_cost_their_entropy_also_given_the_one_to_the_left():
+    K = 16
+    train, test = torch.randint(0, K, (1000, 8, 8)), torch.randint(0, K, (500, 8, 8))
+    found = code_baselines(train, test, K)
+    assert found["single"] == pytest.approx(math.log(K), abs=0.01)
+    assert -0.003 < found["left"] - math.log(K) < 0.01  # unseen codes: nothing to be had for free
 
 
 # --- Frechet distance --------------------------------------------------------------------------

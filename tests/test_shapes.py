@@ -3,7 +3,16 @@ import hashlib
 import numpy as np
 import pytest
 
-from vqgan.shapes import CLASSES, COLOURS, SIZES, _is_inside, draw_shapes
+from vqgan.shapes import (
+    CLASSES,
+    COLOURS,
+    SIZES,
+    TEXTURES,
+    _is_inside,
+    colours_of,
+    draw_shapes,
+    draw_textures,
+)
 
 
 def test_a_seed_gives_the_same_bytes_on_every_machine():
@@ -50,3 +59,73 @@ def test_areas_match_geometry(name, area):
     axis = np.linspace(-1.2, 1.2, 601)
     inside = _is_inside(name, axis[None, None, :], axis[None, :, None])
     assert inside.mean() * 2.4**2 == pytest.approx(area, rel=0.02)
+
+
+# --- colours told from pixels --------------------------------------------------------------------
+
+
+def test_the_colours_of_drawn_pictures_are_told(shapes):
+    captions = [caption.split() for caption in shapes.test_captions[:500]]
+    told = colours_of(shapes.test_images[:500].numpy())
+    assert np.mean([c[0] == words[1] for c, words in zip(told, captions, strict=True)]) >= 0.99
+    assert np.mean([c[1] == words[4] for c, words in zip(told, captions, strict=True)]) >= 0.99
+
+
+def test_the_colours_of_pictures_painted_by_hand_are_told():
+    pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b]
+    images = np.empty((len(pairs), 3, 32, 32), dtype=np.uint8)
+    for image, (square, ground) in zip(images, pairs, strict=True):
+        image[:] = np.array(COLOURS[ground])[:, None, None]
+        image[:, 10:20, 12:22] = np.array(COLOURS[square])[:, None, None]
+    assert ("red", "blue") in pairs and colours_of(images) == pairs
+
+
+def test_a_shape_is_never_said_to_have_the_colour_of_its_background():
+    """Also where a model drew no shape at all."""
+    images = np.array(list(COLOURS.values()), dtype=np.uint8)[:, :, None, None]
+    told = colours_of(np.broadcast_to(images, (8, 3, 32, 32)))
+    assert [ground for _, ground in told] == list(COLOURS)
+    assert all(shape != ground for shape, ground in told)
+
+
+# --- textures ------------------------------------------------------------------------------------
+
+
+def test_a_seed_gives_the_same_textures_on_every_machine():
+    images, labels, _ = draw_textures(500, seed=3)
+    digest = hashlib.sha256(images.tobytes() + labels.tobytes())
+    assert digest.hexdigest()[:16] == "44cca8178e282ce1"
+    assert not np.array_equal(images, draw_textures(500, seed=4)[0])
+
+
+def test_every_texture_is_drawn_of_two_colours_of_the_palette():
+    images, labels, class_names = draw_textures(400, seed=0)
+    assert images.shape == (400, 3, 32, 32) and images.dtype == np.uint8
+    assert class_names == TEXTURES and set(labels) == set(range(4))
+    palette, pairs = {colour: name for name, colour in COLOURS.items()}, set()
+    for image, label in zip(images, labels, strict=True):
+        found = {tuple(pixel) for pixel in image.reshape(3, -1).T.tolist()}
+        if TEXTURES[label] in ("stripes", "checks"):
+            assert len(found) == 2 and found <= set(palette)
+            pairs.add(frozenset(palette[colour] for colour in found))
+        else:
+            assert len(found) > 20  # mixtures, which lie between the two
+            low, high = np.min(list(found), axis=0), np.max(list(found), axis=0)
+            assert any(
+                (low >= np.minimum(a, b)).all() and (high <= np.maximum(a, b)).all()
+                for a in palette
+                for b in palette
+                if a != b
+            )
+    assert len(pairs) == 8 * 7 / 2
+
+
+def test_stripes_and_checks_look_alike_everywhere():
+    """The share of one colour in the quadrants of 16 pixels, of which a wave takes 10 at most."""
+    images, labels, _ = draw_textures(2000, seed=0)
+    for name in ("stripes", "checks"):
+        chosen = images[labels == TEXTURES.index(name)]
+        first = (chosen == chosen[:, :, :1, :1]).all(axis=1)  # (n, 32, 32)
+        shares = first.reshape(-1, 2, 16, 2, 16).mean(axis=(2, 4))
+        assert shares.min() > 0.3 and shares.max() < 0.7
+        assert np.abs(shares.mean(axis=0) - 0.5).max() < 0.02

@@ -20,6 +20,7 @@ from vqgan.training import (
     read_log,
     restore,
     save_checkpoint,
+    save_model,
     write_atomically,
 )
 
@@ -212,6 +213,48 @@ def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path):
         load_checkpoint(path)
 
 
+def test_a_model_is_saved_without_what_only_its_training_needs(tmp_path):
+    model, optimizer, batches = make_run()
+    train_steps(model, optimizer, batches, 2)
+    about = {"data": "shapes", "condition": {"names": ["a", "b"]}}
+    save_checkpoint(
+        tmp_path / "c.pt", model=model, arguments={"width": 8}, optimizers={"adam": optimizer},
+        batches=batches, step=2, seconds=1.5, companions={"d": nn.Linear(2, 2)}, about=about,
+    )  # fmt: skip
+    save_model(tmp_path / "m.pt", load_checkpoint(tmp_path / "c.pt"))
+    state = load_checkpoint(tmp_path / "m.pt")
+    assert set(state) == {"model", "arguments", "weights", "about", "code_version"}
+    assert state["model"] == "Sequential" and state["arguments"] == {"width": 8}
+    assert state["about"] == about
+    for name, weight in model.state_dict().items():
+        assert torch.equal(state["weights"][name], weight)
+
+
+def test_a_run_does_not_go_on_from_a_model_alone(tmp_path):
+    model, optimizer, batches = make_run()
+    save(tmp_path / "c.pt", model, optimizer, batches)
+    save_model(tmp_path / "c.pt", load_checkpoint(tmp_path / "c.pt"))
+    assert load_checkpoint(tmp_path / "c.pt")["arguments"] == {"width": 8}
+    with pytest.raises(InputError, match="c.pt is not a checkpoint of this package"):
+        load_checkpoint(tmp_path / "c.pt", model="Sequential", arguments={"width": 8})
+
+
+def test_half_precision_halves_the_file_and_rounds_the_weights(tmp_path):
+    model = nn.BatchNorm1d(20_000)  # with a count of batches, which is no float
+    nn.init.normal_(model.weight)
+    model.num_batches_tracked += 70_001  # more than half precision could hold
+    state = {"model": "BatchNorm1d", "arguments": {}, "weights": model.state_dict()}
+    save_model(tmp_path / "whole.pt", state)
+    save_model(tmp_path / "half.pt", state, half=True)
+    sizes = [(tmp_path / name).stat().st_size for name in ("half.pt", "whole.pt")]
+    assert sizes[0] / sizes[1] == pytest.approx(0.5, abs=0.02)
+    model.load_state_dict(load_checkpoint(tmp_path / "half.pt")["weights"])
+    whole = load_checkpoint(tmp_path / "whole.pt")["weights"]
+    assert model.num_batches_tracked == 70_001
+    assert not torch.equal(model.weight, whole["weight"])
+    assert torch.allclose(model.weight, whole["weight"], rtol=2**-11, atol=1e-7)
+
+
 def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, b"old")
@@ -327,7 +370,7 @@ def test_a_fault_of_the_program_keeps_its_traceback():
 
 # Each module may import those before it, and no other.
 ORDER = "errors shapes figures data metrics training classifier perceptual discriminator quantizer "
-ORDER += "vae vqvae vqgan compvis loading __main__"
+ORDER += "vae vqvae vqgan conditions transformer compvis loading __main__"
 
 
 def test_every_import_runs_one_way():
@@ -344,6 +387,15 @@ def test_every_import_runs_one_way():
 
 def test_figures_and_metrics_know_no_model():
     models = {"vae", "vqvae", "vqgan", "classifier", "discriminator", "perceptual", "quantizer"}
+    models |= {"transformer", "conditions"}
     for name in ("figures", "metrics", "training"):
         source = (Path(training.__file__).parent / f"{name}.py").read_text()
         assert not models & set(re.findall(r"vqgan\.(\w+) import", source)), name
+
+
+def test_the_transformer_and_its_conditions_know_no_pictures_of_ours():
+    for name in ("transformer", "conditions"):
+        source = (Path(training.__file__).parent / f"{name}.py").read_text()
+        assert re.findall(r"(?:from|import) vqgan\b.*", source) == [
+            "from vqgan.errors import InputError"
+        ]

@@ -150,7 +150,7 @@ def main() -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    out = _png(args.out)
+    out = _png(args.out, [args.image] if args.image else [])
     pair, device = _load_pair(args)
     setting = _sampling_setting(args, pair)
     h, w = pair.transformer.grid_size
@@ -197,16 +197,16 @@ def complete(args: argparse.Namespace) -> None:
     x = _read_images([args.image], pair.image_size).to(device)  # (1, 3, H, W)
     indices = pair.tokenizer.encode(x).indices  # (1, h, w)
     keep = _kept(args.keep, pair)  # (h, w)
-    if pair.condition.kind == "image":
-        tokens = pair.tokenizer.encode(PICTURES[pair.condition.picture](x)).indices.flatten(1)
-    elif pair.condition.kind == "none":
-        tokens = pair.condition.of_nothing(1)
-    elif args.classes is None and args.caption is None:  # the condition is not told
-        tokens = torch.full((1, pair.condition.length), pair.transformer.nothing)
-    else:
+    if args.classes is not None or args.caption is not None:
         (tokens, *others) = _ask(args, pair).values()
         if others:
             raise InputError("a completion is of one class or caption: give one")
+    elif pair.condition.kind == "image":
+        tokens = pair.tokenizer.encode(PICTURES[pair.condition.picture](x)).indices.flatten(1)
+    elif pair.condition.kind == "none":
+        tokens = pair.condition.of_nothing(1)
+    else:  # the condition is not told
+        tokens = torch.full((1, pair.condition.length), pair.transformer.nothing)
     known = torch.where(keep.to(device), indices, -1).expand(args.count, -1, -1)
     with tqdm(desc="writing", total=known.numel(), unit="code", unit_scale=True) as progress:
         codes = pair.transformer.sample(
@@ -249,10 +249,12 @@ def _sampling_setting(args: argparse.Namespace, pair: Pair) -> dict:
 def _ask(args: argparse.Namespace, pair: Pair) -> dict[str, Tensor]:
     """What is asked for: a label, and tokens (1, C); refused where the model takes another kind."""
     condition = pair.condition
-    given = {"class": args.classes, "caption": args.caption, "image": getattr(args, "image", None)}
+    given = {"class": args.classes, "caption": args.caption}
+    if args.command == "sample":  # a completion's image is not its condition
+        given["image"] = args.image
     for kind, value in given.items():
         if value is not None and kind != condition.kind:
-            remedy = "leave it out" if condition.kind == "none" else f"give --{condition.kind}"
+            remedy = f"give --{condition.kind}" if condition.kind in given else "leave it out"
             raise InputError(
                 f"--{kind} was given, but this model's condition is {condition.kind}: {remedy}"
             )
@@ -264,7 +266,7 @@ def _ask(args: argparse.Namespace, pair: Pair) -> dict[str, Tensor]:
             words = ", ".join(word for word in condition.names if word)
             raise InputError(f"this model needs a --caption; the words that it knows: {words}")
         return dict(zip(args.caption, condition.of_captions(args.caption).split(1), strict=True))
-    if condition.kind == "image" and given["image"] is None:
+    if condition.kind == "image" and args.image is None:
         raise InputError(
             f"this model writes pictures from {condition.picture}: name one with --image"
         )
@@ -378,27 +380,33 @@ def decode(args: argparse.Namespace) -> None:
     try:
         with np.load(args.codes, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
-        packed, grid, names = content["codes"], content["grid_size"], content["names"]
-        K, path = int(content["num_embeddings"]), str(content["checkpoint"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
+        packed, (h, w), names = content["codes"], content["grid_size"].tolist(), content["names"]
+        K, path, encoder = (
+            content[name].item() for name in ("num_embeddings", "checkpoint", "fingerprint")
+        )
+        bits = _bits(K)
+        binary = np.unpackbits(packed, axis=1)[:, : h * w * bits].reshape(len(names), h * w, bits)
+        indices = torch.from_numpy((binary.astype(np.int64) << np.arange(bits)).sum(axis=2))
+        indices = indices.view(-1, h, w)
+        if indices.max() >= K:
+            raise ValueError(f"code {indices.max()} of {K}")
+    except Exception as error:  # numpy's, zipfile's and zlib's, of many types
         raise InputError(
             f"{args.codes} cannot be read as codes ({error}): give a file that `encode` wrote"
         ) from error
     model, _, _ = _tokenizer(args.checkpoint or path)
-    if fingerprint(model) != str(content["fingerprint"]):
+    if (fingerprint(model), model.quantizer.num_embeddings) != (encoder, K):
         raise InputError(
             f"{args.checkpoint or path} is not the model that encoded {args.codes} ({path}): its "
             "codes mean other things; name that one with --checkpoint"
         )
-    bits, num_codes = _bits(K), int(grid.prod())
-    binary = np.unpackbits(packed, axis=1)[:, : num_codes * bits].reshape(-1, num_codes, bits)
-    indices = torch.from_numpy((binary.astype(np.int64) << np.arange(bits)).sum(axis=2))
-    indices = indices.view(-1, *grid.tolist()).to(device)
+    indices = indices.to(device)
     model.to(device)
     images = torch.cat([to_uint8(model.decode_indices(part)) for part in indices.split(AT_ONCE)])
     width = len(str(len(images)))
     for i, (name, pixels) in enumerate(zip(names, images.cpu(), strict=True), start=1):
-        write_atomically(Path(args.out) / f"{i:0{width}}-{name}.png", _file(pixels, "PNG"))
+        file_name = f"{i:0{width}}-{Path(name).name}.png"  # a name from elsewhere may have folders
+        write_atomically(Path(args.out) / file_name, _file(pixels, "PNG"))
     print(f"{len(images)} images, {packed.shape[1]} bytes each: written to {args.out}")
 
 
@@ -460,7 +468,7 @@ def _result(checkpoint: str, state: dict) -> dict:
         return state["about"]["result"]
     path = checkpoint_path(checkpoint)
     for metrics_path, name in (
-        (path.parent / "metrics.json", "transformer"),
+        (path.parent / "metrics.json", "transformer" if state["model"] == "GPT" else ""),
         (path.parent.parent / "metrics.json", path.parent.name),
     ):
         try:
@@ -474,6 +482,8 @@ def _result(checkpoint: str, state: dict) -> dict:
 def export(args: argparse.Namespace) -> None:
     pair, out = load_pair(args.checkpoint), Path(args.out)
     path = checkpoint_path(args.checkpoint)
+    if out.resolve() == path.resolve().parent:
+        raise InputError(f"--out {out} is the folder of the run itself: give another")
     state = read_checkpoint(path)
     save_model(out / "tokenizer.pt", read_checkpoint(path.with_name("tokenizer.pt")), half=True)
     tokenizer, _ = load_tokenizer(out / "tokenizer.pt")  # rounded: other weights, another hash

@@ -133,8 +133,9 @@ def edges(x: Tensor) -> Tensor:
 
 def lowres(x: Tensor) -> Tensor:
     """x (B, 3, H, W) in [-1, 1] -> means over blocks of 4x4 pixels, at the old size."""
-    blocks = F.avg_pool2d(x, LOWRES_FACTOR, ceil_mode=True)
-    return F.interpolate(blocks, size=x.shape[-2:], mode="nearest")
+    blocks = F.avg_pool2d(x, LOWRES_FACTOR, ceil_mode=True)  # at the border, of what is there
+    blocks = blocks.repeat_interleave(LOWRES_FACTOR, 2).repeat_interleave(LOWRES_FACTOR, 3)
+    return blocks[..., : x.shape[2], : x.shape[3]]
 
 
 PICTURES = {"edges": edges, "gray": gray, "lowres": lowres}

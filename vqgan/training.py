@@ -450,7 +450,8 @@ def save_model(path: Path, state: dict, *, half: bool = False) -> None:
         name: value.half() if half and _is_float(value) else value
         for name, value in state["weights"].items()
     }
-    kept = {key: state[key] for key in ("model", "arguments", "about", "code_version")}
+    keys = ("model", "arguments", "about", "code_version")
+    kept = {key: state[key] for key in keys if key in state}  # older ones have no "about"
     save_plain(path, kept | {"weights": weights})
 
 

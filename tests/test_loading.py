@@ -1,0 +1,218 @@
+"""Transformers with their tokenizers, from files."""
+
+import json
+
+import pytest
+import torch
+
+from vqgan import loading
+from vqgan.conditions import class_condition
+from vqgan.data import Batches
+from vqgan.errors import InputError
+from vqgan.loading import fingerprint, load_model, load_pair, load_tokenizer
+from vqgan.training import load_checkpoint, save_checkpoint, save_model, save_plain
+from vqgan.transformer import GPT
+from vqgan.vae import VAE
+from vqgan.vqgan import VQGAN
+from vqgan.vqvae import VQVAE
+
+CONDITION = class_condition(("cat", "dog"))
+ARGUMENTS = {
+    VAE: {"image_size": 32, "num_hiddens": 8},
+    VQVAE: {"num_hiddens": 8, "num_embeddings": 16},
+    VQGAN: {"channels": 8, "num_embeddings": 16},
+    GPT: {
+        "num_embeddings": 16,
+        "grid_size": [8, 8],
+        "condition_vocabulary": 2,
+        "condition_length": 1,
+        "n_layer": 1,
+        "n_head": 1,
+        "n_embd": 8,
+    },
+}
+ABOUT = {"data": "textures", "image_size": 32, "command": "python train_vqvae.py --data textures"}
+
+
+def save(path, kind, *, about=None, seed=0):
+    """A checkpoint of a small model, untrained."""
+    torch.manual_seed(seed)
+    model = kind(**ARGUMENTS[kind])
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    save_checkpoint(
+        path, model=model, arguments=ARGUMENTS[kind], optimizers={}, batches=Batches(images, 2),
+        step=0, seconds=0.0, about=about,
+    )  # fmt: skip
+    return model.eval()
+
+
+def save_old(path, kind):
+    """A checkpoint as they were before they said what they are about."""
+    model = save(path, kind)
+    state = load_checkpoint(path)
+    del state["about"]
+    save_plain(path, state)
+    return model
+
+
+def save_pair(folder):
+    """A transformer's run: its checkpoint, and its tokenizer beside it."""
+    tokenizer = save(folder / "tokenizer.pt", VQVAE, about=ABOUT)
+    about = ABOUT | {
+        "image_size": 24,  # not the tokenizer's
+        "condition": CONDITION.to_dict(),
+        "tokenizer": "runs/vqvae/checkpoint.pt",
+        "tokenizer_fingerprint": fingerprint(tokenizer),
+    }
+    return save(folder / "checkpoint.pt", GPT, about=about), tokenizer
+
+
+def same_weights(a, b):
+    a, b = ([*model.named_parameters(), *model.named_buffers()] for model in (a, b))
+    return [name for name, _ in a] == [name for name, _ in b] and all(
+        torch.equal(x, y) for (_, x), (_, y) in zip(a, b, strict=True)
+    )
+
+
+# --- fingerprints --------------------------------------------------------------------------------
+
+
+def test_the_same_weights_have_one_fingerprint_whichever_file_they_come_from(tmp_path):
+    model = save(tmp_path / "a.pt", VQVAE)
+    save_model(tmp_path / "b.pt", load_checkpoint(tmp_path / "a.pt"))
+    expected = fingerprint(model)
+    assert len(expected) == 64 and int(expected, 16) > 0
+    assert fingerprint(load_model(tmp_path / "a.pt")) == expected
+    assert fingerprint(load_model(tmp_path / "b.pt")) == expected
+    assert fingerprint(model.to(memory_format=torch.channels_last)) == expected
+
+
+@pytest.mark.parametrize("part", ["encoder", "quantizer", "decoder"])
+def test_one_changed_weight_changes_the_fingerprint(part):
+    model = VQVAE(**ARGUMENTS[VQVAE])
+    before = fingerprint(model)
+    tensors = [t for t in getattr(model, part).state_dict().values() if torch.is_tensor(t)]
+    weight = tensors[-1].view(-1)  # of the model itself, no copy
+    weight[-1] += 1
+    assert fingerprint(model) != before
+    weight[-1] -= 1
+
+
+def test_weights_under_another_name_have_another_fingerprint():
+    layer = torch.nn.Linear(2, 2)
+    a, b = (torch.nn.ModuleDict({name: layer}) for name in ("encoder", "decoder"))
+    assert fingerprint(a) != fingerprint(b)
+
+
+# --- pairs ---------------------------------------------------------------------------------------
+
+
+def test_a_pair_is_the_transformer_and_the_tokenizer_beside_it(tmp_path):
+    transformer, tokenizer = save_pair(tmp_path)
+    pair = load_pair(tmp_path / "checkpoint.pt")
+    assert same_weights(pair.transformer, transformer) and same_weights(pair.tokenizer, tokenizer)
+    assert pair.condition == CONDITION and pair.image_size == 24
+    for model in (pair.transformer, pair.tokenizer):
+        assert not model.training and not any(p.requires_grad for p in model.parameters())
+
+
+def test_a_missing_tokenizer_is_refused_where_it_was_expected_and_where_it_came_from(tmp_path):
+    save_pair(tmp_path)
+    (tmp_path / "tokenizer.pt").unlink()
+    with pytest.raises(InputError) as error:
+        load_pair(tmp_path / "checkpoint.pt")
+    for part in (str(tmp_path / "tokenizer.pt"), "--tokenizer", "runs/vqvae/checkpoint.pt"):
+        assert part in str(error.value)
+
+
+def test_a_tokenizer_is_taken_from_where_it_is_said_to_be(tmp_path):
+    _, tokenizer = save_pair(tmp_path)
+    (tmp_path / "tokenizer.pt").rename(tmp_path / "moved.pt")
+    pair = load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "moved.pt")
+    assert same_weights(pair.tokenizer, tokenizer)
+    save(tmp_path / "tokenizer.pt", VQVAE, seed=1)  # another one beside it is not looked at
+    pair = load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "moved.pt")
+    assert same_weights(pair.tokenizer, tokenizer)
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    save_pair(tmp_path)
+    save(tmp_path / "other.pt", VQVAE, seed=1)
+    with pytest.raises(InputError, match="other.pt is not the tokenizer.*runs/vqvae/checkpoint"):
+        load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "other.pt")
+    (tmp_path / "other.pt").replace(tmp_path / "tokenizer.pt")
+    with pytest.raises(InputError, match="tokenizer.pt is not the tokenizer"):
+        load_pair(tmp_path / "checkpoint.pt")
+
+
+def test_a_tokenizer_is_no_transformer(tmp_path):
+    save_pair(tmp_path)
+    with pytest.raises(InputError, match="of a VQVAE, and a transformer was expected"):
+        load_pair(tmp_path / "tokenizer.pt")
+    save_old(tmp_path / "tokenizer.pt", VQVAE)
+    with pytest.raises(InputError, match="of a VQVAE, and a transformer was expected"):
+        load_pair(tmp_path / "tokenizer.pt")
+
+
+@pytest.mark.parametrize("kind", [VAE, GPT])
+def test_a_model_without_codes_of_pictures_is_no_tokenizer(tmp_path, kind):
+    save_pair(tmp_path)
+    save(tmp_path / "c.pt", kind)
+    with pytest.raises(InputError, match=f"of a {kind.__name__}, and a tokenizer was expected"):
+        load_tokenizer(tmp_path / "c.pt")
+    with pytest.raises(InputError, match=f"of a {kind.__name__}, and a tokenizer was expected"):
+        load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "c.pt")
+
+
+# --- tokenizers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [VQVAE, VQGAN])
+def test_a_tokenizer_says_what_it_was_trained_on(tmp_path, kind):
+    model = save(tmp_path / "c.pt", kind, about=ABOUT)
+    (tmp_path / "config.json").write_text(json.dumps(ABOUT | {"data": "cifar10"}))  # not asked
+    loaded, state = load_tokenizer(tmp_path / "c.pt")
+    assert type(loaded) is kind and same_weights(loaded, model)
+    assert state["about"] == ABOUT
+
+
+@pytest.mark.parametrize("folder", [".", "vqvae"], ids=["beside it", "above it"])
+def test_for_an_old_tokenizer_the_config_of_its_run_says_it(tmp_path, folder):
+    path = tmp_path / folder / "checkpoint.pt"
+    save_old(path, VQVAE)
+    (tmp_path / "config.json").write_text(json.dumps(ABOUT | {"lr": 0.1}))
+    assert load_tokenizer(path)[1]["about"] == ABOUT
+
+
+@pytest.mark.parametrize("config", [None, "{", "[]", "{}"])
+def test_an_old_tokenizer_without_a_config_says_nothing(tmp_path, config):
+    save_old(tmp_path / "a" / "b" / "c.pt", VQVAE)
+    if config is not None:
+        (tmp_path / "a" / "b" / "config.json").write_text(config)
+    assert load_tokenizer(tmp_path / "a" / "b" / "c.pt")[1]["about"] == {}
+
+
+def test_an_old_tokenizer_can_be_saved_as_a_model(tmp_path):
+    model = save_old(tmp_path / "old.pt", VQVAE)
+    save_model(tmp_path / "m.pt", load_checkpoint(tmp_path / "old.pt"))
+    assert same_weights(load_tokenizer(tmp_path / "m.pt")[0], model)
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def test_a_name_is_the_model_that_comes_with_the_package_unless_a_file_has_it(
+    tmp_path, monkeypatch
+):
+    packaged, tokenizer = save_pair(tmp_path / "package")
+    monkeypatch.setattr(loading, "SHIPPED", {"shapes": tmp_path / "package" / "checkpoint.pt"})
+    monkeypatch.chdir(tmp_path)
+    pair = load_pair("shapes")
+    assert same_weights(pair.transformer, packaged) and same_weights(pair.tokenizer, tokenizer)
+    (tmp_path / "shapes").mkdir()  # a folder of images, say
+    assert same_weights(load_model("shapes"), packaged)
+    (tmp_path / "shapes").rmdir()
+    own = save(tmp_path / "shapes", VQVAE)
+    assert same_weights(load_model("shapes"), own)
+    with pytest.raises(InputError, match="no checkpoint circles.*: shapes$"):
+        load_model("circles")
