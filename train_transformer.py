@@ -18,6 +18,7 @@ import copy
 import hashlib
 import itertools
 import math
+import pickle
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -160,12 +161,26 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     tokenizer, tokenizer_state = tokenizer_of(args)
+    check_same_tokenizer(args, tokenizer)
     settings = sampling_settings(args, tokenizer.quantizer.num_embeddings)
     grid_size = grid_of(tokenizer, args.image_size)
     run = open_run(args, batch_sizes=[args.batch_size])
     condition = condition_of(args, run.data, tokenizer, grid_size)
+    arguments = {
+        "num_embeddings": tokenizer.quantizer.num_embeddings,
+        "grid_size": list(grid_size),
+        "condition_vocabulary": condition.vocabulary,
+        "condition_length": condition.length,
+        "n_layer": args.n_layer,
+        "n_head": args.n_head,
+        "n_embd": args.n_embd,
+        "dropout": args.dropout,
+    }
+    with torch.device("meta"):
+        GPT(**arguments)  # sizes that cannot be stop here, not after minutes
     save_model(run.out / "tokenizer.pt", tokenizer_state)  # what the checkpoint cannot do without
     prepare_model(tokenizer, run.device, compile=False)
+    yardstick, yardstick_accuracy = yardstick_of(run, args)
 
     train_sequences, test_sequences = sequences(run, tokenizer, condition, args)
     C = condition.length
@@ -177,22 +192,12 @@ def main() -> None:
     for name, nats in baselines.items():
         print(f"{nats:.3f} nats a code: {BASELINES[name]}")
 
-    arguments = {
-        "num_embeddings": tokenizer.quantizer.num_embeddings,
-        "grid_size": list(grid_size),
-        "condition_vocabulary": condition.vocabulary,
-        "condition_length": condition.length,
-        "n_layer": args.n_layer,
-        "n_head": args.n_head,
-        "n_embd": args.n_embd,
-        "dropout": args.dropout,
-    }
     about = about_run(args) | {
         "condition": condition.to_dict(),
+        "condition_drop": args.condition_drop,
         "tokenizer": str(args.tokenizer),
         "tokenizer_fingerprint": fingerprint(tokenizer),
     }
-    yardstick, yardstick_accuracy = yardstick_of(run, args)
     torch.manual_seed(args.seed)
     model = prepare_model(GPT(**arguments), run.device, compile=args.compile)
     model, history, seconds = train(
@@ -286,6 +291,19 @@ def tokenizer_of(args: argparse.Namespace) -> tuple[VQAutoencoder, dict]:
     return tokenizer, state
 
 
+def check_same_tokenizer(args: argparse.Namespace, tokenizer: VQAutoencoder) -> None:
+    """For --resume, before anything in the run folder is replaced."""
+    checkpoint = Path(args.out) / "checkpoint.pt"
+    if not args.resume or not checkpoint.exists():
+        return
+    about = load_checkpoint(checkpoint).get("about", {})
+    if about.get("tokenizer_fingerprint") != fingerprint(tokenizer):
+        raise InputError(
+            f"--resume: {args.tokenizer} has other weights than when the run began: put the "
+            "old ones back, or start a new run in another --out"
+        )
+
+
 def grid_of(tokenizer: VQAutoencoder, image_size: int) -> tuple[int, int]:
     """(h, w) of the codes of an image."""
     tokenizer.check_sides(image_size, image_size)
@@ -303,6 +321,8 @@ def sampling_settings(args: argparse.Namespace, num_embeddings: int) -> list[dic
     ]
     for setting in settings:
         check_sampling(num_embeddings, **setting)
+    if args.num_samples == 1:
+        raise InputError("--num-samples 1: a Frechet distance takes at least two, give more")
     if args.condition == "none" and any(guidance != 1 for guidance in args.guidance):
         raise InputError(
             "--guidance exaggerates a condition, and --condition is none: leave it out"
@@ -342,12 +362,20 @@ def condition_of(
 
 def yardstick_of(run: Run, args: argparse.Namespace) -> tuple[Classifier | None, float | None]:
     """The given yardstick, the one in the tokenizer's run folder, or a new one."""
-    if args.yardstick is not None:
-        return load_classifier(Path(args.yardstick), run.device)
+    if run.data.train_labels is None or len(run.data.test_images) < 2:  # it says why not
+        return make_yardstick(run, epochs=args.yardstick_epochs, flip=args.flip, resume=args.resume)
     folder = Path(args.tokenizer).parent
-    for path in (folder / "yardstick.pt", folder.parent / "yardstick.pt"):
-        if path.exists() and not args.other_data:
-            return load_classifier(path, run.device)
+    beside = [folder / "yardstick.pt", folder.parent / "yardstick.pt"]
+    beside = [path for path in beside if path.exists() and not args.other_data]
+    for path in [Path(args.yardstick)] if args.yardstick is not None else beside:
+        yardstick, share = load_classifier(path, run.device)
+        classes = yardstick.head.out_features
+        if classes != len(run.data.class_names):
+            raise InputError(
+                f"{path} tells {classes} classes apart, and {args.data} has "
+                f"{len(run.data.class_names)}: name another --yardstick"
+            )
+        return yardstick, share
     return make_yardstick(run, epochs=args.yardstick_epochs, flip=args.flip, resume=args.resume)
 
 
@@ -370,7 +398,10 @@ def sequences(
         _update_with_images(key, images)
     key = key.hexdigest()
     path = run.out / "codes.pt"
-    codes = torch.load(path, weights_only=True) if path.exists() else {}
+    try:
+        codes = torch.load(path, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # none yet, or damaged
+        codes = {}
     if codes.get("key") != key:
         picture = PICTURES.get(condition.picture)
         codes = {
@@ -515,11 +546,6 @@ def train(
     checkpoint = run.out / "checkpoint.pt"
     if args.resume and checkpoint.exists():
         state = load_checkpoint(checkpoint, model="GPT", arguments=arguments)
-        if state["about"]["tokenizer_fingerprint"] != about["tokenizer_fingerprint"]:
-            raise InputError(
-                f"--resume: {args.tokenizer} has other weights than when the run began: put the "
-                "old ones back, or start a new run in another --out"
-            )
         restore(
             state,
             model=best,

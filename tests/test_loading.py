@@ -61,6 +61,7 @@ def save_pair(folder):
     about = ABOUT | {
         "image_size": 24,  # not the tokenizer's
         "condition": CONDITION.to_dict(),
+        "condition_drop": 0.1,
         "tokenizer": "runs/vqvae/checkpoint.pt",
         "tokenizer_fingerprint": fingerprint(tokenizer),
     }

@@ -205,6 +205,8 @@ def complete(args: argparse.Namespace) -> None:
         tokens = pair.tokenizer.encode(PICTURES[pair.condition.picture](x)).indices.flatten(1)
     elif pair.condition.kind == "none":
         tokens = pair.condition.of_nothing(1)
+    elif not pair.knows_nothing:
+        raise InputError(f"this model needs to be told a condition: give --{pair.condition.kind}")
     else:  # the condition is not told
         tokens = torch.full((1, pair.condition.length), pair.transformer.nothing)
     known = torch.where(keep.to(device), indices, -1).expand(args.count, -1, -1)
@@ -242,6 +244,11 @@ def _sampling_setting(args: argparse.Namespace, pair: Pair) -> dict:
     if args.guidance != 1 and pair.condition.kind == "none":
         raise InputError(
             "--guidance exaggerates what is asked for, and this model is asked nothing"
+        )
+    if args.guidance != 1 and not pair.knows_nothing:
+        raise InputError(
+            "--guidance needs a model that was trained with some of its conditions dropped, and "
+            "this one was not (--condition-drop 0): leave it out"
         )
     return setting
 
@@ -310,8 +317,8 @@ def reconstruct(args: argparse.Namespace) -> None:
     model = load_model(args.checkpoint, config=_read_config(args.config))
     size = args.image_size or image_size_of(model)
     if isinstance(model, GPT):
-        _, model, _, size = load_pair(args.checkpoint)
-        size = args.image_size or size
+        pair = load_pair(args.checkpoint)
+        model, size = pair.tokenizer, args.image_size or pair.image_size
     model = model.to(device)
     if isinstance(model, VAE) and size != model.image_size:
         raise InputError(

@@ -100,6 +100,7 @@ class Pair(NamedTuple):
     tokenizer: VQAutoencoder
     condition: Condition
     image_size: int  # side in pixels
+    knows_nothing: bool  # trained with conditions dropped: guidance has something to go by
 
 
 def load_tokenizer(path: str | Path) -> tuple[VQAutoencoder, dict]:
@@ -168,4 +169,10 @@ def load_pair(path: str | Path, *, tokenizer: str | Path | None = None) -> Pair:
             f"{given} is not the tokenizer that {path} was trained with "
             f"({about['tokenizer']}): its codes mean other things; name that one"
         )
-    return Pair(transformer, model, Condition.from_dict(about["condition"]), about["image_size"])
+    return Pair(
+        transformer,
+        model,
+        Condition.from_dict(about["condition"]),
+        image_size=about["image_size"],
+        knows_nothing=about["condition_drop"] > 0,
+    )
