@@ -2,15 +2,15 @@
 
     python train_transformer.py --tokenizer runs/vqgan/vqgan/checkpoint.pt      by class
     python train_transformer.py --tokenizer ... --condition caption             by words
-    python train_transformer.py --tokenizer ... --condition image --picture edges
+    python train_transformer.py --tokenizer ... --condition image --condition-image edges
     python train_transformer.py --resume                                        go on
 
 Esser, Rombach, Ommer 2021, arXiv 2012.09841, section 3.2. The images become codes once; the
 transformer sees nothing else. With a condition c (`conditions.py`) and the N codes s of an image,
 
-    L = -1/N sum_i log p(s_i | s_<i, c)      nats a code                        (eq. 11)
+    L = -1/N sum_i log p(s_i | s_<i, c)      nats a code                        (eq. 9, 10)
 
-Read `main`, then `encode`, then `train`, then `evaluate`.
+Read `main`, then `load_corpus`, then `train`, then `evaluate`.
 """
 
 import argparse
@@ -18,9 +18,9 @@ import copy
 import hashlib
 import itertools
 import math
-import pickle
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ from vqgan.training import (
     save_plain,
     write_metrics,
 )
-from vqgan.transformer import GPT, check_sampling
+from vqgan.transformer import GPT, check_sampling, describe_sampling
 from vqgan.vqvae import VQAutoencoder
 
 # Of GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix B): a memory of twenty steps for the size
@@ -85,7 +85,8 @@ ADAM_BETAS, MAX_GRADIENT_NORM, LAST_LR = (0.9, 0.95), 1.0, 0.1
 LOG_EVERY = 50  # steps averaged in a row of log.csv
 NUM_PICTURES = 12  # samples in a row of progress.png, images in completions.png
 SAMPLES_A_ROW = 8  # of samples.png
-SAMPLES_AT_ONCE = 500
+MOST_CACHED = 2**28  # numbers in the keys and values of sampling, 1 GiB
+MOST_LOGITS = 2**26  # in validation, 256 MiB
 BASELINES = {  # titles of `metrics.code_baselines`
     "uniform": "every code alike (ln K)",
     "single": "frequencies of codes",
@@ -111,10 +112,13 @@ def parse() -> argparse.Namespace:
         allow_abbrev=False,
     )
     add_common_arguments(parser, out="runs/transformer", epochs=10, lr=1e-3)
-    # Not given: those of the tokenizer.
-    parser.set_defaults(data=None, image_size=None)
+    parser.set_defaults(data=None, image_size=None)  # not given: the tokenizer's
     add = parser.add_argument
-    add("--tokenizer", metavar="CHECKPOINT", help="checkpoint.pt of a VQ-VAE or VQGAN")
+    add(
+        "--tokenizer",
+        metavar="CHECKPOINT",
+        help="checkpoint.pt of a VQ-VAE or VQGAN; its --data and --image-size are the default",
+    )
     add(
         "--other-data",
         action="store_true",
@@ -133,7 +137,7 @@ def parse() -> argparse.Namespace:
 
     add = parser.add_argument_group("condition").add_argument
     add("--condition", choices=KINDS, default="class", help="what the codes depend on")
-    add("--picture", choices=PICTURES, default="edges", help="for --condition image: of what")
+    add("--condition-image", choices=PICTURES, default="edges", help="for --condition image")
     add(
         "--condition-drop",
         type=fraction,
@@ -158,35 +162,45 @@ def parse() -> argparse.Namespace:
     return parse_arguments(parser)
 
 
+class Corpus(NamedTuple):
+    """What the transformer learns from, and what makes pictures of its codes again.
+
+    Sequences are condition and codes end to end, int32 (images, views, C + N). Training images
+    have two views, as they are and mirrored, or one without --flip; test images have one.
+    """
+
+    tokenizer: VQAutoencoder
+    condition: Condition
+    train: Tensor
+    test: Tensor
+
+    @property
+    def test_tokens(self) -> Tensor:
+        """Conditions of the test images, (images, C) int64."""
+        return self.test[:, 0, : self.condition.length].long()
+
+    @property
+    def test_codes(self) -> Tensor:
+        """(images, N) int64."""
+        return self.test[:, 0, self.condition.length :].long()
+
+
 def main() -> None:
     args = parse()
     tokenizer, tokenizer_state = tokenizer_of(args)
-    check_same_tokenizer(args, tokenizer)
     settings = sampling_settings(args, tokenizer.quantizer.num_embeddings)
     grid_size = grid_of(tokenizer, args.image_size)
     run = open_run(args, batch_sizes=[args.batch_size])
     condition = condition_of(args, run.data, tokenizer, grid_size)
-    arguments = {
-        "num_embeddings": tokenizer.quantizer.num_embeddings,
-        "grid_size": list(grid_size),
-        "condition_vocabulary": condition.vocabulary,
-        "condition_length": condition.length,
-        "n_layer": args.n_layer,
-        "n_head": args.n_head,
-        "n_embd": args.n_embd,
-        "dropout": args.dropout,
-    }
-    with torch.device("meta"):
-        GPT(**arguments)  # sizes that cannot be stop here, not after minutes
+    arguments = network_arguments(args, tokenizer, grid_size, condition)
     save_model(run.out / "tokenizer.pt", tokenizer_state)  # what the checkpoint cannot do without
     prepare_model(tokenizer, run.device, compile=False)
     yardstick, yardstick_accuracy = yardstick_of(run, args)
 
-    train_sequences, test_sequences = sequences(run, tokenizer, condition, args)
-    C = condition.length
+    corpus = load_corpus(run, tokenizer, condition, args)
     baselines = metrics.code_baselines(
-        train_sequences[..., C:].reshape(-1, *grid_size).long(),
-        test_sequences[:, 0, C:].reshape(-1, *grid_size).long(),
+        corpus.train[..., condition.length :].reshape(-1, *grid_size).long(),
+        corpus.test_codes.view(-1, *grid_size),
         tokenizer.quantizer.num_embeddings,
     )
     for name, nats in baselines.items():
@@ -200,39 +214,10 @@ def main() -> None:
     }
     torch.manual_seed(args.seed)
     model = prepare_model(GPT(**arguments), run.device, compile=args.compile)
-    model, history, seconds = train(
-        model,
-        arguments,
-        about,
-        train_sequences,
-        test_sequences,
-        tokenizer,
-        condition,
-        run=run,
-        args=args,
-    )
+    model, history, seconds = train(model, arguments, about, corpus, run=run, args=args)
 
-    floors, samples = {}, []
-    nats = validation_loss(model, test_sequences, run.device, torch.float32)
-    if yardstick is not None:
-        test_features, floors = frechet_floors(yardstick, tokenizer, run)
-        for setting in settings:
-            samples.append(
-                measure_samples(
-                    model, tokenizer, condition, test_sequences, setting, yardstick, test_features,
-                    run=run, num_samples=args.num_samples or len(run.data.test_images),
-                )
-            )  # fmt: skip
-    pixels = 3 * args.image_size**2
-    num_codes = grid_size[0] * grid_size[1]
-    bits = metrics.nats_to_bits(nats * num_codes)
-    result = {
-        "nats_per_code": nats,
-        "bits_per_image": bits,
-        "plain_bits_per_image": metrics.code_bits(*grid_size, tokenizer.quantizer.num_embeddings),
-        "compression": 8 * pixels / bits,  # of 8 bits a pixel and channel
-        "frechet": samples[0]["frechet"] if samples else None,
-        "recognised": samples[0]["recognised"] if samples else None,
+    result, samples, floors = evaluate(model, corpus, yardstick, settings, run=run, args=args)
+    result |= {
         "parameters": sum(p.numel() for p in model.parameters()),
         "batch_size": args.batch_size,
         "epochs": args.epochs,
@@ -248,20 +233,23 @@ def main() -> None:
         baselines=baselines,
         validation=history.validation,
         frechet_floors=floors,
-        yardstick={"accuracy": yardstick_accuracy},
+        yardstick={
+            "accuracy": yardstick_accuracy,
+            "fingerprint": None if yardstick is None else fingerprint(yardstick),
+        },
         samples=samples,
     )
     print(
-        f"{nats:.3f} nats a code on the test images (epoch {history.best['epoch']}): an arithmetic "
-        f"coder would spend {bits:.0f} bits an image, and plain codes "
-        f"{result['plain_bits_per_image']:.0f}"
+        f"{result['nats_per_code']:.3f} nats a code on the test images (after epoch "
+        f"{result['best_epoch']}): an arithmetic coder would spend {result['bits_per_image']:.0f} "
+        f"bits an image, and plain codes are {result['plain_bits_per_image']:.0f}"
     )
     if samples:
-        print_table({f"samples {i + 1}": sample for i, sample in enumerate(samples)}, COLUMNS)
+        print_table({f"samples {i}": sample for i, sample in enumerate(samples, 1)}, COLUMNS)
         for name, distance in floors.items():
             print(f"Frechet distance of {name} to the test images: {distance:.3f}")
         print(f"(the yardstick recognises {yardstick_accuracy:.1%} of the test images)")
-    draw_pictures(run, model, tokenizer, condition, test_sequences, settings[0], baselines, history)
+    draw_pictures(run, model, corpus, settings[0], baselines, history)
     print(f"metrics.json, log, checkpoint and pictures are in {run.out}")
 
 
@@ -275,33 +263,21 @@ def tokenizer_of(args: argparse.Namespace) -> tuple[VQAutoencoder, dict]:
             "--tokenizer was not given: name the checkpoint.pt of a VQ-VAE or VQGAN, as in "
             "--tokenizer runs/vqgan/vqgan/checkpoint.pt"
         )
-    tokenizer, state = load_tokenizer(args.tokenizer)
-    about = state["about"]
+    own_copy = Path(args.out) / "tokenizer.pt"  # a run that began goes on with the same one
+    path = own_copy if args.resume and own_copy.exists() else args.tokenizer
+    tokenizer, state = load_tokenizer(path)
     for name, flag in (("data", "--data"), ("image_size", "--image-size")):
-        given, own = getattr(args, name), about.get(name)
+        given, own = getattr(args, name), state["about"].get(name)
         if given is None and own is None:
             raise InputError(f"{args.tokenizer} does not say its {name}: give {flag}")
         if given is None:
             setattr(args, name, own)
-        elif own not in (None, given) and not args.other_data:
+        elif own is not None and Path(str(own)) != Path(str(given)) and not args.other_data:
             raise InputError(
                 f"{flag} {given}: the tokenizer {args.tokenizer} was trained with {own}; leave "
                 "the flag out, name another tokenizer, or add --other-data to use this one"
             )
     return tokenizer, state
-
-
-def check_same_tokenizer(args: argparse.Namespace, tokenizer: VQAutoencoder) -> None:
-    """For --resume, before anything in the run folder is replaced."""
-    checkpoint = Path(args.out) / "checkpoint.pt"
-    if not args.resume or not checkpoint.exists():
-        return
-    about = load_checkpoint(checkpoint).get("about", {})
-    if about.get("tokenizer_fingerprint") != fingerprint(tokenizer):
-        raise InputError(
-            f"--resume: {args.tokenizer} has other weights than when the run began: put the "
-            "old ones back, or start a new run in another --out"
-        )
 
 
 def grid_of(tokenizer: VQAutoencoder, image_size: int) -> tuple[int, int]:
@@ -354,10 +330,34 @@ def condition_of(
                 f"--condition caption needs captions, and {args.data} has none: give --data shapes "
                 "(and its tokenizer), or --condition class"
             )
-        return caption_condition(data.train_captions)
+        condition = caption_condition(data.train_captions)
+        condition.of_captions(data.test_captions)  # with --limit a word may be in the test set only
+        return condition
     if args.condition == "image":
-        return image_condition(args.picture, tokenizer.quantizer.num_embeddings, grid_size)
+        return image_condition(args.condition_image, tokenizer.quantizer.num_embeddings, grid_size)
     return NO_CONDITION
+
+
+def network_arguments(
+    args: argparse.Namespace,
+    tokenizer: VQAutoencoder,
+    grid_size: tuple[int, int],
+    condition: Condition,
+) -> dict:
+    """The transformer's constructor arguments, tried once: sizes that do not fit stop here."""
+    arguments = {
+        "num_embeddings": tokenizer.quantizer.num_embeddings,
+        "grid_size": list(grid_size),
+        "condition_vocabulary": condition.vocabulary,
+        "condition_length": condition.length,
+        "n_layer": args.n_layer,
+        "n_head": args.n_head,
+        "n_embd": args.n_embd,
+        "dropout": args.dropout,
+    }
+    with torch.device("meta"):  # shapes only
+        GPT(**arguments)
+    return arguments
 
 
 def yardstick_of(run: Run, args: argparse.Namespace) -> tuple[Classifier | None, float | None]:
@@ -365,31 +365,28 @@ def yardstick_of(run: Run, args: argparse.Namespace) -> tuple[Classifier | None,
     if run.data.train_labels is None or len(run.data.test_images) < 2:  # it says why not
         return make_yardstick(run, epochs=args.yardstick_epochs, flip=args.flip, resume=args.resume)
     folder = Path(args.tokenizer).parent
-    beside = [folder / "yardstick.pt", folder.parent / "yardstick.pt"]
-    beside = [path for path in beside if path.exists() and not args.other_data]
-    for path in [Path(args.yardstick)] if args.yardstick is not None else beside:
-        yardstick, share = load_classifier(path, run.device)
-        classes = yardstick.head.out_features
-        if classes != len(run.data.class_names):
-            raise InputError(
-                f"{path} tells {classes} classes apart, and {args.data} has "
-                f"{len(run.data.class_names)}: name another --yardstick"
-            )
-        return yardstick, share
-    return make_yardstick(run, epochs=args.yardstick_epochs, flip=args.flip, resume=args.resume)
+    candidates = [folder / "yardstick.pt", folder.parent / "yardstick.pt"]
+    path = next((path for path in candidates if path.exists() and not args.other_data), None)
+    if args.yardstick is not None:
+        path = Path(args.yardstick)
+    if path is None:
+        return make_yardstick(run, epochs=args.yardstick_epochs, flip=args.flip, resume=args.resume)
+    yardstick, share = load_classifier(path, run.device)
+    if yardstick.head.out_features != len(run.data.class_names):
+        raise InputError(
+            f"{path} tells {yardstick.head.out_features} classes apart, and {args.data} has "
+            f"{len(run.data.class_names)}: name another --yardstick"
+        )
+    return yardstick, share
 
 
 # --- images become codes, once -----------------------------------------------------------------
 
 
-def sequences(
+def load_corpus(
     run: Run, tokenizer: VQAutoencoder, condition: Condition, args: argparse.Namespace
-) -> tuple[Tensor, Tensor]:
-    """Condition and codes of every image, end to end: int32 (images, views, C + N), twice.
-
-    Training images have two views, as they are and mirrored, or one without --flip; test images
-    have one. The codes are kept in codes.pt, since the tokenizer takes a while.
-    """
+) -> Corpus:
+    """Codes of all images, from codes.pt if it has them already: the tokenizer takes a while."""
     data = run.data
     key = hashlib.sha256()
     for part in (fingerprint(tokenizer), str(args.flip), condition.picture or ""):
@@ -400,9 +397,10 @@ def sequences(
     path = run.out / "codes.pt"
     try:
         codes = torch.load(path, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):  # none yet, or damaged
-        codes = {}
-    if codes.get("key") != key:
+        is_current = codes["key"] == key
+    except Exception:  # no file yet, or a damaged one: torch raises many types
+        is_current = False
+    if not is_current:
         picture = PICTURES.get(condition.picture)
         codes = {
             "key": key,
@@ -411,12 +409,10 @@ def sequences(
         }
         save_plain(path, codes)
     train, test = codes["train"], codes["test"]
-    if condition.kind == "image":
-        return train, test  # the picture's codes stand before the image's already
-    return (
-        _prepend(tokens_of(condition, data.train_labels, data.train_captions, len(train)), train),
-        _prepend(tokens_of(condition, data.test_labels, data.test_captions, len(test)), test),
-    )
+    if condition.kind != "image":  # whose codes stand before the image's already
+        train = _prepend(condition, data.train_labels, data.train_captions, train)
+        test = _prepend(condition, data.test_labels, data.test_captions, test)
+    return Corpus(tokenizer, condition, train, test)
 
 
 def _update_with_images(digest, images) -> None:
@@ -425,22 +421,19 @@ def _update_with_images(digest, images) -> None:
         digest.update(images.contiguous().numpy().data)
     else:
         for path in images.paths:
-            digest.update(f"{path} {path.stat().st_size}\n".encode())
+            digest.update(f"{path} {path.stat().st_size} {images.image_size}\n".encode())
 
 
-def tokens_of(
-    condition: Condition, labels: Tensor | None, captions: list[str] | None, count: int
+def _prepend(
+    condition: Condition, labels: Tensor | None, captions: list[str] | None, codes: Tensor
 ) -> Tensor:
-    """(count, C) tokens of labels or captions, or start tokens."""
+    """The tokens of labels or captions before codes (images, views, N): (images, views, C + N)."""
     if condition.kind == "class":
-        return labels[:, None]
-    if condition.kind == "caption":
-        return condition.of_captions(captions)
-    return condition.of_nothing(count)
-
-
-def _prepend(tokens: Tensor, codes: Tensor) -> Tensor:
-    """tokens (M, C), codes (M, views, N) -> (M, views, C + N)."""
+        tokens = labels[:, None]
+    elif condition.kind == "caption":
+        tokens = condition.of_captions(captions)
+    else:
+        tokens = condition.of_nothing(len(codes))
     tokens = tokens[:, None].expand(-1, codes.shape[1], -1)
     return torch.cat([tokens.to(codes.dtype), codes], dim=2)
 
@@ -468,9 +461,9 @@ class CodeBatches(Batches):
     Of each image the mirrored view or the other, by the flip that `Batches` draws.
     """
 
-    def make_batch(self, images: Tensor, row: Tensor, mirrored: Tensor) -> Tensor:
+    def make_batch(self, sequences: Tensor, row: Tensor, mirrored: Tensor) -> Tensor:
         views = mirrored.long()  # all 0 without --flip
-        return images[torch.arange(len(images), device=images.device), views].long()
+        return sequences[torch.arange(len(sequences), device=sequences.device), views].long()
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -495,7 +488,10 @@ class History:
 
 
 def learning_rate(step: int, *, highest: float, warmup: int, total: int) -> float:
-    """Linear up to the highest, then half a cosine down to LAST_LR of it (steps from 0)."""
+    """Linear up to the highest, then half a cosine down to LAST_LR of it (steps from 0).
+
+    A resume with more epochs goes on along the longer cosine, so its rate rises again first.
+    """
     if step < warmup:
         return highest * (step + 1) / warmup
     cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
@@ -503,10 +499,9 @@ def learning_rate(step: int, *, highest: float, warmup: int, total: int) -> floa
 
 
 def attention_kernel(device: torch.device) -> AbstractContextManager:
-    """On a CPU, attention as plain products: at these lengths torch's fused kernel is the slower.
+    """On a CPU, attention as plain products: to train on short sequences, the fused one is slower.
 
-    (195 against 144 images a second on two cores, 64 codes, bfloat16, no dropout.) Elsewhere
-    torch chooses.
+    (With dropout torch does so by itself.) Elsewhere torch chooses.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
@@ -515,10 +510,7 @@ def train(
     model: GPT,
     arguments: dict,
     about: dict,
-    train_sequences: Tensor,
-    test_sequences: Tensor,
-    tokenizer: VQAutoencoder,
-    condition: Condition,
+    corpus: Corpus,
     *,
     run: Run,
     args: argparse.Namespace,
@@ -527,9 +519,11 @@ def train(
 
     Returns the model of the epoch with the lowest validation loss, the history, the seconds.
     """
-    device, C = run.device, condition.length
+    device, C = run.device, corpus.condition.length
+    # A start token says nothing that could be left out.
+    drop = 0.0 if corpus.condition.kind == "none" else args.condition_drop
     batches = CodeBatches(
-        train_sequences, args.batch_size, device=device, seed=args.seed, flip=args.flip
+        corpus.train, args.batch_size, device=device, seed=args.seed, flip=args.flip
     )
     total_steps = args.epochs * len(batches)
     optimizer = torch.optim.AdamW(
@@ -556,7 +550,7 @@ def train(
         step, seconds = state["step"], state["seconds"]
     log = Log(run.out / "log.csv", resume_at=step)
     picture_steps = {round(total_steps * i / args.pictures) for i in range(1, args.pictures + 1)}
-    pictured = test_sequences[:NUM_PICTURES, 0, :C].long().to(device)  # conditions
+    pictured = corpus.test_tokens[:NUM_PICTURES].to(device)
 
     model.train()
     watch = Stopwatch(seconds)
@@ -567,7 +561,7 @@ def train(
     while step < total_steps:
         for batch in batches:  # one epoch, or the rest of it after a resume
             tokens, indices = batch[:, :C], batch[:, C:]  # (B, C), (B, N)
-            dropped = torch.rand(len(tokens), 1, device=device) < args.condition_drop
+            dropped = torch.rand(len(tokens), 1, device=device) < drop
             tokens = tokens.masked_fill(dropped, model.nothing)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(
@@ -583,14 +577,14 @@ def train(
             log.record(step, {"loss": loss, "gradient": norm})
 
             if step % len(batches) == 0:  # an epoch is over
-                nats = validation_loss(model, test_sequences, device, run.dtype)
+                nats = validation_loss(model, corpus, device, run.dtype)
                 history.validation.append({"epoch": step // len(batches), "loss": nats})
                 if history.best is history.validation[-1]:
                     best.load_state_dict(model.state_dict())
                 progress.write(f"epoch {step // len(batches)}: validation {nats:.4f} nats a code")
             if step in picture_steps:
                 codes = model.sample(pictured, generator=torch.Generator().manual_seed(0))
-                x = to_uint8(decode(tokenizer, codes))
+                x = to_uint8(decode(corpus.tokenizer, codes))
                 history.pictures.append((step / len(batches), x))
                 draw_progress(run.out / "progress.png", history)
             checkpoint_is_due = step % args.checkpoint_every == 0 or step == total_steps
@@ -616,30 +610,64 @@ def train(
 
 
 @torch.no_grad()
-def validation_loss(
-    model: GPT, test_sequences: Tensor, device: torch.device, dtype: torch.dtype
-) -> float:
+def validation_loss(model: GPT, corpus: Corpus, device: torch.device, dtype: torch.dtype) -> float:
     """Mean loss over the test codes, nats a code. The model's mode is left as it was."""
     was_training = model.training
     model.eval()
-    C, total = model.condition_length, 0.0
-    for batch in test_sequences[:, 0].split(250):
-        batch = batch.long().to(device)
+    at_once = min(250, max(1, MOST_LOGITS // (model.num_codes * model.num_embeddings)))
+    tokens, codes = corpus.test_tokens.split(at_once), corpus.test_codes.split(at_once)
+    total = torch.zeros((), device=device)
+    for part_tokens, part_codes in zip(tokens, codes, strict=True):
         with autocast(device, dtype):
-            total += model.loss(batch[:, :C], batch[:, C:]).item() * len(batch)
+            loss = model.loss(part_tokens.to(device), part_codes.to(device))
+        total += loss * len(part_codes)
     model.train(was_training)
-    return total / len(test_sequences)
+    return total.item() / len(corpus.test)
 
 
-# --- samples -------------------------------------------------------------------------------------
+# --- what came of it -----------------------------------------------------------------------------
+
+
+def evaluate(
+    model: GPT,
+    corpus: Corpus,
+    yardstick: Classifier | None,
+    settings: list[dict],
+    *,
+    run: Run,
+    args: argparse.Namespace,
+) -> tuple[dict, list[dict], dict[str, float]]:
+    """What codes cost, in float32; samples at each setting; and floors of their distance.
+
+    The costs are of the test images, after the epoch that was best on them: a little too good, as
+    any choice is. They are those of a decoder that knows the condition.
+    """
+    nats = validation_loss(model, corpus, run.device, torch.float32)
+    bits = metrics.nats_to_bits(nats * model.num_codes)
+    result = {
+        "nats_per_code": nats,
+        "bits_per_image": bits,  # of an ideal arithmetic coder
+        "plain_bits_per_image": metrics.code_bits(*model.grid_size, model.num_embeddings),
+        "compression": 3 * 8 * args.image_size**2 / bits,  # of three channels of 8 bits
+        "frechet": None,
+        "recognised": None,
+    }
+    if yardstick is None:
+        return result, [], {}
+    test_features, floors = frechet_floors(yardstick, corpus.tokenizer, run)
+    num_samples = args.num_samples or len(run.data.test_images)
+    samples = [
+        measure_samples(model, corpus, setting, num_samples, yardstick, test_features, run=run)
+        for setting in settings
+    ]
+    return result | {key: samples[0][key] for key in ("frechet", "recognised")}, samples, floors
 
 
 @torch.no_grad()
 def decode(tokenizer: VQAutoencoder, codes: Tensor) -> Tensor:
     """Grids (M, h, w) -> images (M, 3, H, W), about [-1, 1], on the CPU."""
-    return torch.cat(
-        [tokenizer.decode_indices(part).cpu() for part in codes.split(SAMPLES_AT_ONCE)]
-    )
+    at_once = evaluation_batch(codes.shape[1] * 2**tokenizer.num_downsamples)
+    return torch.cat([tokenizer.decode_indices(part).cpu() for part in codes.split(at_once)])
 
 
 @torch.no_grad()
@@ -668,27 +696,28 @@ def frechet_floors(
 @torch.no_grad()
 def measure_samples(
     model: GPT,
-    tokenizer: VQAutoencoder,
-    condition: Condition,
-    test_sequences: Tensor,
+    corpus: Corpus,
     setting: dict,
+    num_samples: int,
     yardstick: Classifier,
     test_features: Tensor,
     *,
     run: Run,
-    num_samples: int,
 ) -> dict:
     """Samples under the conditions of the test images, in their order, beside the test images."""
     watch = Stopwatch()
     data, generator = run.data, torch.Generator().manual_seed(0)
-    chosen = torch.arange(num_samples) % len(test_sequences)  # around again, if there are more
-    tokens = test_sequences[chosen, 0, : condition.length].long().to(run.device)
-    features, images = [], []
+    chosen = torch.arange(num_samples) % len(corpus.test)  # around again, if there are more
+    tokens = corpus.test_tokens[chosen].to(run.device)
+    # Keys and values of every block and position, twice with guidance.
+    cached = 2 * 2 * len(model.blocks) * model.position_table.numel()
+    features, colours = [], []
     progress = tqdm(desc="sampling", total=num_samples, unit="img", unit_scale=True)
-    for part in tokens.split(SAMPLES_AT_ONCE):
-        x = decode(tokenizer, model.sample(part, generator=generator, **setting))
-        features.append(features_of(yardstick, [x]))
-        images.append(to_uint8(x))
+    for part in tokens.split(min(500, max(1, MOST_CACHED // cached))):
+        x = decode(corpus.tokenizer, model.sample(part, generator=generator, **setting))
+        features.append(features_of(yardstick, x.split(evaluation_batch(x.shape[-1]))))
+        if corpus.condition.kind == "caption":
+            colours += colours_of(to_uint8(x).numpy())
         progress.update(len(part))
     progress.close()
     features = torch.cat(features)
@@ -697,14 +726,14 @@ def measure_samples(
     result = setting | {
         "num_samples": num_samples,
         "frechet": metrics.frechet_distance(features, test_features),
-        "recognised": right.double().mean().item() if condition.kind != "none" else None,
+        "recognised": None if corpus.condition.kind == "none" else right.double().mean().item(),
         "colour_right": None,
         "prompt_right": None,
     }
-    if condition.kind == "caption":
+    if corpus.condition.kind == "caption":
+        # "small red star on blue": its second and fifth word.
         asked = [tuple(data.test_captions[i].split()[1::3]) for i in chosen.tolist()]
-        seen = colours_of(torch.cat(images).numpy())
-        colour_right = torch.tensor([a[0] == b[0] for a, b in zip(asked, seen, strict=True)])
+        colour_right = torch.tensor([a[0] == b[0] for a, b in zip(asked, colours, strict=True)])
         result["colour_right"] = colour_right.double().mean().item()
         result["prompt_right"] = (right & colour_right).double().mean().item()
     return result | {"seconds": round(watch.seconds, 1)}
@@ -724,9 +753,7 @@ def draw_progress(path: Path, history: History) -> None:
 def draw_pictures(
     run: Run,
     model: GPT,
-    tokenizer: VQAutoencoder,
-    condition: Condition,
-    test_sequences: Tensor,
+    corpus: Corpus,
     setting: dict,
     baselines: dict[str, float],
     history: History,
@@ -739,44 +766,37 @@ def draw_pictures(
         {BASELINES[name]: value for name, value in baselines.items()},
         title="What a code costs, and what it would cost without a transformer",
     )
-    generator = torch.Generator().manual_seed(1)
+    generator, how = torch.Generator().manual_seed(1), describe_sampling(setting)
 
     def sample(tokens: Tensor, **more) -> Tensor:
-        tokens = tokens.long().to(run.device)
-        codes = model.sample(tokens, generator=generator, **setting, **more)
-        return to_unit(decode(tokenizer, codes))
+        codes = model.sample(tokens.to(run.device), generator=generator, **setting, **more)
+        return to_unit(decode(corpus.tokenizer, codes))
 
+    condition, path = corpus.condition, run.out / "samples.png"
     x = next(batches_in_order(run.data.test_images[:NUM_PICTURES], NUM_PICTURES))
-    C = condition.length
-    tokens = test_sequences[: len(x), 0, :C]
-    described = ", ".join(f"{name} {value:g}" for name, value in setting.items() if value)
+    tokens = corpus.test_tokens[: len(x)]
     if condition.kind == "none":
-        samples = sample(condition.of_nothing(4 * NUM_PICTURES))
-        figures.image_grid(run.out / "samples.png", samples, title=f"Samples ({described})")
+        images = sample(condition.of_nothing(4 * NUM_PICTURES))
+        figures.image_grid(path, images, title=f"Samples ({how})")
     elif condition.kind == "image":
-        rows = [
-            ("original", to_unit(x)),
-            (condition.picture, to_unit(PICTURES[condition.picture](x))),
-        ]
+        picture = PICTURES[condition.picture](x)
+        rows = [("original", to_unit(x)), (condition.picture, to_unit(picture))]
         rows += [(f"sample {i}", sample(tokens)) for i in (1, 2, 3)]
-        title = f"Samples given {condition.picture} ({described})"
-        figures.image_rows(run.out / "samples.png", rows, title=title)
+        figures.image_rows(path, rows, title=f"Samples given {condition.picture} ({how})")
     else:
         names = condition.names if condition.kind == "class" else run.data.test_captions
         ask = condition.of_classes if condition.kind == "class" else condition.of_captions
         rows = [(name, sample(ask([name] * SAMPLES_A_ROW))) for name in names[:10]]
-        title = f"Samples by {condition.kind} ({described})"
-        figures.image_rows(run.out / "samples.png", rows, title=title)
+        figures.image_rows(path, rows, title=f"Samples by {condition.kind} ({how})")
 
     h, w = model.grid_size
-    codes = test_sequences[: len(x), 0, C:].long().view(-1, h, w).to(run.device)
-    known = codes.clone()
+    known = corpus.test_codes[: len(x)].view(-1, h, w).clone()
     known[:, h // 2 :] = -1
     given = to_unit(x)
-    given[:, :, given.shape[2] // 2 :] = 0.5  # grey: what is to be written
+    given[:, :, h // 2 * (given.shape[2] // h) :] = 0.5  # grey: what is to be written
     rows = [("original", to_unit(x)), ("given", given)]
     rows += [(f"completion {i}", sample(tokens, known=known)) for i in (1, 2, 3)]
-    title = f"Lower halves written below the codes of upper halves ({described})"
+    title = f"Lower halves written below the codes of upper halves ({how})"
     figures.image_rows(run.out / "completions.png", rows, title=title)
 
 

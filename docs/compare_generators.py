@@ -6,10 +6,11 @@ reads the run folders below runs/ that this file names (docs/results/README.md h
 and writes, in docs/results/generation/:
 
     generation.png   twelve samples of each, below twelve real images
-    metrics.json     Frechet distances of 10,000 samples to the test images, by one yardstick
+    metrics.json     Frechet distances of samples to the test images, by one yardstick
 
-The transformers were measured by their own runs, with the same yardstick; the VAE's samples from
-its prior are measured here.
+The transformers were measured by their own runs, with the same yardstick, and of the settings that
+these measured the one with the lowest distance counts. The VAE's samples from its prior are
+measured here. The images have classes.
 """
 
 import argparse
@@ -21,7 +22,8 @@ import torch
 from vqgan import figures, metrics
 from vqgan.classifier import features_of, load_classifier
 from vqgan.data import batches_in_order, load_dataset, to_unit
-from vqgan.loading import load_model, load_pair
+from vqgan.errors import InputError
+from vqgan.loading import fingerprint, load_model, load_pair
 from vqgan.training import Stopwatch, describe_device, run_script, versions, write_json
 
 OUT = Path("docs/results/generation")
@@ -47,7 +49,8 @@ def main() -> None:
     test_features = features_of(yardstick, batches_in_order(data.test_images, AT_ONCE))
     # One image of each class, then of the first classes again.
     labels = torch.arange(NUM_PICTURES) % len(data.class_names)
-    real = [int((data.test_labels == label).nonzero()[i // 10]) for i, label in enumerate(labels)]
+    rounds = [i // len(data.class_names) for i in range(NUM_PICTURES)]
+    real = [int((data.test_labels == y).nonzero()[i]) for y, i in zip(labels, rounds, strict=True)]
     x = next(batches_in_order(data.test_images[real], NUM_PICTURES))
     rows, models = [("test images", to_unit(x))], {}
 
@@ -61,8 +64,14 @@ def main() -> None:
     for title, folder in TRANSFORMERS.items():
         pair = load_pair(args.runs / folder / "checkpoint.pt")
         measured = json.loads((args.runs / folder / "metrics.json").read_text())
+        if measured["yardstick"]["fingerprint"] != fingerprint(yardstick):
+            raise InputError(
+                f"{args.runs / folder} was measured by another yardstick: run it again with "
+                f"--yardstick {args.runs / YARDSTICK}"
+            )
         best = min(measured["samples"], key=lambda sample: sample["frechet"])
-        models[str(folder)] = {"run": str(folder)} | best
+        floors = {"frechet_floors": measured["frechet_floors"]}
+        models[str(folder)] = {"run": str(folder)} | best | floors
         setting = {key: best[key] for key in ("guidance", "temperature", "top_k", "top_p")}
         codes = pair.transformer.sample(labels[:, None], generator=generator, **setting)
         images = to_unit(pair.tokenizer.decode_indices(codes))
@@ -80,7 +89,6 @@ def main() -> None:
         "versions": versions(),
         "seconds": round(watch.seconds, 1),
         "yardstick": {"accuracy": accuracy},
-        "frechet_floors": measured["frechet_floors"],
     }
     write_json(OUT / "metrics.json", content | {"models": models})
     print(json.dumps(models, indent=2))

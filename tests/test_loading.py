@@ -122,7 +122,7 @@ def test_a_missing_tokenizer_is_refused_where_it_was_expected_and_where_it_came_
     (tmp_path / "tokenizer.pt").unlink()
     with pytest.raises(InputError) as error:
         load_pair(tmp_path / "checkpoint.pt")
-    for part in (str(tmp_path / "tokenizer.pt"), "--tokenizer", "runs/vqvae/checkpoint.pt"):
+    for part in (str(tmp_path / "tokenizer.pt"), "copy runs/vqvae/checkpoint.pt"):
         assert part in str(error.value)
 
 

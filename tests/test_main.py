@@ -745,3 +745,26 @@ def test_export_does_not_replace_the_run_that_it_exports(measured):
 def test_export_needs_a_transformer(tmp_path, pairs):
     message = error_of("export", pairs / "class" / "tokenizer.pt", "--out", tmp_path / "out")
     assert "a transformer was expected" in message and not (tmp_path / "out").exists()
+
+
+def test_an_export_never_replaces_a_checkpoint(pairs, tmp_path):
+    shutil.copytree(pairs / "class", tmp_path / "other")
+    before = (tmp_path / "other" / "checkpoint.pt").read_bytes()
+    message = error_of("export", pairs / "class" / "checkpoint.pt", "--out", tmp_path / "other")
+    assert "holds a checkpoint.pt already" in message
+    assert (tmp_path / "other" / "checkpoint.pt").read_bytes() == before
+
+
+def test_reconstruct_takes_the_size_that_the_checkpoint_says(tmp_path, images, capsys):
+    save(tmp_path / "c.pt", VQVAE)
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    torch.save(state | {"about": ABOUT | {"image_size": 64}}, tmp_path / "c.pt")
+    main("reconstruct", tmp_path / "c.pt", images[0], "--out", tmp_path / "out.png")
+    assert "64x64 pixels" in capsys.readouterr().out
+
+
+def test_flags_without_effect_are_refused(pairs, images, rows):
+    assert "--as-is" in error_of("sample", pairs / "image" / "checkpoint.pt", "--as-is")
+    command = ["complete", pairs / "class" / "checkpoint.pt", images[0], "--guidance", 3]
+    assert "none was given" in error_of(*command)
+    assert rows == []

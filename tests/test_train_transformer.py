@@ -288,18 +288,18 @@ def test_a_finished_run_takes_more_epochs(tmp_path, finished):
     assert read_log(out / "log.csv")[-1]["step"] == 24
 
 
-def test_another_tokenizer_at_the_same_path_is_refused_and_nothing_is_lost(
-    tmp_path, tokenizer, finished, shapes
-):
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_goes_on_with_its_own_copy_of_the_tokenizer(tmp_path, tokenizer, finished):
     out = shutil.copytree(finished, tmp_path / "run")
-    before, own = files_of(out), tokenizer.read_bytes()
+    own = tokenizer.read_bytes()
     try:
-        save_tokenizer(tokenizer, shapes.train_images, seed=1)
-        message = error_of(out, "--resume")
+        tokenizer.write_bytes(b"something else by now")
+        run(out, "--resume")
     finally:
         tokenizer.write_bytes(own)
-    assert "other weights" in message
-    assert files_of(out) == before
+    for name in ("tokenizer.pt", "codes.pt", "checkpoint.pt"):
+        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    assert metrics_of(out)["models"] == metrics_of(finished)["models"]
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_a_resumed_run_stays_the_same_run(flags, expected, tmp_path, finished):
 
 
 class Once:
-    """`sequences` of 128 shapes, and how often it encoded."""
+    """`load_corpus` of 128 shapes, and how often it encoded."""
 
     def __init__(self, folder, data):
         self.run = Run(folder, torch.device("cpu"), torch.float32, data.first(128), 1.0)
@@ -332,7 +332,8 @@ class Once:
         with mock.patch.object(
             train_transformer, "encode", wraps=train_transformer.encode
         ) as encode:
-            train, test = train_transformer.sequences(self.run, tokenizer, condition, args)
+            corpus = train_transformer.load_corpus(self.run, tokenizer, condition, args)
+            train, test = corpus.train, corpus.test
         self.times = encode.call_count
         return train, test
 
@@ -451,7 +452,7 @@ def test_batches_go_on_where_they_were():
 # --- conditions --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags", [["none"], ["caption"], ["image", "--picture", "gray"]])
+@pytest.mark.parametrize("flags", [["none"], ["caption"], ["image", "--condition-image", "gray"]])
 def test_every_kind_of_condition_trains_and_is_drawn(flags, tmp_path, tokenizer):
     with mock.patch.object(train_transformer, "draw_progress"):
         flags = ["--tokenizer", tokenizer, *SMALL, "--epochs", 1, "--condition", *flags]
@@ -757,3 +758,27 @@ def test_a_yardstick_of_other_classes_is_refused_before_anything_is_encoded(tmp_
     message = error_of(tmp_path / "run", *SMALL, *flags)
     assert "3 classes" in message and "has 10" in message
     assert not (tmp_path / "run" / "codes.pt").exists()
+
+
+def test_words_that_only_test_captions_have_stop_before_anything_is_encoded(tmp_path, tokenizer):
+    flags = ["--tokenizer", tokenizer, *SMALL, "--condition", "caption", "--limit", 20]
+    assert "does not know" in error_of(tmp_path / "run", *flags)
+    assert not (tmp_path / "run" / "codes.pt").exists()
+
+
+def test_a_trailing_slash_does_not_make_other_data(tmp_path, image_folder):
+    images = load_dataset(str(image_folder)).train_images
+    save_tokenizer(tmp_path / "t.pt", images, about=ABOUT | {"data": str(image_folder)})
+    args = argparse.Namespace(
+        tokenizer=tmp_path / "t.pt", out=tmp_path, resume=False, other_data=False,
+        data=f"{image_folder}/", image_size=None,
+    )  # fmt: skip
+    train_transformer.tokenizer_of(args)
+    assert args.image_size == 32
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_command_of_other_samples_is_kept_with_that_of_the_training(tmp_path, finished):
+    out = shutil.copytree(finished, tmp_path / "run")
+    command = metrics_of(run(out, "--resume", "--temperature", 0.5))["command"]
+    assert command.startswith(metrics_of(finished)["command"]) and "0.5" in command.split("&&")[1]

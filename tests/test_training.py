@@ -223,7 +223,8 @@ def test_a_model_is_saved_without_what_only_its_training_needs(tmp_path):
     )  # fmt: skip
     save_model(tmp_path / "m.pt", load_checkpoint(tmp_path / "c.pt"))
     state = load_checkpoint(tmp_path / "m.pt")
-    assert set(state) == {"model", "arguments", "weights", "about", "code_version"}
+    kept = {"model", "arguments", "weights", "about", "step", "seconds", "code_version"}
+    assert set(state) == kept
     assert state["model"] == "Sequential" and state["arguments"] == {"width": 8}
     assert state["about"] == about
     for name, weight in model.state_dict().items():

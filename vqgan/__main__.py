@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from vqgan import figures, metrics
 from vqgan.conditions import PICTURES
-from vqgan.data import from_uint8, read_image, to_uint8, to_unit
+from vqgan.data import evaluation_batch, from_uint8, read_image, to_uint8, to_unit
 from vqgan.errors import InputError
 from vqgan.loading import (
     SHIPPED,
@@ -48,10 +48,9 @@ from vqgan.training import (
     seed_int,
     write_atomically,
 )
-from vqgan.transformer import GPT, check_sampling
+from vqgan.transformer import check_sampling, describe_sampling
 from vqgan.vae import VAE
 
-AT_ONCE = 64  # pictures that are sampled or decoded together
 COLUMNS = 8  # pictures in a row
 
 
@@ -153,6 +152,8 @@ def sample(args: argparse.Namespace) -> None:
     out = _png(args.out, [args.image] if args.image else [])
     pair, device = _load_pair(args)
     setting = _sampling_setting(args, pair)
+    if args.as_is and args.image is None:
+        raise InputError("--as-is says something of --image, and none was given: leave it out")
     h, w = pair.transformer.grid_size
     pixels = pair.image_size // h  # of the side that a code stands for
     height, width = (side or pair.image_size for side in (args.height, args.width))
@@ -175,7 +176,7 @@ def sample(args: argparse.Namespace) -> None:
     with tqdm(desc="writing", total=total, unit="code", unit_scale=True) as progress:
         for label, tokens in asked.items():
             pictures = []
-            for part in tokens.to(device).expand(args.count, -1).split(AT_ONCE):
+            for part in tokens.to(device).expand(args.count, -1).split(_at_once(height)):
                 more = {"generator": generator, "progress": progress.update}
                 if is_large:
                     codes = pair.transformer.sample_large(
@@ -186,7 +187,7 @@ def sample(args: argparse.Namespace) -> None:
                 pictures.append(to_unit(pair.tokenizer.decode_indices(codes)).cpu())
             for i, chunk in enumerate(torch.cat(pictures).split(COLUMNS)):
                 rows.append((label if i == 0 else "", chunk))
-    figures.image_rows(out, rows, title=_describe(setting))
+    figures.image_rows(out, rows, title=describe_sampling(setting))
     print(f"{args.count} pictures of {', '.join(asked)}: written to {out}")
 
 
@@ -207,6 +208,8 @@ def complete(args: argparse.Namespace) -> None:
         tokens = pair.condition.of_nothing(1)
     elif not pair.knows_nothing:
         raise InputError(f"this model needs to be told a condition: give --{pair.condition.kind}")
+    elif args.guidance != 1:
+        raise InputError("--guidance exaggerates a condition, and none was given: leave it out")
     else:  # the condition is not told
         tokens = torch.full((1, pair.condition.length), pair.transformer.nothing)
     known = torch.where(keep.to(device), indices, -1).expand(args.count, -1, -1)
@@ -218,13 +221,14 @@ def complete(args: argparse.Namespace) -> None:
             progress=progress.update,
             **setting,
         )
-    completed = to_unit(pair.tokenizer.decode_indices(codes)).cpu()
+    parts = codes.split(_at_once(pair.image_size))
+    completed = torch.cat([to_unit(pair.tokenizer.decode_indices(part)).cpu() for part in parts])
     pixels = pair.image_size // pair.transformer.grid_size[0]
     mask = keep.repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
     given = torch.where(mask, to_unit(x).cpu(), 0.5)
     rows = [("original, and what is kept", torch.cat([to_unit(x).cpu(), given]))]
     rows += [("completions" if i == 0 else "", c) for i, c in enumerate(completed.split(COLUMNS))]
-    figures.image_rows(out, rows, title=_describe(setting))
+    figures.image_rows(out, rows, title=describe_sampling(setting))
     print(f"{int(keep.sum())} of {keep.numel()} codes kept; {args.count} completions: {out}")
 
 
@@ -302,11 +306,6 @@ def _kept(keep: str, pair: Pair) -> Tensor:
     return kept
 
 
-def _describe(setting: dict) -> str:
-    values = (f"{name.replace('_', '-')} {value:g}" for name, value in setting.items() if value)
-    return ", ".join(values) if setting["temperature"] else "greedy: always the likeliest code"
-
-
 # --- with a tokenizer ----------------------------------------------------------------------------
 
 
@@ -314,11 +313,13 @@ def _describe(setting: dict) -> str:
 def reconstruct(args: argparse.Namespace) -> None:
     out = _png(args.out, args.images)
     device = choose_device(args.device)
-    model = load_model(args.checkpoint, config=_read_config(args.config))
-    size = args.image_size or image_size_of(model)
-    if isinstance(model, GPT):
-        pair = load_pair(args.checkpoint)
-        model, size = pair.tokenizer, args.image_size or pair.image_size
+    config = _read_config(args.config)
+    if config is not None or read_checkpoint(args.checkpoint)["model"] == "VAE":
+        model = load_model(args.checkpoint, config=config)
+        own_size = image_size_of(model)
+    else:
+        model, own_size = _tokenizer(args.checkpoint)
+    size = args.image_size or own_size
     model = model.to(device)
     if isinstance(model, VAE) and size != model.image_size:
         raise InputError(
@@ -328,7 +329,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     x = _read_images(args.images, size).to(device)  # (N, 3, size, size)
     originals = to_unit(x).cpu()
     reconstructions = torch.cat(
-        [to_unit(model(part).reconstruction).cpu() for part in x.split(AT_ONCE)]
+        [to_unit(model(part).reconstruction).cpu() for part in x.split(_at_once(size))]
     )
     for path, value in zip(args.images, metrics.psnr(originals, reconstructions), strict=True):
         print(f"{path}: PSNR {value:.2f} dB")
@@ -350,11 +351,11 @@ def encode(args: argparse.Namespace) -> None:
     if out.suffix != ".npz":
         raise InputError(f"--out {args.out}: a name that ends in .npz was expected")
     device = choose_device(args.device)
-    model, own_size, path = _tokenizer(args.checkpoint)
+    model, own_size = _tokenizer(args.checkpoint)
     size = args.image_size or own_size
     x = _read_images(args.images, size)
     indices = torch.cat(
-        [model.to(device).encode(part.to(device)).indices for part in x.split(AT_ONCE)]
+        [model.to(device).encode(part.to(device)).indices for part in x.split(_at_once(size))]
     )
     K = model.quantizer.num_embeddings
     bits = _bits(K)
@@ -368,7 +369,7 @@ def encode(args: argparse.Namespace) -> None:
         grid_size=np.array(indices.shape[1:]),
         num_embeddings=np.array(K),
         names=np.array([Path(image).stem for image in args.images]),
-        checkpoint=np.array(path),
+        checkpoint=np.array(args.checkpoint),
         fingerprint=np.array(fingerprint(model.cpu())),
     )
     write_atomically(out, file.getvalue())
@@ -401,7 +402,7 @@ def decode(args: argparse.Namespace) -> None:
         raise InputError(
             f"{args.codes} cannot be read as codes ({error}): give a file that `encode` wrote"
         ) from error
-    model, _, _ = _tokenizer(args.checkpoint or path)
+    model, _ = _tokenizer(args.checkpoint or path)
     if (fingerprint(model), model.quantizer.num_embeddings) != (encoder, K):
         raise InputError(
             f"{args.checkpoint or path} is not the model that encoded {args.codes} ({path}): its "
@@ -409,7 +410,7 @@ def decode(args: argparse.Namespace) -> None:
         )
     indices = indices.to(device)
     model.to(device)
-    images = torch.cat([to_uint8(model.decode_indices(part)) for part in indices.split(AT_ONCE)])
+    images = torch.cat([to_uint8(model.decode_indices(part)) for part in indices.split(64)])
     width = len(str(len(images)))
     for i, (name, pixels) in enumerate(zip(names, images.cpu(), strict=True), start=1):
         file_name = f"{i:0{width}}-{Path(name).name}.png"  # a name from elsewhere may have folders
@@ -418,14 +419,13 @@ def decode(args: argparse.Namespace) -> None:
 
 
 def _tokenizer(checkpoint: str):
-    """A VQ-VAE, a VQGAN, or a transformer's tokenizer; its image size, and what names it."""
+    """A VQ-VAE, a VQGAN, or a transformer's tokenizer, and its image size."""
     state = read_checkpoint(checkpoint)
-    name = checkpoint if checkpoint in SHIPPED else str(checkpoint_path(checkpoint).resolve())
     if state["model"] == "GPT":
         pair = load_pair(checkpoint)
-        return pair.tokenizer, pair.image_size, name
+        return pair.tokenizer, pair.image_size
     model, state = load_tokenizer(checkpoint)
-    return model, state["about"].get("image_size") or image_size_of(model), name
+    return model, state["about"].get("image_size") or image_size_of(model)
 
 
 def _bits(num_embeddings: int) -> int:
@@ -489,8 +489,8 @@ def _result(checkpoint: str, state: dict) -> dict:
 def export(args: argparse.Namespace) -> None:
     pair, out = load_pair(args.checkpoint), Path(args.out)
     path = checkpoint_path(args.checkpoint)
-    if out.resolve() == path.resolve().parent:
-        raise InputError(f"--out {out} is the folder of the run itself: give another")
+    if (out / "checkpoint.pt").exists():
+        raise InputError(f"--out {out} holds a checkpoint.pt already: name another folder")
     state = read_checkpoint(path)
     save_model(out / "tokenizer.pt", read_checkpoint(path.with_name("tokenizer.pt")), half=True)
     tokenizer, _ = load_tokenizer(out / "tokenizer.pt")  # rounded: other weights, another hash
@@ -499,6 +499,11 @@ def export(args: argparse.Namespace) -> None:
     save_model(out / "checkpoint.pt", state, half=True)
     size = sum((out / name).stat().st_size for name in ("tokenizer.pt", "checkpoint.pt"))
     print(f"{type(pair.tokenizer).__name__} and transformer, {size / 1e6:.1f} MB: {out}")
+
+
+def _at_once(side: int) -> int:
+    """Pictures of this side in pixels that are written or decoded together."""
+    return min(64, evaluation_batch(side))
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -170,14 +170,20 @@ def save_classifier(path: Path, model: Classifier, accuracy: float) -> None:
 
 
 def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float]:
-    """The network in eval mode, its parameters frozen, and its accuracy on the test images."""
+    """The network in eval mode, its parameters frozen, and its accuracy on the test images.
+
+    Raises:
+        InputError: the file is something else.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model = Classifier(state["num_classes"], state["width"])
         model.load_state_dict(state["weights"])
         accuracy = state["accuracy"]
     except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is not a classifier of this package: delete it") from error
+        raise InputError(
+            f"{path} is not a classifier of this package: name another, or move it away"
+        ) from error
     model = prepare_model(model, device, compile=False)
     return model.eval().requires_grad_(False), accuracy
 

@@ -100,10 +100,8 @@ def load_dataset(
             f"images of {source} have 32 pixels a side, not {image_size}: "
             "leave --image-size out, or give a folder of images"
         )
-    if source == "shapes":
-        return _load_shapes(seed)
-    if source == "textures":
-        return _load_textures(seed)
+    if source in ("shapes", "textures"):
+        return _draw(source, seed)
     if source == "cifar10":
         return _load_cifar10(Path(root))
     if Path(source).is_dir():
@@ -114,9 +112,13 @@ def load_dataset(
     )
 
 
-def _load_shapes(seed: int) -> ImageDataset:
+def _draw(source: str, seed: int) -> ImageDataset:
     num_train, num_test = NUM_DRAWN
-    images, labels, captions, class_names = draw_shapes(num_train + num_test, seed=seed)
+    captions = None
+    if source == "shapes":
+        images, labels, captions, class_names = draw_shapes(num_train + num_test, seed=seed)
+    else:
+        images, labels, class_names = draw_textures(num_train + num_test, seed=seed)
     images, labels = torch.from_numpy(images), torch.from_numpy(labels)
     return ImageDataset(
         train_images=images[:num_train],
@@ -124,21 +126,8 @@ def _load_shapes(seed: int) -> ImageDataset:
         train_labels=labels[:num_train],
         test_labels=labels[num_train:],
         class_names=class_names,
-        train_captions=captions[:num_train],
-        test_captions=captions[num_train:],
-    )
-
-
-def _load_textures(seed: int) -> ImageDataset:
-    num_train, num_test = NUM_DRAWN
-    images, labels, class_names = draw_textures(num_train + num_test, seed=seed)
-    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
-    return ImageDataset(
-        train_images=images[:num_train],
-        test_images=images[num_train:],
-        train_labels=labels[:num_train],
-        test_labels=labels[num_train:],
-        class_names=class_names,
+        train_captions=captions and captions[:num_train],
+        test_captions=captions and captions[num_train:],
     )
 
 

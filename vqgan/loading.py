@@ -65,7 +65,7 @@ def build_model(state: dict, path: str | Path) -> VAE | VQVAE | VQGAN | GPT:
 def checkpoint_path(path: str | Path) -> Path:
     """The file that is meant; raises InputError for a folder, or nothing there."""
     if str(path) in SHIPPED and not Path(path).is_file():
-        return SHIPPED[str(path)]
+        path = SHIPPED[str(path)]
     path = Path(path)
     if path.is_dir():
         inside = sorted(str(found) for found in path.rglob("checkpoint.pt"))
@@ -86,7 +86,7 @@ def image_size_of(model: nn.Module) -> int:
     """Side in pixels of the images that the model was made for."""
     if isinstance(model, VAE):
         return model.image_size
-    # A VQ-VAE takes any side, and does not know which it was trained on.
+    # A VQ-VAE takes any side; what it was trained on, its checkpoint may say (`load_tokenizer`).
     return model.resolution if isinstance(model, VQGAN) else 32
 
 
@@ -159,8 +159,8 @@ def load_pair(path: str | Path, *, tokenizer: str | Path | None = None) -> Pair:
     beside = checkpoint_path(path).with_name("tokenizer.pt")
     if tokenizer is None and not beside.exists():
         raise InputError(
-            f"the tokenizer of {path} is not beside it ({beside}): copy it there, or name it with "
-            f"--tokenizer (it was {about['tokenizer']})"
+            f"the tokenizer of {path} is not beside it ({beside}): copy {about['tokenizer']}, "
+            "which it was trained with, to there"
         )
     given = tokenizer or beside
     model, _ = load_tokenizer(given)

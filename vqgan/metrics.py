@@ -209,7 +209,9 @@ class CodebookUsage:
         return 2**self.entropy
 
 
-# Observations that the frequencies of single codes count for beside those after one code.
+# The frequencies of single codes count for as many observations after a code. A code that was seen
+# less often than this is followed by what is frequent anywhere, rather than by what it happened to
+# be followed by.
 BACKOFF = 100
 
 
@@ -255,5 +257,5 @@ def code_bits(height: int, width: int, num_embeddings: int) -> float:
 
 
 def nats_to_bits(nats: float) -> float:
-    """A KL divergence in nats is the length of a message in bits after division by ln 2."""
+    """A KL divergence or a negative log-likelihood in nats, as the length of a message in bits."""
     return nats / math.log(2)

@@ -3,7 +3,7 @@
 Plumbing only: each script has its own loop. A run folder holds
 
     config.json     the flags of the run
-    <model>/        checkpoint.pt and log.csv
+    <model>/        checkpoint.pt and log.csv (of a script that trains one model: no subfolder)
     metrics.json    what was measured at the end
     *.png           pictures
 
@@ -154,8 +154,8 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
             f"--resume: the run in {args.out} has {stored['epochs']} epochs, which can be "
             f"more, but not {args.epochs}"
         )
-    if args.epochs > stored["epochs"]:
-        args.command = f"{args.command} && {command}"
+    if changed & {"epochs", "temperature", "top_k", "top_p", "guidance", "num_samples"}:
+        args.command = f"{args.command} && {command}"  # both made the result
     return args
 
 
@@ -450,7 +450,7 @@ def save_model(path: Path, state: dict, *, half: bool = False) -> None:
         name: value.half() if half and _is_float(value) else value
         for name, value in state["weights"].items()
     }
-    keys = ("model", "arguments", "about", "code_version")
+    keys = ("model", "arguments", "about", "step", "seconds", "code_version")
     kept = {key: state[key] for key in keys if key in state}  # older ones have no "about"
     save_plain(path, kept | {"weights": weights})
 

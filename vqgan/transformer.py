@@ -1,7 +1,7 @@
 """Stage two: a transformer writes a grid of codes, one after the other, under a condition.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners", 2019 (GPT-2), over the codes
-of Esser, Rombach, Ommer 2021, arXiv 2012.09841, section 3.2, eq. 11:
+of Esser, Rombach, Ommer 2021, arXiv 2012.09841, section 3.2, eq. 9 and 10:
 
     p(s | c) = prod_i p(s_i | s_<i, c)          L = -mean_i log p(s_i | s_<i, c)
 
@@ -12,9 +12,9 @@ network writes codes and nothing else: it has K outputs, and no token of a condi
 Way of the data, C tokens of condition and N codes, of which the last is only predicted:
 
     condition (B, C), indices (B, N) -> x (B, C + N - 1, n_embd) -> blocks -> the same
-    places C - 1 to C + N - 2 -> head -> logits (B, N, K)
+    positions C - 1 to C + N - 2 -> head -> logits (B, N, K)
 
-    place     0 ... C-1 | C     C+1   ...  C+N-2
+    position  0 ... C-1 | C     C+1   ...  C+N-2
     reads     condition | s_0   s_1   ...  s_N-2
     predicts  ...   s_0 | s_1   s_2   ...  s_N-1
 """
@@ -30,15 +30,15 @@ from vqgan.errors import InputError
 
 
 class KeyValueCache:
-    """Keys and values of one layer for the places read so far; room for all is taken at once."""
+    """Keys and values of one layer at the positions read so far; room for all is taken at once."""
 
     def __init__(self, batch_size: int, n_head: int, length: int, head_size: int, like: Tensor):
         self.keys = like.new_empty(batch_size, n_head, length, head_size)
         self.values = torch.empty_like(self.keys)
-        self.length = 0  # places that are filled
+        self.length = 0  # positions that are filled
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in k, v (B, n_head, T, head_size) of new places; returns those of all places."""
+        """Take in k, v (B, n_head, T, head_size) of new positions; returns those of all so far."""
         start, self.length = self.length, self.length + k.shape[2]
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v
@@ -46,7 +46,7 @@ class KeyValueCache:
 
 
 class CausalSelfAttention(nn.Module):
-    """softmax(q k^T / sqrt(head size) + mask) v with n_head heads: no place sees a later one.
+    """softmax(q k^T / sqrt(d) + mask) v in H heads of d = n_embd / H: none sees a later position.
 
     Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762, section 3.2.
     """
@@ -62,7 +62,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
         if cache is not None:
             k, v = cache.append(k, v)
-        # With a cache, either all places come at once, or a single one that may see all before it.
+        # With a cache, either all positions come at once, or a single one that may see all before.
         y = F.scaled_dot_product_attention(
             q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1
         )  # (B, H, T, d)
@@ -101,8 +101,8 @@ class GPT(nn.Module):
         n_layer, n_head, n_embd: blocks, attention heads of each, width.
         dropout: share of activations that are dropped in training.
 
-    The table of conditions has one row more than its vocabulary: token `nothing` stands for a
-    condition that is not told, which classifier-free guidance needs (see `sample`).
+    The table of conditions has one row more than its vocabulary: token `nothing` (the field's null
+    token) stands for a condition that is not told, which guidance needs (see `sample`).
 
     Raises:
         InputError: a size below 1, or heads that do not divide the width.
@@ -120,9 +120,15 @@ class GPT(nn.Module):
         dropout: float = 0.1,
     ):
         super().__init__()
-        sizes = {"num_embeddings": num_embeddings, "height of the grid": grid_size[0]}
-        sizes |= {"width of the grid": grid_size[1], "condition_vocabulary": condition_vocabulary}
-        sizes |= {"condition_length": condition_length, "n_layer": n_layer, "n_head": n_head}
+        sizes = {
+            "num_embeddings": num_embeddings,
+            "height of the grid": grid_size[0],
+            "width of the grid": grid_size[1],
+            "condition_vocabulary": condition_vocabulary,
+            "condition_length": condition_length,
+            "n_layer": n_layer,
+            "n_head": n_head,
+        }
         for name, size in sizes.items():
             if size < 1:
                 raise InputError(f"{name} must be at least 1, not {size}")
@@ -140,7 +146,7 @@ class GPT(nn.Module):
 
         self.condition_table = nn.Embedding(condition_vocabulary + 1, n_embd)
         self.code_table = nn.Embedding(num_embeddings, n_embd)
-        length = condition_length + self.num_codes - 1  # places that are read: "block size"
+        length = condition_length + self.num_codes - 1  # positions that are read: "block size"
         self.position_table = nn.Parameter(torch.empty(length, n_embd))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
@@ -191,14 +197,17 @@ class GPT(nn.Module):
             ValueError: other shapes, or ids out of range. (Ranges are looked at on the CPU only: a
                 GPU would have to be waited for at every step. It stops by itself, less clearly.)
         """
+        return self.head(self._read(condition, indices))
+
+    def _read(self, condition: Tensor, indices: Tensor) -> Tensor:
+        """What the head predicts each code from: (B, N, n_embd)."""
         self._check_condition(condition)
-        B, N = self._check_indices(condition, indices)
+        self._check_indices(condition, indices)
         x = torch.cat([self.condition_table(condition), self.code_table(indices[:, :-1])], dim=1)
         x = self.dropout(x + self.position_table[: x.shape[1]])  # (B, C + N - 1, n_embd)
         for block in self.blocks:
             x = block(x)
-        x = self.norm(x[:, self.condition_length - 1 :])  # (B, N, n_embd)
-        return self.head(x)
+        return self.norm(x[:, self.condition_length - 1 :])
 
     def loss(self, condition: Tensor, indices: Tensor) -> Tensor:
         """Mean negative log-likelihood in nats a code, (); arguments as `forward`'s."""
@@ -213,8 +222,7 @@ class GPT(nn.Module):
             )
         _check_range(condition, 0, self.nothing, "tokens of a condition")
 
-    def _check_indices(self, condition: Tensor, indices: Tensor) -> tuple[int, int]:
-        """(B, N) of the indices."""
+    def _check_indices(self, condition: Tensor, indices: Tensor) -> None:
         if indices.dim() != 2 or len(indices) != len(condition):
             raise ValueError(
                 f"indices of shape ({len(condition)}, N) were expected, not {tuple(indices.shape)}"
@@ -226,7 +234,6 @@ class GPT(nn.Module):
                 f"{self.num_codes} ({h}x{w}): cut them, or sample_large writes larger grids"
             )
         _check_range(indices, 0, self.num_embeddings - 1, "indices")
-        return indices.shape
 
     # --- sampling -----------------------------------------------------------------------------
 
@@ -245,8 +252,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Write grids of codes, in raster order. The model's mode is left as it was.
 
-        Every place is read once: its keys and values are kept, so a code costs one place's work
-        and not that of all before it.
+        Every position is read once: its keys and values are kept, so a code costs one position's
+        work and not that of all before it.
 
         Args:
             condition: (B, C) int64.
@@ -265,7 +272,7 @@ class GPT(nn.Module):
                 having been foreseen.
             generator: what is drawn from, on any device; None: one of its own, seeded by the
                 operating system. The global random state is not touched.
-            progress: called after every place, with how many codes were written there (B).
+            progress: called after every position, with how many codes were written (B).
 
         Returns:
             indices (B, h, w) int64, 0 to K - 1.
@@ -284,7 +291,7 @@ class GPT(nn.Module):
                 )
             _check_range(known.cpu(), -1, self.num_embeddings - 1, "known codes")
             known = known.to(condition.device).flatten(1)  # (B, N)
-        uniform = _uniform(self.num_codes, B, generator)
+        uniform = _uniform(self.num_codes, B, generator).to(condition.device)
         caches = self._new_caches(2 * B if guidance != 1 else B)
         was_training = self.training
         self.eval()
@@ -343,7 +350,7 @@ class GPT(nn.Module):
                 f"a grid of {height}x{width} codes was asked for, but the window has {h}x{w}: "
                 "give at least as many"
             )
-        uniform = _uniform(height * width, B, generator)
+        uniform = _uniform(height * width, B, generator).to(condition.device)
         tokens = self._with_unconditional(condition) if guidance != 1 else condition
         codes = torch.zeros(B, height, width, dtype=torch.int64, device=condition.device)
         was_training = self.training
@@ -354,10 +361,10 @@ class GPT(nn.Module):
                     top = min(max(row - h // 2, 0), height - h)
                     left = min(max(column - w // 2, 0), width - w)
                     window = codes[:, top : top + h, left : left + w].flatten(1)  # (B, h w)
-                    place = (row - top) * w + column - left
-                    seen = window[:, : place + 1]  # the last is the code itself, which is not read
+                    last = (row - top) * w + column - left
+                    seen = window[:, : last + 1]  # the last is the code itself, which is not read
                     seen = torch.cat([seen, seen]) if guidance != 1 else seen
-                    logits = self(tokens, seen)[:, -1]
+                    logits = self.head(self._read(tokens, seen)[:, -1])  # (B or 2 B, K)
                     logits = _guide(logits, guidance) if guidance != 1 else logits
                     u = uniform[row * width + column]
                     codes[:, row, column] = draw(logits, u, temperature, top_k, top_p)
@@ -374,7 +381,7 @@ class GPT(nn.Module):
         return [KeyValueCache(*shape, like=self.position_table) for _ in self.blocks]
 
     def _next_logits(self, x: Tensor, caches: list[KeyValueCache]) -> Tensor:
-        """Read the next places, given their tokens' rows x (B, T, n_embd), no positions added.
+        """Read the next T positions, given their tokens' rows x (B, T, n_embd).
 
         Returns the logits (B, K) of the code that follows the last of them.
         """
@@ -393,6 +400,7 @@ class GPT(nn.Module):
 
 
 LOWEST_TEMPERATURE = 1e-6  # below it, chance has no part in float32
+MOST_GUIDANCE = 100  # beyond sense, and far below what overflows
 
 
 def _guide(logits: Tensor, guidance: float) -> Tensor:
@@ -411,12 +419,14 @@ def draw(
     """
     if temperature < LOWEST_TEMPERATURE:
         return logits.argmax(dim=-1)
-    logits = keep_likely(
-        logits.float() / temperature, top_k, top_p
-    )  # bfloat16 sums K numbers badly
-    ends = logits.softmax(dim=-1).cumsum(dim=-1)  # (B, K), where each stretch ends
+    logits = logits.float()  # bfloat16 would sum K probabilities badly
+    probabilities = keep_likely(logits / temperature, top_k, top_p).softmax(dim=-1)
+    ends = probabilities.cumsum(dim=-1)  # (B, K), where each stretch ends
     u = uniform.to(ends)[:, None] * ends[:, -1:]  # the last end is 1 only but for rounding
-    return torch.searchsorted(ends, u).squeeze(1)  # the first with end >= u
+    code = torch.searchsorted(ends, u).clamp(max=ends.shape[1] - 1)  # (B, 1), first end >= u
+    # Sums that are computed in parallel may be rounded up in a stretch of length 0.
+    is_possible = probabilities.gather(1, code) > 0
+    return torch.where(is_possible, code, probabilities.argmax(dim=1, keepdim=True)).squeeze(1)
 
 
 def keep_likely(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
@@ -443,6 +453,14 @@ def _uniform(num_codes: int, batch_size: int, generator: torch.Generator | None)
     return 1 - torch.rand(num_codes, batch_size, generator=generator, device=generator.device)
 
 
+def describe_sampling(setting: dict) -> str:
+    """A setting of `GPT.sample` as a title: "guidance 2, temperature 1, top-k 100"."""
+    if setting["temperature"] < LOWEST_TEMPERATURE:
+        return "greedy: always the likeliest code"
+    values = (f"{name.replace('_', '-')} {v:g}" for name, v in setting.items() if v is not None)
+    return ", ".join(values)
+
+
 def check_sampling(
     num_embeddings: int,
     temperature: float,
@@ -462,15 +480,16 @@ def check_sampling(
         )
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top-p {top_p} was given: give a number above 0 and up to 1")
-    if not 0 <= guidance < math.inf:
+    if not 0 <= guidance <= MOST_GUIDANCE:
         raise InputError(
-            f"guidance {guidance} was given: give 1 (none) or more; 0 leaves the condition out"
+            f"guidance {guidance} was given: give 1 (none) to {MOST_GUIDANCE}, or 0, which leaves "
+            "the condition out"
         )
 
 
 def _check_range(ids: Tensor, lowest: int, highest: int, what: str) -> None:
     """Raise ValueError for ids outside of lowest to highest; looks at tensors on the CPU only."""
-    if ids.device.type != "cpu" or ids.numel() == 0:
+    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = ids.min().item(), ids.max().item()
     if low < lowest or high > highest:
