@@ -1,15 +1,23 @@
 """Transformers with their tokenizers, from files."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from vqgan import loading
 from vqgan.conditions import class_condition
-from vqgan.data import Batches
+from vqgan.data import Batches, from_uint8
 from vqgan.errors import InputError
-from vqgan.loading import fingerprint, load_model, load_pair, load_tokenizer
+from vqgan.loading import (
+    SHIPPED,
+    fingerprint,
+    load_model,
+    load_pair,
+    load_tokenizer,
+    read_checkpoint,
+)
 from vqgan.training import load_checkpoint, save_checkpoint, save_model, save_plain
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
@@ -217,3 +225,26 @@ def test_a_name_is_the_model_that_comes_with_the_package_unless_a_file_has_it(
     assert same_weights(load_model("shapes"), own)
     with pytest.raises(InputError, match="no checkpoint circles.*: shapes$"):
         load_model("circles")
+
+
+# --- the pair that comes with the package --------------------------------------------------------
+
+
+def test_the_shipped_pair_is_small_and_the_readme_has_its_commands():
+    path = SHIPPED["shapes"]
+    files = [path, path.with_name("tokenizer.pt")]
+    assert sum(file.stat().st_size for file in files) <= 5e6
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for file in files:
+        for command in read_checkpoint(file)["about"]["command"].split(" && "):
+            assert command in readme
+
+
+def test_the_shipped_pair_is_as_good_as_it_was_before_it_was_rounded(shapes):
+    pair = load_pair("shapes")
+    tokens = shapes.test_labels[:500, None]
+    indices = pair.tokenizer.encode(from_uint8(shapes.test_images[:500])).indices
+    loss = pair.transformer.loss(tokens, indices.flatten(1)).item()
+    measured = read_checkpoint("shapes")["about"]["result"]["nats_per_code"]
+    assert loss == pytest.approx(measured, abs=0.05)
+    assert pair.condition.names == shapes.class_names
