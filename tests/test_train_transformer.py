@@ -487,6 +487,20 @@ def test_a_share_of_conditions_is_not_told(drop, lowest, highest, tmp_path, toke
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_start_token_is_never_dropped(tmp_path, tokenizer):
+    told, loss = [], GPT.loss
+
+    def remember(self, condition, indices):
+        told.append(condition)
+        return loss(self, condition, indices)
+
+    flags = [*SMALL, "--condition", "none", "--condition-drop", 0.9]
+    with mock.patch.object(GPT, "loss", remember):
+        run(tmp_path / "run", "--tokenizer", tokenizer, *flags)
+    assert (torch.cat(told) == 0).all()
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_a_caption_is_dropped_as_a_whole(tmp_path, tokenizer):
     told, loss = [], GPT.loss
 

@@ -585,6 +585,7 @@ def test_known_codes_that_do_not_fit_are_refused(known, expected):
         ({"guidance": -1.0}, "guidance -1.0"),
         ({"guidance": math.nan}, "guidance nan"),
         ({"guidance": math.inf}, "guidance inf"),
+        ({"guidance": 1e39}, "give 1 \\(none\\) to 100"),
     ],
 )
 def test_settings_out_of_range_are_named(setting, expected):
