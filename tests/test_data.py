@@ -262,6 +262,24 @@ def test_textures_have_classes_and_no_captions_and_the_same_seed_the_same_images
     assert not torch.equal(first.train_images[:2000], first.test_images)
 
 
+def test_more_training_shapes_leave_the_others_and_the_test_images_as_they_are(shapes):
+    more, fewer = (load_dataset("shapes", seed=0, num_drawn=count) for count in (10_300, 200))
+    for name in ("images", "labels", "captions"):
+        usual = getattr(shapes, f"train_{name}")
+        longer, shorter = getattr(more, f"train_{name}"), getattr(fewer, f"train_{name}")
+        assert len(longer) == 10_300 and len(shorter) == 200
+        assert all(
+            a == b if name == "captions" else torch.equal(a, b)
+            for a, b in ((longer[:10_000], usual), (shorter, usual[:200]))
+        )
+    assert torch.equal(more.test_images, shapes.test_images)
+    assert more.test_captions == fewer.test_captions == shapes.test_captions
+    # The new ones are new: none of them is among the first.
+    flat = {image.numpy().tobytes() for image in shapes.train_images}
+    assert not any(image.numpy().tobytes() in flat for image in more.train_images[10_000:])
+    assert len(load_dataset("textures", num_drawn=10_001).train_images) == 10_001
+
+
 def test_textures_of_another_size_are_refused():
     with pytest.raises(InputError, match="textures have 32 pixels a side, not 64"):
         load_dataset("textures", image_size=64)

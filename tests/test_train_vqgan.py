@@ -479,6 +479,7 @@ def test_another_scripts_run_is_not_continued(finished, tmp_path):
     out = tmp_path / "vqvae"
     out.mkdir()
     config = {"command": "python train_vqvae.py", "epochs": 1, "precision": "fp32"}
+    config["likelihood"] = "optimal"  # a flag of that script
     (out / "config.json").write_text(json.dumps(config))
     assert "another script's" in error_of(out, "--resume")
     assert "--resume" in error_of(finished, *SMALL)

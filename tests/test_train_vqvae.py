@@ -146,6 +146,18 @@ def test_a_run_killed_at_many_moments_and_resumed_is_the_uninterrupted_one(finis
         assert models[0]["vqvae"][key] == models[1]["vqvae"][key]
 
 
+def test_a_run_older_than_a_flag_goes_on_with_the_flags_default(finished, tmp_path):
+    whole, _ = finished
+    out = tmp_path / "older"
+    shutil.copytree(whole, out)
+    config = json.loads((out / "config.json").read_text())
+    del config["num_drawn"]
+    (out / "config.json").write_text(json.dumps(config))
+    assert "num_drawn" in error_of(out, "--resume", "--num-drawn", 20_000)
+    run(out, "--resume")
+    assert json.loads((out / "config.json").read_text())["num_drawn"] == 10_000
+
+
 def test_a_finished_run_can_be_resumed_for_more_epochs(finished, tmp_path):
     """Three epochs at once are two, then one more; fewer than it has had are refused."""
     whole, _ = finished

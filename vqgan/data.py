@@ -25,7 +25,7 @@ from tqdm import tqdm
 from vqgan.errors import InputError
 from vqgan.shapes import draw_shapes, draw_textures
 
-NUM_DRAWN = (10_000, 2_000)  # drawn for training, for testing
+NUM_TRAIN, NUM_TEST = 10_000, 2_000  # drawn for training, unless told otherwise; for testing
 TEST_SHARE = 0.1  # of a folder that has no test/ of its own
 MOST_NAMED = 100  # unreadable files that are named, before the rest is only counted
 MEMORY_LIMIT = 4 * 2**30  # bytes of uint8 images to hold at once; a larger folder streams
@@ -81,7 +81,12 @@ class ImageDataset:
 
 
 def load_dataset(
-    source: str, *, root: str | Path = "data", image_size: int = 32, seed: int = 0
+    source: str,
+    *,
+    root: str | Path = "data",
+    image_size: int = 32,
+    seed: int = 0,
+    num_drawn: int = NUM_TRAIN,
 ) -> ImageDataset:
     """Load one of the four sources.
 
@@ -91,6 +96,7 @@ def load_dataset(
             <class>/*, or loose images; the last two are split, always in the same way.
         image_size: side of the square images in pixels; folders are resized and cropped to it,
             the other sources have 32.
+        num_drawn: training images of "shapes" and "textures"; their test images stay the same.
 
     Raises:
         InputError: an unknown source, a folder without readable images, CIFAR-10 out of reach.
@@ -101,7 +107,7 @@ def load_dataset(
             "leave --image-size out, or give a folder of images"
         )
     if source in ("shapes", "textures"):
-        return _draw(source, seed)
+        return _draw(source, seed, num_drawn)
     if source == "cifar10":
         return _load_cifar10(Path(root))
     if Path(source).is_dir():
@@ -112,22 +118,25 @@ def load_dataset(
     )
 
 
-def _draw(source: str, seed: int) -> ImageDataset:
-    num_train, num_test = NUM_DRAWN
-    captions = None
-    if source == "shapes":
-        images, labels, captions, class_names = draw_shapes(num_train + num_test, seed=seed)
-    else:
-        images, labels, class_names = draw_textures(num_train + num_test, seed=seed)
-    images, labels = torch.from_numpy(images), torch.from_numpy(labels)
+def _draw(source: str, seed: int, num_drawn: int) -> ImageDataset:
+    def draw(count: int, seed: int | tuple[int, int]):
+        if source == "shapes":
+            return draw_shapes(count, seed=seed)
+        images, labels, class_names = draw_textures(count, seed=seed)
+        return images, labels, None, class_names
+
+    images, labels, captions, class_names = draw(NUM_TRAIN + NUM_TEST, seed)
+    # Images past the usual number are drawn by a stream of their own: the others stay as they are.
+    more_images, more_labels, more_captions, _ = draw(max(0, num_drawn - NUM_TRAIN), (seed, 1))
+    train = slice(min(num_drawn, NUM_TRAIN))
     return ImageDataset(
-        train_images=images[:num_train],
-        test_images=images[num_train:],
-        train_labels=labels[:num_train],
-        test_labels=labels[num_train:],
+        train_images=torch.from_numpy(np.concatenate([images[train], more_images])),
+        test_images=torch.from_numpy(images[NUM_TRAIN:]),
+        train_labels=torch.from_numpy(np.concatenate([labels[train], more_labels])),
+        test_labels=torch.from_numpy(labels[NUM_TRAIN:]),
         class_names=class_names,
-        train_captions=captions and captions[:num_train],
-        test_captions=captions and captions[num_train:],
+        train_captions=captions and captions[train] + more_captions,
+        test_captions=captions and captions[NUM_TRAIN:],
     )
 
 

@@ -53,7 +53,7 @@ PENTAGON = (
 
 
 def draw_shapes(
-    num_images: int, *, seed: int = 0
+    num_images: int, *, seed: int | tuple[int, ...] = 0
 ) -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
     """Draw labelled pictures; the same for the same seed on every machine.
 
@@ -110,7 +110,7 @@ def draw_shapes(
 
 
 def draw_textures(
-    num_images: int, *, seed: int = 0
+    num_images: int, *, seed: int | tuple[int, ...] = 0
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """Draw textures without shapes, of two colours each: pictures that look alike everywhere.
 

@@ -36,7 +36,7 @@ import torchvision
 from torch import Tensor, nn
 
 import vqgan
-from vqgan.data import Batches, ImageDataset, load_dataset, pixel_variance
+from vqgan.data import NUM_TRAIN, Batches, ImageDataset, load_dataset, pixel_variance
 from vqgan.errors import InputError
 
 # --- command line ------------------------------------------------------------------------------
@@ -77,6 +77,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, out: str, epochs: i
     add("--data-root", default="data", help="where CIFAR-10 is, or is downloaded to")
     add("--image-size", type=positive_int, default=32, help="side in pixels, for a folder")
     add("--limit", type=positive_int, help="only the first N training and test images")
+    add("--num-drawn", type=positive_int, default=NUM_TRAIN, help="training shapes or textures")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="random mirror images")
     add("--epochs", type=positive_int, default=epochs, help="passes over the training images")
     add("--lr", type=positive_float, default=lr, help="learning rate of Adam")
@@ -133,11 +134,14 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
             f"--resume: there is no run in {args.out} (no config.json): "
             "name its folder with --out, or start one without --resume"
         )
-    if set(stored) != (set(vars(args)) | {"command"}) - {"out", "resume"}:
+    if not set(stored) <= set(vars(args)) | {"command"}:
         raise InputError(
             f"{config_path} does not have this script's flags: is it another script's run? "
             "Name the right folder with --out"
         )
+    # Flags that are newer than the run had their defaults.
+    newer = vars(args).keys() - stored.keys() - {"out", "resume"}
+    stored |= {name: parser.get_default(name) for name in newer}
     parser.set_defaults(**stored)
     args = parser.parse_args()
     if args.precision == "auto":
@@ -225,7 +229,13 @@ def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
     out = Path(args.out)
     if not args.resume:  # early, so that a run killed while it reads its data can be resumed
         write_json(out / "config.json", config)
-    data = load_dataset(args.data, root=args.data_root, image_size=args.image_size, seed=args.seed)
+    data = load_dataset(
+        args.data,
+        root=args.data_root,
+        image_size=args.image_size,
+        seed=args.seed,
+        num_drawn=args.num_drawn,
+    )
     if args.limit:
         data = data.first(args.limit)
     for batch_size in batch_sizes:  # one that does not fit stops here, not after hours
