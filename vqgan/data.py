@@ -130,12 +130,12 @@ def _draw(source: str, seed: int, num_drawn: int) -> ImageDataset:
     more_images, more_labels, more_captions, _ = draw(max(0, num_drawn - NUM_TRAIN), (seed, 1))
     train = slice(min(num_drawn, NUM_TRAIN))
     return ImageDataset(
-        train_images=torch.from_numpy(np.concatenate([images[train], more_images])),
+        train_images=torch.from_numpy(np.concatenate([more_images, images[train]])),
         test_images=torch.from_numpy(images[NUM_TRAIN:]),
-        train_labels=torch.from_numpy(np.concatenate([labels[train], more_labels])),
+        train_labels=torch.from_numpy(np.concatenate([more_labels, labels[train]])),
         test_labels=torch.from_numpy(labels[NUM_TRAIN:]),
         class_names=class_names,
-        train_captions=captions and captions[train] + more_captions,
+        train_captions=captions and more_captions + captions[train],
         test_captions=captions and captions[NUM_TRAIN:],
     )
 
