@@ -10,7 +10,7 @@ source is parsed, not imported, so the site is built without torch.
 import ast
 from html import escape
 
-from annotated import Shows, full_path
+from annotated import Shows
 from docutils import nodes
 from prose import to_html
 from pygments import highlight
@@ -25,9 +25,7 @@ LINE = 88  # characters of a signature that fit in a line of the page
 class Api(Shows):
     def run(self) -> list[nodes.Node]:
         self.start()
-        paths = [full_path(path) for path in self.arguments[0].split()]
-        by_path = {source.path: source for source in self.site.sources.values()}
-        return [self.section(by_path[path]) for path in paths]
+        return [self.section(self.site.source(path)) for path in self.arguments[0].split()]
 
     def section(self, source: Source) -> nodes.section:
         section = nodes.section(ids=[f"api-{source.module.replace('.', '-')}"])
