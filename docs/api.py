@@ -10,7 +10,7 @@ source is parsed, not imported, so the site is built without torch.
 import ast
 from html import escape
 
-from annotated import Shows, full_path
+from annotated import Shows
 from docutils import nodes
 from prose import to_html
 from pygments import highlight
@@ -25,9 +25,7 @@ LINE = 88  # characters of a signature that fit in a line of the page
 class Api(Shows):
     def run(self) -> list[nodes.Node]:
         self.start()
-        paths = [full_path(path) for path in self.arguments[0].split()]
-        by_path = {source.path: source for source in self.site.sources.values()}
-        return [self.section(by_path[path]) for path in paths]
+        return [self.section(self.site.source(path)) for path in self.arguments[0].split()]
 
     def section(self, source: Source) -> nodes.section:
         section = nodes.section(ids=[f"api-{source.module.replace('.', '-')}"])
@@ -35,7 +33,9 @@ class Api(Shows):
         first_sentence = ast.get_docstring(source.tree).partition("\n\n")[0]
         section += self.raw(to_html(first_sentence, self.link((source.module, ""))))
         for name, node in source.definitions.items():
-            if not any(part.startswith("_") for part in name.split(".")):
+            owner = source.definitions.get(name.rpartition(".")[0])
+            is_private = any(part.startswith("_") for part in name.split("."))
+            if not is_private and not isinstance(owner, ast.FunctionDef):
                 section += self.raw(self.entry(source, name, node))
         return section
 
@@ -44,11 +44,14 @@ class Api(Shows):
         address = self.site.url((source.module, name), self.env.docname)
         code = highlight(signature(source, name, node), PythonLexer(), HtmlFormatter(nowrap=True))
         kind = "method" if "." in name else "definition"
+        constructor = source.definitions.get(f"{name}.__init__")
+        texts = [ast.get_docstring(each) for each in (node, constructor) if each]
+        prose = "".join(to_html(text, link) for text in texts if text)
         return (
             f'<div class="api {kind}" id="api.{shown}">'
             f'<div class="highlight"><pre>{code}</pre></div>'
             f'<a class="to-source" href="{escape(address)}">source</a>'
-            f'<div class="prose">{to_html(ast.get_docstring(node) or "", link)}</div></div>\n'
+            f'<div class="prose">{prose}</div></div>\n'
         )
 
 
@@ -58,52 +61,56 @@ def signature(source: Source, name: str, node: Definition) -> str:
     if isinstance(node, ast.ClassDef):
         keyword = "class "
         constructor = source.definitions.get(f"{name}.__init__")
-        parameters = fields(node) if constructor is None else arguments(constructor)
+        inputs = arguments(source, constructor) if constructor else fields(source, node)
     else:
-        parameters = arguments(node)
-        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-        if is_property(node):
+        inputs = arguments(source, node)
+        returns = f" -> {as_written(source, node.returns)}" if node.returns else ""
+        if "property" in [ast.unparse(decorator) for decorator in node.decorator_list]:
             return f"{name}{returns}"
-    line = f"{keyword}{name}({', '.join(parameters)}){returns}"
+    if keyword and not inputs:
+        return f"{keyword}{name}"
+    line = f"{keyword}{name}({', '.join(inputs)}){returns}"
     if len(line) <= LINE:
         return line
-    inner = "".join(f"    {parameter},\n" for parameter in parameters)
+    inner = "".join(f"    {each},\n" for each in inputs)
     return f"{keyword}{name}(\n{inner}){returns}"
 
 
-def arguments(node: ast.FunctionDef) -> list[str]:
-    """Each parameter as text, without `self`."""
-    a = node.args
-    positional = [*a.posonlyargs, *a.args]
-    defaults = [None] * (len(positional) - len(a.defaults)) + a.defaults
-    parameters = [parameter(*pair) for pair in zip(positional, defaults, strict=True)]
-    if positional and positional[0].arg == "self":
-        parameters = parameters[1:]
-    if a.vararg:
-        parameters.append(f"*{parameter(a.vararg, None)}")
-    elif a.kwonlyargs:
-        parameters.append("*")
-    parameters += [parameter(*pair) for pair in zip(a.kwonlyargs, a.kw_defaults, strict=True)]
-    return parameters + ([f"**{parameter(a.kwarg, None)}"] if a.kwarg else [])
+def as_written(source: Source, node: ast.AST) -> str:
+    return ast.get_source_segment(source.text, node)
 
 
-def parameter(argument: ast.arg, default: ast.expr | None) -> str:
-    if default is None:
-        return ast.unparse(argument)
-    equals = " = " if argument.annotation else "="
-    return f"{ast.unparse(argument)}{equals}{ast.unparse(default)}"
+def arguments(source: Source, node: ast.FunctionDef) -> list[str]:
+    """Each as text, with its type and default, and without `self`."""
+    found = node.args
+    positional = [*found.posonlyargs, *found.args]
+    defaults = [None] * (len(positional) - len(found.defaults)) + found.defaults
+
+    def texts(arguments, defaults) -> list[str]:
+        texts = []
+        for argument, default in zip(arguments, defaults, strict=True):
+            text, equals = as_written(source, argument), " = " if argument.annotation else "="
+            texts.append(f"{text}{equals}{as_written(source, default)}" if default else text)
+        return texts
+
+    inputs = texts(positional, defaults)
+    if inputs[:1] == ["self"]:
+        inputs = inputs[1:]
+    if found.vararg:
+        inputs.append(f"*{as_written(source, found.vararg)}")
+    elif found.kwonlyargs:
+        inputs.append("*")
+    inputs += texts(found.kwonlyargs, found.kw_defaults)
+    return inputs + ([f"**{as_written(source, found.kwarg)}"] if found.kwarg else [])
 
 
-def fields(node: ast.ClassDef) -> list[str]:
-    """Of a named tuple or a data class."""
-    is_tuple = any(ast.unparse(base) == "NamedTuple" for base in node.bases)
-    is_data = any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
-    declared = [s for s in node.body if isinstance(s, ast.AnnAssign)]
-    return [ast.unparse(s) for s in declared] if is_tuple or is_data else []
-
-
-def is_property(node: ast.FunctionDef) -> bool:
-    return any(ast.unparse(decorator) == "property" for decorator in node.decorator_list)
+def fields(source: Source, node: ast.ClassDef) -> list[str]:
+    """Of a named tuple or a data class; other classes have none that are given to them."""
+    bases = [ast.unparse(base) for base in node.bases]
+    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+    if "NamedTuple" not in bases and not any("dataclass" in each for each in decorators):
+        return []
+    return [as_written(source, each) for each in node.body if isinstance(each, ast.AnnAssign)]
 
 
 def setup(app: Sphinx) -> dict:

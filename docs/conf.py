@@ -3,8 +3,9 @@
 Nothing is fetched, neither while it is built nor when a page is opened: fonts are the system's,
 equations are MathML, and the code is parsed, not imported.
 
-For who writes a chapter: `annotated.py` says how to show code and to link to a line of it,
-`mathml.py` what an equation may hold.
+For who writes a chapter: `chapter.py` says how to show code and how to link to a line of it,
+`annotated.py` how a module is shown, `mathml.py` what an equation may hold. Pictures are plain
+Markdown, ![what is seen](results/study/losses.png), have a text, and at most 300 KB.
 """
 
 import sys
@@ -14,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # the extensions that stand besi
 
 project = "vqgan"
 project_copyright = "MIT licence"
-extensions = ["myst_parser", "mathml", "annotated", "api"]
+extensions = ["myst_parser", "mathml", "annotated", "chapter", "api"]
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = [

@@ -30,7 +30,7 @@ def to_mathml(latex: str, display: str) -> str:
         latex = latex.replace(command, pair)
     try:
         root = ElementTree.fromstring(convert(latex, display=display))
-    except Exception as error:
+    except Exception as error:  # the library's own, of many types; or the parser's
         raise ValueError(f"{type(error).__name__} {error}") from error
     for element in list(root.iter()):
         if "\\" in (element.text or ""):
@@ -69,7 +69,8 @@ def render(translator, node: nodes.Element, display: str) -> None:
     try:
         html = to_mathml(node.astext(), display)
     except ValueError as error:
-        logger.warning("equation %r: %s", node.astext(), error, location=node)
+        text = "equation %r: %s (docs/mathml.py says what works)"
+        logger.warning(text, node.astext(), error, location=node)
         raise nodes.SkipNode from error
     if display == "block":
         html = translator.starttag(node, "div", CLASS="math") + html + "</div>\n"

@@ -12,25 +12,30 @@ import tokenize
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from pygments.lexers import PythonLexer
-from pygments.token import STANDARD_TYPES, Token
+from pygments.token import STANDARD_TYPES
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 DIVIDER = re.compile(r"# --- (.*?) -+$")  # "# --- losses -----": the heading of a part
 Definition = ast.ClassDef | ast.FunctionDef
 # A place that a name leads to: ("vqgan.quantizer", "Quantizer.forward"); "" for the module.
 Target = tuple[str, str]
 
 
+class Text(NamedTuple):
+    text: str
+    end: int  # the line after it
+
+
 @dataclass
 class Piece:
-    first: int  # line, from 1
     name: str | None = None  # of the class or function that begins here; "" for the module
     heading: str | None = None  # of a divider, which has nothing else
     prose: list[str] = field(default_factory=list)
+    hidden: list[int] = field(default_factory=list)  # lines that became prose, from 1
     code: list[int] = field(default_factory=list)  # lines
-    hidden: list[int] = field(default_factory=list)  # lines that became prose
 
 
 class Source:
@@ -42,7 +47,7 @@ class Source:
         self.text = self.file.read_text()
         self.lines = self.text.splitlines()
         self.tree = ast.parse(self.text)
-        # What is defined at the top and in classes, and the line of each: a constant has one too.
+        # "Quantizer.forward" and the like; and what is assigned at the top, with its line.
         self.definitions: dict[str, Definition] = dict(_definitions(self.tree, ""))
         self.constants: dict[str, int] = dict(_constants(self.tree))
 
@@ -56,62 +61,67 @@ class Source:
     # --- pieces -----------------------------------------------------------------------------------
 
     def pieces(self) -> list[Piece]:
-        docstrings, names, ends = self._docstrings(), {1: ""}, set()
-        imports = [node for node in self.tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        ends.update(node.end_lineno + 1 for node in imports[-1:])
-        for name, node in self.definitions.items():
-            # A class's docstring tells of its constructor, so the two stand beside each other.
-            if not name.endswith("__init__") or ast.get_docstring(node):
-                names[first_line(node)] = name
-            ends.add(node.end_lineno + 1)
         comments = self._comments()
-
-        pieces = []
+        prose = self._docstrings() | comments
+        hidden = {i for first, text in prose.items() for i in range(first, text.end)}
+        names, ends = self._beginnings()
+        pieces = [Piece(name="")]
         for number, line in enumerate(self.lines, 1):
-            piece = pieces[-1] if pieces else None
-            divider = DIVIDER.match(line.strip())
-            begins = number in names or number in ends or (number in comments and not divider)
-            goes_on = number in comments and number - 1 in comments and not piece.heading
-            if divider:
-                pieces.append(Piece(number, heading=divider[1], hidden=[number]))
-            elif piece is None or piece.heading or begins and piece.code and not goes_on:
-                pieces.append(Piece(number, name=names.get(number)))
-            elif number in names:  # a comment above a function belongs to it
-                piece.name = names[number]
+            if divider := DIVIDER.match(line.strip()):
+                pieces += [Piece(heading=divider[1], hidden=[number]), Piece()]
+                continue
+            begins = number in names or number in ends or number in comments
+            # A comment above a function has no code of its own: it belongs to the function.
+            if begins and (pieces[-1].code or pieces[-1].name == ""):
+                pieces.append(Piece())
             piece = pieces[-1]
-            if number in comments and not divider:
-                text = line.strip().removeprefix("#").removeprefix(" ")
-                if goes_on:
-                    piece.prose[-1] += f"\n{text}"
-                else:
-                    piece.prose.append(text)
+            if number in names:
+                piece.name = names[number]
+            if number in prose:
+                piece.prose.append(prose[number].text)
+            if number in hidden:
                 piece.hidden.append(number)
-            elif number in docstrings:
-                if docstrings[number]:
-                    piece.prose.append(docstrings[number])
-                piece.hidden.append(number)
-            elif line.strip() and not divider:
-                if piece.code:  # with the empty lines between, but not those at the ends
+            elif line.strip():
+                if piece.code:  # empty lines stay between lines of code, not around them
                     between = range(piece.code[-1] + 1, number)
-                    piece.code += [i for i in between if i not in piece.hidden]
+                    piece.code += [i for i in between if i not in hidden]
                 piece.code.append(number)
         return [piece for piece in pieces if piece.code or piece.hidden]
 
-    def _docstrings(self) -> dict[int, str]:
-        """For each line of a docstring its text, at the first line, and "" at the others."""
-        lines = {}
+    def _beginnings(self) -> tuple[dict[int, str], set[int]]:
+        """Lines at which classes and functions begin; lines after these and after the imports."""
+        names, ends = {}, set()
+        for name, node in self.definitions.items():
+            # A class's docstring tells of its constructor, so the two stand beside each other.
+            if not name.endswith("__init__") or ast.get_docstring(node):
+                names[min([node.lineno, *(d.lineno for d in node.decorator_list)])] = name
+            ends.add(node.end_lineno + 1)
+        imports = [node for node in self.tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        return names, ends | {node.end_lineno + 1 for node in imports[-1:]}
+
+    def _docstrings(self) -> dict[int, Text]:
+        """By their first lines."""
+        texts = {}
         for node in [self.tree, *self.definitions.values()]:
             if text := ast.get_docstring(node):
                 string = node.body[0]
-                lines |= dict.fromkeys(range(string.lineno, string.end_lineno + 1), "")
-                lines[string.lineno] = text
-        return lines
+                texts[string.lineno] = Text(text, string.end_lineno + 1)
+        return texts
 
-    def _comments(self) -> set[int]:
-        """Lines that hold a comment and nothing else."""
-        tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
-        places = [token.start for token in tokens if token.type == tokenize.COMMENT]
-        return {line for line, column in places if not self.lines[line - 1][:column].strip()}
+    def _comments(self) -> dict[int, Text]:
+        """Comments that have lines of their own, by their first lines; dividers are none."""
+        texts, first = {}, 0
+        for token in tokenize.generate_tokens(io.StringIO(self.text).readline):
+            line = token.line.strip()
+            if token.type != tokenize.COMMENT or token.string != line or DIVIDER.match(line):
+                continue
+            number, text = token.start[0], line.removeprefix("#").removeprefix(" ")
+            if first and texts[first].end == number:
+                texts[first] = Text(f"{texts[first].text}\n{text}", number + 1)
+            else:
+                first = number
+                texts[first] = Text(text, number + 1)
+        return texts
 
     # --- names ------------------------------------------------------------------------------------
 
@@ -134,10 +144,6 @@ class Source:
         finder = _References(self, sources)
         finder.visit(self.tree)
         return finder.found
-
-
-def first_line(node: Definition) -> int:
-    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
 
 
 def _definitions(parent: ast.Module | Definition, prefix: str):
@@ -174,6 +180,10 @@ class _References(ast.NodeVisitor):
         self.found: dict[tuple[int, int], Target] = {}
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        if node.module in self.sources:  # from vqgan.data import ...: "data" leads to the module
+            last = node.module.rpartition(".")[2]
+            end = node.col_offset + len(f"from {node.module}")
+            self.found[node.lineno, end - len(last)] = node.module, ""
         for alias in node.names:
             if target := _imported(node.module, alias.name, self.sources):
                 self.found[alias.lineno, alias.col_offset] = target
@@ -238,8 +248,6 @@ def coloured_lines(source: Source, url, sources: dict[str, Source]) -> list[str]
     lines, line, column = [""], 1, 0
     for kind, text in PythonLexer(stripnl=False).get_tokens(source.text):
         target = references.get((line, column))
-        if kind is Token.Name.Namespace and text in sources:  # from vqgan.data import ...
-            target = text, ""
         for i, part in enumerate(text.split("\n")):
             if i:
                 lines.append("")

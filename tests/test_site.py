@@ -170,6 +170,7 @@ def test_every_public_name_is_in_a_chapter_and_on_the_api_page(pages, module):
     tree = ast.parse((ROOT / module).read_text())
     names = [node.name for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)]
     in_chapters = {id for name, page in pages.items() if name != "api.html" for id in page.ids}
+    assert dotted in in_chapters
     for name in names:
         if not name.startswith("_"):
             assert f"{dotted}.{name}" in in_chapters
