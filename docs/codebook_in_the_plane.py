@@ -130,6 +130,7 @@ def main() -> None:
         "versions": versions(),
         "seconds": round(watch.seconds, 1),
         "num_embeddings": K,
+        "gradient_learning_rate": LEARNING_RATE,
     }
     write_json(OUT / "metrics.json", content | {"models": models})
     print(f"three pictures and metrics.json are in {OUT}")
