@@ -21,6 +21,10 @@ setup(
             "torchmetrics",
             "transformers",
         ],
+        # The site, built by `sphinx-build -W docs docs/_build`; and what its tests open it with,
+        # beside Debian's chromium.
+        "docs": ["sphinx>=9", "myst-parser", "furo", "latex2mathml"],
+        "browser": ["playwright"],
         "benchmark": ["diffusers", "transformers"],
         # The published heads of LPIPS; true rFID, with Inception's weights.
         "lpips": ["lpips"],

@@ -12,8 +12,10 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 KEYS = {
     "bits per image": "bits_per_image",
     "norm. MSE": "nmse",
+    "norm. MSE, sampled": "nmse_sampled",
     "PSNR / dB": "psnr",
     "SSIM": "ssim",
+    "SSIM, sampled": "ssim_sampled",
     "SSIM, whole image": "ssim_whole_image",
     "perceptual": "perceptual",
     "Frechet": "frechet",

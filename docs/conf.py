@@ -1,0 +1,40 @@
+"""How Sphinx builds the site: `sphinx-build -W docs docs/_build`, then open docs/_build/index.html.
+
+Nothing is fetched, neither while it is built nor when a page is opened: fonts are the system's,
+equations are MathML, and the code is parsed, not imported.
+
+For who writes a chapter: `chapter.py` says how to show code and how to link to a line of it,
+`annotated.py` how a module is shown, `mathml.py` what an equation may hold. Pictures are plain
+Markdown, ![what is seen](results/study/losses.png), have a text, and at most 300 KB.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # the extensions that stand beside this file
+
+project = "vqgan"
+project_copyright = "MIT licence"
+extensions = ["myst_parser", "mathml", "annotated", "chapter", "api"]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = [
+    "dollarmath",  # $z_e$ and $$...$$
+    "colon_fence",  # :::{note}, for a block that holds Markdown
+    "attrs_inline",  # ![...](...){width=400}
+    "deflist",
+]
+myst_heading_anchors = 3  # headings down to ### can be linked to, as on GitHub
+smartquotes = False  # "--resume" is a flag
+
+html_theme = "furo"
+html_title = "vqgan, annotated"
+html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+html_copy_source = False
+html_show_copyright = False
+html_show_search_summary = False  # it would fetch pages, which a browser refuses for files
+pygments_style = "a11y-high-contrast-light"
+pygments_dark_style = "github-dark"
