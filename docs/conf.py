@@ -34,6 +34,7 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
+html_use_index = False  # no entries: search and the API page do its work
 html_show_copyright = False
 html_show_search_summary = False  # it would fetch pages, which a browser refuses for files
 pygments_style = "a11y-high-contrast-light"
