@@ -256,8 +256,10 @@ MEASURE = """() => {
         const {left, right, top, bottom, width, height} = element.getBoundingClientRect();
         return {left, right, top, bottom, width, height};
     };
+    // The theme cuts off what is too wide for the page, and scrolls its content instead.
+    const scrolled = [document.documentElement, ...document.querySelectorAll(".content")];
     return {
-        width: document.documentElement.scrollWidth,
+        width: Math.max(...scrolled.map((element) => element.scrollWidth)),
         equations: [...document.querySelectorAll("math")].map(box),
         pieces: [...document.querySelectorAll(".piece")]
             .filter((piece) => piece.querySelector(".prose").innerText.trim())
