@@ -35,6 +35,8 @@ def to_mathml(latex: str, display: str) -> str:
     for element in list(root.iter()):
         if "\\" in (element.text or ""):
             raise ValueError(f"latex2mathml does not know {element.text}")
+        if element.text == "~":  # of \sim
+            element.tag, element.text = NAMESPACE + "mo", "\N{TILDE OPERATOR}"
         if element.text in BARS:
             element.attrib.setdefault("stretchy", "false")  # as high as a letter, as in TeX
         if is_name(element) and element.tag == NAMESPACE + "mo":

@@ -238,9 +238,10 @@ def test_lines_that_stand_in_columns_stay_in_columns():
     assert [row[1] for row in cells] == ["the first", "the second, at length"]
 
 
-def test_a_name_in_an_equation_stands_apart_from_what_follows():
+def test_names_and_signs_in_an_equation_have_the_space_that_they_need():
     assert "<mi>log</mi><mspace" in to_mathml(r"\log p", "inline")
     assert "<mi>sg</mi><mo" in to_mathml(r"\operatorname{sg}[e]", "inline")
+    assert "<mo>\N{TILDE OPERATOR}</mo>" in to_mathml(r"z \sim q", "inline")
 
 
 @pytest.mark.parametrize("latex", [r"a \nonsense b", r"\begin{aligned} a &= b \end{aligned}", "a_"])
