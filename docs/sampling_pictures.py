@@ -1,0 +1,419 @@
+"""What each way to sample does to the pictures, drawn with the same random numbers every time.
+
+    python docs/sampling_pictures.py --data data/cifar10-images
+
+needs a class-conditional transformer beside its tokenizer and a yardstick: those of the runs
+runs/transformer and runs/vqgan (docs/results/README.md has their commands). Every reader has
+another pair:
+
+    python docs/sampling_pictures.py --checkpoint shapes --data shapes --classes ring star
+
+Writes, in docs/results/sampling/:
+
+    temperature.png, top_k.png, top_p.png, guidance.png   a row for each value
+    next_code.png    the probabilities of the next code at two places, and what is cut from them
+    known.png        upper halves continued, and lower halves that nobody could foresee
+    conditions.png   edges, grey and small copies of images, and what the tokenizer keeps of them
+    metrics.json     what was measured beside them
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullLocator
+from torch import Tensor
+
+from vqgan.classifier import Classifier, load_classifier
+from vqgan.conditions import PICTURES
+from vqgan.data import from_uint8, load_dataset, read_image, to_unit
+from vqgan.loading import Pair, load_pair
+from vqgan.metrics import CodebookUsage, psnr
+from vqgan.training import Stopwatch, describe_device, run_script, versions, write_json
+from vqgan.vqvae import VQAutoencoder
+
+OUT = Path("docs/results/sampling")
+FAMILIES = {  # of settings: the file's name, and the values of its rows (None: all codes)
+    "temperature": (0.0, 0.5, 0.8, 1.0, 1.2),
+    "top_k": (10, 50, 100, 300, None),
+    "top_p": (0.5, 0.8, 0.9, 0.95, None),
+    "guidance": (1.0, 2.0, 3.0, 5.0),
+}
+DRAWN = 6  # pictures of each class in a row
+MEASURED = 30  # samples of each class that are measured
+TEST_IMAGES = 20  # of each class
+KNOWN, CONDITIONS = 10, 9  # test images in known.png and conditions.png
+TOP_K, TOP_P = 100, 0.9  # in next_code.png
+SURE, UNSURE = 0.02, 0.9  # which places it shows, as quantiles of the entropy
+TIMED = 16  # grids that are written with the cache and without
+AT_ONCE = 100
+DOTS_PER_INCH = 130
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw what each way to sample does.")
+    parser.add_argument("--checkpoint", default="runs/transformer/checkpoint.pt")
+    parser.add_argument("--yardstick", type=Path, default=Path("runs/vqgan/yardstick.pt"))
+    parser.add_argument("--data", required=True, help="shapes, or a folder with test/<class>/*")
+    parser.add_argument("--classes", nargs=2, default=["horse", "ship"], help="that are drawn")
+    args = parser.parse_args()
+
+    watch, cpu = Stopwatch(), torch.device("cpu")
+    pair, yardstick, accuracy = load_pair(args.checkpoint), None, None
+    if args.checkpoint == parser.get_default("checkpoint"):
+        yardstick, accuracy = load_classifier(args.yardstick, cpu)
+    images, labels = test_images(args.data, pair)
+    x = from_uint8(images)  # (M, 3, H, W)
+    codes = torch.cat([pair.tokenizer.encode(part).indices for part in x.split(AT_ONCE)])
+
+    samples = {
+        family: draw_family(pair, family, values, args.classes, yardstick)
+        for family, values in FAMILIES.items()
+    }
+    content = {
+        "command": f"python docs/sampling_pictures.py {flags(args, parser)}",
+        "data": {"source": args.data, "test_images": len(images)},
+        "device": describe_device(cpu, torch.float32),
+        "versions": versions(),
+        "yardstick": {"accuracy": accuracy},
+        "codes": pair.transformer.num_embeddings,
+        "test_perplexity": usage(pair, codes).perplexity,
+        "samples": samples,
+        "next_code": draw_next_code(pair, labels, codes),
+        "known": draw_known(pair, x, labels, codes),
+        "class": worth_of_the_class(pair, labels, codes),
+        "cache": time_the_cache(pair),
+    }
+    draw_conditions(pair, x)
+    seconds = {"seconds": round(watch.seconds, 1), "cpu_seconds": round(time.process_time(), 1)}
+    write_json(OUT / "metrics.json", content | seconds)
+    print(json.dumps(content, indent=2))
+
+
+def flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """Those that are not the default, as they were given."""
+    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    parts = []
+    for name, value in given.items():
+        parts += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return " ".join(parts)
+
+
+def test_images(source: str, pair: Pair) -> tuple[Tensor, Tensor]:
+    """The first images of each class, uint8 (M, 3, H, W), and their labels (M,).
+
+    Of a folder only these files are read.
+    """
+    if Path(source).is_dir():
+        images, labels = [], []
+        for label, name in enumerate(pair.condition.names):
+            for path in sorted((Path(source) / "test" / name).iterdir())[:TEST_IMAGES]:
+                images.append(torch.tensor(read_image(path, pair.image_size)))
+                labels.append(label)
+        return torch.stack(images), torch.tensor(labels)
+    data = load_dataset(source)
+    chosen = [
+        (data.test_labels == label).nonzero().flatten()[:TEST_IMAGES]
+        for label in range(len(data.class_names))
+    ]
+    chosen = torch.cat(chosen)
+    return data.test_images[chosen], data.test_labels[chosen]
+
+
+def usage(pair: Pair, codes: Tensor) -> CodebookUsage:
+    counted = CodebookUsage(pair.transformer.num_embeddings)
+    counted.update(codes)
+    return counted
+
+
+def decode(tokenizer: VQAutoencoder, codes: Tensor) -> Tensor:
+    """Grids (M, h, w) -> images (M, 3, H, W), about [-1, 1]."""
+    return torch.cat([tokenizer.decode_indices(part) for part in codes.split(AT_ONCE)])
+
+
+def nats(pair: Pair, tokens: Tensor, codes: Tensor) -> Tensor:
+    """-log p of each code given its condition and those before it: (M, C), (M, h, w) -> (M, N)."""
+    costs = []
+    for part, indices in zip(tokens.split(AT_ONCE), codes.flatten(1).split(AT_ONCE), strict=True):
+        logits = pair.transformer(part, indices)  # (M, N, K)
+        costs.append(F.cross_entropy(logits.transpose(1, 2), indices, reduction="none"))
+    return torch.cat(costs)
+
+
+# --- rows of pictures ----------------------------------------------------------------------------
+
+
+def draw_rows(
+    path: Path, rows: list[tuple[str, Tensor]], *, heads: tuple[str, ...] = (), side: float = 0.6
+) -> None:
+    """Rows of images (N, 3, H, W) in [0, 1], labels on the left; heads share the columns evenly."""
+    gap, label, head = 0.05, 1.7, 0.3 if heads else 0.0  # inches
+    columns = len(rows[0][1])
+    width = label + columns * (side + gap)
+    height = head + len(rows) * (side + gap)
+    figure = Figure(figsize=(width, height))
+    for i, text in enumerate(heads):
+        middle = label + (i + 0.5) / len(heads) * columns * (side + gap)
+        figure.text(middle / width, 1 - 0.2 / height, text, ha="center", fontsize=13)
+    for row, (text, images) in enumerate(rows):
+        bottom = height - head - (row + 1) * (side + gap) + gap
+        middle = (bottom + side / 2) / height
+        figure.text((label - 0.12) / width, middle, text, ha="right", va="center", fontsize=12)
+        for column, image in enumerate(images):
+            left = label + column * (side + gap)
+            box = (left / width, bottom / height, side / width, side / height)
+            axes = figure.add_axes(box)
+            axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes.set_axis_off()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+# --- a row for each value ------------------------------------------------------------------------
+
+
+def draw_family(
+    pair: Pair, family: str, values: tuple, classes: list[str], yardstick: Classifier | None
+) -> list[dict]:
+    """One picture, with a row for each value of a setting; and what was measured of each."""
+    names = pair.condition.names
+    shown = pair.condition.of_classes([name for name in classes for _ in range(DRAWN)])
+    measured = pair.condition.of_classes([name for name in names for _ in range(MEASURED)])
+    rows, results = [], []
+    for value in values:
+        setting = {family: value}
+        codes = pair.transformer.sample(
+            measured, generator=torch.Generator().manual_seed(1), **setting
+        )
+        counted = usage(pair, codes)
+        result = setting | {
+            "num_samples": len(codes),
+            "different": len(codes.flatten(1).unique(dim=0)),
+            "codes_used": counted.codes_used,
+            "perplexity": counted.perplexity,
+            "recognised": None,
+        }
+        label = f"{family.replace('_', '-')} {'all' if value is None else f'{value:g}'}"
+        if yardstick is not None:
+            x = decode(pair.tokenizer, codes)
+            predicted = torch.cat([yardstick(part).argmax(dim=1) for part in x.split(AT_ONCE)])
+            result["recognised"] = (predicted == measured[:, 0]).double().mean().item()
+            label += f"\n{result['recognised']:.0%} recognised"
+        results.append(result)
+        # The same numbers in every row: what differs is the setting alone.
+        codes = pair.transformer.sample(
+            shown, generator=torch.Generator().manual_seed(0), **setting
+        )
+        rows.append((label, to_unit(decode(pair.tokenizer, codes))))
+    draw_rows(OUT / f"{family}.png", rows, heads=tuple(classes))
+    return results
+
+
+# --- the next code -------------------------------------------------------------------------------
+
+
+def draw_next_code(pair: Pair, labels: Tensor, codes: Tensor) -> dict:
+    """Where the transformer is sure of the next code, and where it is not."""
+    K, (h, w) = pair.transformer.num_embeddings, pair.transformer.grid_size
+    logits = torch.cat(
+        [
+            pair.transformer(tokens, indices)
+            for tokens, indices in zip(
+                labels[:, None].split(AT_ONCE), codes.flatten(1).split(AT_ONCE), strict=True
+            )
+        ]
+    )  # (M, N, K)
+    probabilities = logits.softmax(dim=-1)
+    entropy = -(probabilities * logits.log_softmax(dim=-1)).sum(dim=-1)  # nats, (M, N)
+    # In the lower half, where there is something to be sure of.
+    lower = entropy[:, h * w // 2 :]
+    places = {}
+    for name, share in (("sure", SURE), ("unsure", UNSURE)):
+        wanted = lower.flatten().quantile(share)
+        image, place = divmod((lower - wanted).abs().argmin().item(), lower.shape[1])
+        places[name] = (image, place + h * w // 2)
+
+    figure = Figure(figsize=(9.0, 5.4))
+    results = {}
+    for row, (name, (image, place)) in enumerate(places.items()):
+        sorted_p = probabilities[image, place].sort(descending=True).values  # (K,)
+        before = sorted_p.cumsum(dim=0) - sorted_p
+        kept = int((before < TOP_P).sum())
+        results[name] = {
+            "class": pair.condition.names[labels[image]],
+            "position": place,
+            "entropy_nats": entropy[image, place].item(),
+            "perplexity": entropy[image, place].exp().item(),
+            "likeliest": sorted_p[0].item(),
+            f"mass_of_top_{TOP_K}": sorted_p[:TOP_K].sum().item(),
+            f"codes_of_top_p_{TOP_P:g}": kept,
+        }
+        bottom = 0.57 - 0.48 * row
+        axes = figure.add_axes((0.01, bottom, 0.2, 0.36))
+        picture = to_unit(pair.tokenizer.decode_indices(codes[image : image + 1]))[0]
+        pixels = pair.image_size // h
+        top, left = place // w * pixels, place % w * pixels
+        picture[:, top + pixels :] = 0.6  # grey: what is not written yet
+        picture[:, top : top + pixels, left:] = 0.6
+        axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.add_patch(
+            Rectangle((left - 0.5, top - 0.5), pixels, pixels, fill=False, color="#D55E00", lw=2.5)
+        )
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_title(f"{results[name]['class']}, so far", fontsize=12)
+
+        axes = figure.add_axes((0.3, bottom, 0.68, 0.36))
+        rank = torch.arange(1, K + 1)
+        axes.fill_between(rank[:kept], 100 * sorted_p[:kept], color="#0072B2", step="mid")
+        axes.fill_between(rank[kept - 1 :], 100 * sorted_p[kept - 1 :], color="0.75", step="mid")
+        axes.axvline(TOP_K, color="#D55E00", linestyle="--", linewidth=1.5)
+        axes.set_xscale("log")
+        axes.set_xlim(0.8, K)
+        axes.set_ylim(0, 108 * sorted_p[0])
+        axes.set_xticks([1, 3, 10, 30, 100, 300, 1000])
+        axes.set_xticklabels(["1", "3", "10", "30", "100", "300", "1,000"])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylabel("probability", fontsize=11)
+        if row == 1:
+            axes.set_xlabel("codes, from the likeliest", fontsize=11)
+        axes.set_title(f"{name}: top-p {TOP_P:g} keeps {kept} codes (blue)", fontsize=12)
+        axes.text(
+            1.08 * TOP_K, 100 * sorted_p[0],
+            f"left of the line: top-k {TOP_K},\n"
+            f"{100 * sorted_p[:TOP_K].sum():.0f}% of the mass",
+            color="#D55E00", fontsize=11, va="top",
+        )  # fmt: skip
+    figure.savefig(OUT / "next_code.png", dpi=DOTS_PER_INCH)
+    return results
+
+
+# --- what is known -------------------------------------------------------------------------------
+
+
+def draw_known(pair: Pair, x: Tensor, labels: Tensor, codes: Tensor) -> dict:
+    """Upper halves that are continued, and lower halves under which nothing was foreseen."""
+    h = pair.transformer.grid_size[0]
+    half, pixels = h // 2, pair.image_size // h
+    tokens = labels[:, None]
+    upper, lower = codes.clone(), codes.clone()
+    upper[:, half:], lower[:, :half] = -1, -1
+
+    def complete(known: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        parts = zip(tokens.split(AT_ONCE), known.split(AT_ONCE), strict=True)
+        return torch.cat(
+            [pair.transformer.sample(c, known=k, generator=generator) for c, k in parts]
+        )
+
+    below, above = complete(upper), complete(lower)
+    shown = torch.arange(0, len(x), len(x) // KNOWN)[:KNOWN]
+    given_above, given_below = to_unit(x[shown]), to_unit(x[shown])
+    given_above[:, :, half * pixels :] = 0.5
+    given_below[:, :, : half * pixels] = 0.5
+    draw_rows(
+        OUT / "known.png",
+        [
+            ("original", to_unit(x[shown])),
+            ("upper half known", given_above),
+            ("written below", to_unit(decode(pair.tokenizer, below[shown]))),
+            ("lower half known", given_below),
+            ("written above", to_unit(decode(pair.tokenizer, above[shown]))),
+        ],
+        side=0.7,
+    )
+    greyed = x.clone()
+    greyed[:, :, half * pixels :] = 0.0
+    upper_alone = torch.cat([pair.tokenizer.encode(part).indices for part in greyed.split(AT_ONCE)])
+    changed = (upper_alone != codes)[:, :half].double().mean(dim=(0, 2))  # of each row of codes
+    N = h * pair.transformer.grid_size[1]
+    cost = {
+        name: nats(pair, tokens, grids)[:, N // 2 :].mean().item()
+        for name, grids in {
+            "real lower half below its real upper half": codes,
+            "written lower half below a real upper half": below,
+            "real lower half below a written upper half": above,
+        }.items()
+    }
+    # The same codes, decoded above other codes than their own.
+    kept = to_unit(decode(pair.tokenizer, codes)), to_unit(decode(pair.tokenizer, below))
+    kept = [images[:, :, : half * pixels] for images in kept]
+    return {
+        "nats_per_code": cost,
+        "upper_codes_changed_if_lower_pixels_are_grey": changed.tolist(),
+        "psnr_of_upper_pixels_above_other_codes": psnr(*kept).mean().item(),
+        "psnr_of_reconstructions": psnr(to_unit(x), to_unit(decode(pair.tokenizer, codes)))
+        .mean()
+        .item(),
+    }
+
+
+# --- what a class is worth -----------------------------------------------------------------------
+
+
+def worth_of_the_class(pair: Pair, labels: Tensor, codes: Tensor) -> dict:
+    """What codes cost under each class, and under none; and which class makes them likeliest."""
+    classes = range(len(pair.condition.names))
+    by_class = torch.stack(
+        [nats(pair, torch.full_like(labels, c)[:, None], codes).sum(dim=1) for c in classes], dim=1
+    )  # nats an image, (M, classes)
+    nothing = torch.full_like(labels, pair.transformer.nothing)[:, None]
+    own = by_class.gather(1, labels[:, None])
+    others = (by_class.sum(dim=1, keepdim=True) - own) / (len(classes) - 1)
+    N = pair.transformer.num_codes
+    return {
+        "nats_per_code": {
+            "told": own.mean().item() / N,
+            "not told": nats(pair, nothing, codes).mean().item(),
+            "a wrong one told": others.mean().item() / N,
+        },
+        "likeliest_class_is_right": (by_class.argmin(dim=1) == labels).double().mean().item(),
+    }
+
+
+def time_the_cache(pair: Pair) -> dict:
+    """The same grids, by a loop that keeps keys and values and by one that reads all again."""
+    h, w = pair.transformer.grid_size
+    tokens = torch.zeros(TIMED, 1, dtype=torch.int64)
+
+    def seconds(write, *size: int) -> tuple[float, Tensor]:
+        start = time.process_time()
+        codes = write(tokens, *size, generator=torch.Generator().manual_seed(0))
+        return time.process_time() - start, codes
+
+    with_cache, codes = seconds(pair.transformer.sample)
+    without, same = seconds(pair.transformer.sample_large, h, w)
+    N = h * w
+    return {
+        "grids": TIMED,
+        "positions_with": N,
+        "positions_without": N * (N + 1) // 2,
+        "cpu_seconds_with": with_cache,
+        "cpu_seconds_without": without,
+        "codes_that_agree": (codes == same).double().mean().item(),
+    }
+
+
+# --- pictures of pictures ------------------------------------------------------------------------
+
+
+def draw_conditions(pair: Pair, x: Tensor) -> None:
+    x = x[torch.arange(TEST_IMAGES // 2, len(x), len(x) // CONDITIONS)[:CONDITIONS]]
+    rows = [("original", to_unit(x))]
+    for name, picture_of in PICTURES.items():
+        picture = picture_of(x)
+        rows.append((name, to_unit(picture)))
+        rows.append(("decoded from\nits codes", to_unit(pair.tokenizer(picture).reconstruction)))
+    draw_rows(OUT / "conditions.png", rows, side=0.7)
+
+
+if __name__ == "__main__":
+    run_script(main, resumable=False)
