@@ -84,6 +84,7 @@ def main() -> None:
         "yardstick": {"accuracy": accuracy},
         "codes": pair.transformer.num_embeddings,
         "test_perplexity": usage(pair, codes).perplexity,
+        "test_nats_per_code": nats(pair, labels[:, None], codes).mean().item(),
         "samples": samples,
         "next_code": draw_next_code(pair, labels, codes),
         "known": draw_known(pair, x, labels, codes),
@@ -195,6 +196,7 @@ def draw_family(
         result = setting | {
             "num_samples": len(codes),
             "different": len(codes.flatten(1).unique(dim=0)),
+            "nats_per_code": nats(pair, measured, codes).mean().item(),
             "codes_used": counted.codes_used,
             "perplexity": counted.perplexity,
             "recognised": None,

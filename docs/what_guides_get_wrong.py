@@ -76,6 +76,7 @@ def main() -> None:
         "perplexity": perplexities(codes, pair.tokenizer.quantizer.num_embeddings),
         "frechet": few_samples(),
         "off_by_one": off_by_one(pair, data),
+        "resume": resume(tokens[:IMAGES], codes[:IMAGES].flatten(1)),
     }
     seconds = {"seconds": round(watch.seconds, 1), "cpu_seconds": round(time.process_time(), 1)}
     write_json(OUT / "metrics.json", content | seconds)
@@ -403,6 +404,42 @@ def off_by_one(pair: Pair, data) -> dict:
             "different_codes_a_grid": different(written),
             "cpu_seconds": time.process_time() - start,
         }
+    return result
+
+
+def resume(tokens: Tensor, codes: Tensor) -> dict:
+    """How far weights are from those of a run without a break, after one in the middle of it."""
+
+    def train(model: GPT, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            part = slice(BATCH * (step % 10), BATCH * (step % 10 + 1))
+            loss = model.loss(tokens[part], codes[part])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    def new() -> tuple[GPT, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = GPT(256, (8, 8), 10, 1, n_layer=1, n_head=2, n_embd=32, dropout=0.0)
+        return model, torch.optim.Adam(model.parameters(), lr=3e-3)
+
+    def weights(model: GPT) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    whole, optimizer = new()
+    start = weights(whole)
+    train(whole, optimizer, range(50))
+    middle = copy.deepcopy((whole.state_dict(), optimizer.state_dict()))
+    train(whole, optimizer, range(50, 60))
+    result = {}
+    for name in ("right", "wrong"):
+        model, optimizer = new()
+        model.load_state_dict(middle[0])
+        if name == "right":
+            optimizer.load_state_dict(middle[1])
+        train(model, optimizer, range(50, 60))
+        gap = (weights(model) - weights(whole)).norm() / (weights(whole) - start).norm()
+        result[name] = gap.item()  # as a share of the way that the weights went in all
     return result
 
 
