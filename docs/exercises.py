@@ -1,0 +1,425 @@
+"""The answers to the exercises of the lab (docs/lab.md), measured.
+
+    python docs/exercises.py                    those that are not finished yet
+    python docs/exercises.py greedy ssim        these, again
+
+One function an exercise. Where it trains, it calls the script itself with the flags that the
+exercise gives; where the exercise edits the source, it makes the same edit in memory, and says
+which line it stands for. What was trained stays in runs/exercises/, and is not trained again.
+Writes in docs/results/exercises/ metrics.json, with the command, data, device and seconds of each,
+and the pictures. Recognised, and the Frechet distance, are by the yardstick of
+docs/results/shapes-tokenizer, which is trained again, for some minutes, if its run is not there.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the scripts
+
+import train_transformer  # noqa: E402
+import train_vqgan  # noqa: E402
+import train_vqvae  # noqa: E402
+from vqgan import figures, metrics  # noqa: E402
+from vqgan.classifier import Classifier, features_of, load_classifier, make_yardstick  # noqa: E402
+from vqgan.data import batches_in_order, from_uint8, load_dataset, to_unit  # noqa: E402
+from vqgan.errors import InputError  # noqa: E402
+from vqgan.loading import load_model, load_pair, load_tokenizer  # noqa: E402
+from vqgan.shapes import CLASSES  # noqa: E402
+from vqgan.training import (  # noqa: E402
+    Run,
+    Stopwatch,
+    choose_precision,
+    describe_device,
+    run_script,
+    versions,
+    write_json,
+)
+from vqgan.transformer import GPT  # noqa: E402
+from vqgan.vqvae import VQVAE  # noqa: E402
+
+OUT = ROOT / "docs" / "results" / "exercises"
+RUNS = Path("runs/exercises")
+CPU = torch.device("cpu")
+NUM_SAMPLES = 1000
+SHIPPED = "vqgan/pretrained/shapes/tokenizer.pt"
+SMALL_VQVAE = "--data shapes --epochs 3 --models vqvae"
+SMALL_GPT = "--n-layer 2 --n-head 4 --n-embd 128 --dropout 0 --lr 2e-3 --weight-decay 0.01"
+SMALL_GPT += " --yardstick-epochs 1 --num-samples 100"
+SMALL_VQGAN = (
+    "--data shapes --epochs 3 --batch-size 32 --lr 2e-3 --perceptual-weight 0.2 --channels 16 "
+    "--discriminator-channels 32"
+)
+
+
+def train(
+    script, flags: str, name: str, *, edit: AbstractContextManager | None = None, words: str = ""
+) -> dict:
+    """Run a script's main() as a shell would, under an edit; the results of its one model.
+
+    A run that is finished is not started again; one that was cut off is, from its beginning.
+    """
+    folder = RUNS / name
+    if not (folder / "metrics.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        file = Path(script.__file__).name
+        command = [file, *flags.split(), "--out", str(folder)]
+        with patch.object(sys, "argv", command), edit or nullcontext():
+            script.main()
+    content = json.loads((folder / "metrics.json").read_text())
+    (result,) = content["models"].values()
+    about = {key: content[key] for key in ("command", "data", "device")}
+    for key in ("baselines", "validation"):
+        about |= {key: content[key]} if key in content else {}
+    return about | ({"edit": words} if words else {}) | result
+
+
+def checkpoint(name: str, model: str) -> Path:
+    return RUNS / name / model / "checkpoint.pt"
+
+
+def measured(watch: Stopwatch, what: str, **results) -> dict:
+    """An entry that no script wrote."""
+    return {
+        "command": what,
+        "data": {"source": "shapes", "test_images": 2000},
+        "device": describe_device(CPU, torch.float32),
+        "seconds": round(watch.seconds, 1),
+    } | results
+
+
+def test_batches() -> list[Tensor]:
+    return list(batches_in_order(load_dataset("shapes").test_images, 500))
+
+
+# --- the codebook ------------------------------------------------------------------------------
+
+
+def how_many_codes() -> dict:
+    """K of 16, 128 and 4,096; 512 is docs/results/guards-both."""
+    return {
+        f"k{K}": train(train_vqvae, f"{SMALL_VQVAE} --num-embeddings {K}", f"k{K}")
+        for K in (16, 128, 4096)
+    }
+
+
+@torch.no_grad()
+def distance_to_codes(path: Path) -> dict:
+    """How far vectors lie from their codes over the test set, and how large they are."""
+    model = load_model(path)
+    z_e = torch.cat([model.encoder(x) for x in test_batches()])  # (N, D, h, w)
+    z_q = torch.cat([model.quantizer(part).z_q for part in z_e.split(500)])
+    error = F.mse_loss(z_q, z_e).item()
+    return {"commitment": error, "commitment_by_variance": error / z_e.var().item()}
+
+
+def no_commitment() -> dict:
+    """beta = 0, which no flag gives: `"beta": 0.0` among the arguments in build_model."""
+    edit = patch.object(train_vqvae, "VQVAE", lambda **arguments: VQVAE(**arguments, beta=0.0))
+    words = "train_vqvae.py, build_model: return VQVAE(**arguments, beta=0.0), arguments"
+    results = {}
+    for name, quantizer, change, what in (
+        ("beta-0.25", "ema", None, ""),
+        ("beta-0", "ema", edit, words),
+        ("beta-0-gradient", "gradient", edit, words),
+    ):
+        flags = SMALL_VQVAE + (" --quantizer gradient" if quantizer == "gradient" else "")
+        result = train(train_vqvae, flags, name, edit=change, words=what)
+        results[name] = result | distance_to_codes(checkpoint(name, "vqvae"))
+    return results
+
+
+def encoder_gradient(x: Tensor) -> float:
+    """Size of the gradient that the reconstruction error of a new VQ-VAE sends to its encoder."""
+    torch.manual_seed(0)
+    model = VQVAE().train()
+    loss = F.mse_loss(model(x).reconstruction, x)
+    first = model.encoder[0].weight
+    (gradient,) = torch.autograd.grad(loss, [first], allow_unused=True)
+    return 0.0 if gradient is None else gradient.norm().item()
+
+
+def no_straight_through() -> dict:
+    """quantizer.py: `return z_e + (z_q - z_e).detach()` becomes `return z_q`."""
+    edit = patch("vqgan.quantizer.straight_through", lambda z_e, z_q: z_q)
+    words = "vqgan/quantizer.py, straight_through: return z_q"
+    name = "no-straight-through"
+    result = train(train_vqvae, SMALL_VQVAE, name, edit=edit, words=words)
+    x = test_batches()[0][:128]
+    result["encoder_gradient_with"] = encoder_gradient(x)
+    with patch("vqgan.quantizer.straight_through", lambda z_e, z_q: z_q):
+        result["encoder_gradient_without"] = encoder_gradient(x)
+    model = load_model(checkpoint(name, "vqvae"))
+    usual = load_model(checkpoint("beta-0.25", "vqvae"))
+    with torch.no_grad():
+        x = x[:12]
+        rows = [("original", to_unit(x))]
+        rows += [("straight-through", to_unit(usual(x).reconstruction))]
+        rows += [("without", to_unit(model(x).reconstruction))]
+    title = "A VQ-VAE with the straight-through step and without, three epochs each"
+    figures.image_rows(OUT / "no_straight_through.png", rows, title=title)
+    return {name: result}
+
+
+# --- the VAE and the VQGAN -----------------------------------------------------------------------
+
+
+def no_kl() -> dict:
+    """A VAE that pays nothing for its bits; docs/results/shapes has it with the KL."""
+    flags = "--data shapes --epochs 6 --models vae --kl-weight 0"
+    result = train(train_vqvae, flags, "no-kl")
+    shutil.copy(RUNS / "no-kl" / "vae_samples.png", OUT / "no_kl_samples.png")
+    model = load_model(checkpoint("no-kl", "vae"))
+    with torch.no_grad():
+        clouds = [model.encode(x) for x in test_batches()]
+    mean, log_var = (torch.cat(parts) for parts in zip(*clouds, strict=True))  # (N, Z)
+    result["deviation_of_means"] = mean.std(dim=0).mean().item()
+    result["mean_scale_of_a_cloud"] = (0.5 * log_var).exp().mean().item()
+    return {"no-kl": result}
+
+
+def early_adversary() -> dict:
+    """A discriminator that is used from the first step; docs/results/shapes-vqgan starts late."""
+    late = Path("runs/shapes-vqgan/vqgan/checkpoint.pt")
+    if not late.exists():
+        raise InputError(
+            f"{late} is not there: python train_vqgan.py {SMALL_VQGAN} --adversarial-start 0.5 "
+            "--out runs/shapes-vqgan writes it"
+        )
+    flags = f"{SMALL_VQGAN} --adversarial-start 0 --discriminator-warmup 0 --yardstick-epochs 1"
+    result = train(train_vqgan, flags, "early-adversary")
+    for key in ("frechet", "recognised"):  # by a yardstick of one epoch: measured anew below
+        result.pop(key)
+    data, yardstick = load_dataset("shapes"), the_yardstick()
+    x = from_uint8(data.test_images[:12])
+    rows = [("original", to_unit(x))]
+    labels = (("late", "from the middle on"), ("early", "from the first step"))
+    for name, label in labels:
+        path = late if name == "late" else checkpoint("early-adversary", "vqgan")
+        model = load_model(path)
+        rows.append((label, to_unit(model(x).reconstruction)))
+        logits = torch.cat([yardstick(model(part).reconstruction) for part in test_batches()])
+        right = logits.argmax(dim=1) == data.test_labels
+        result[f"recognised_{name}"] = right.double().mean().item()
+    title = "A VQGAN of drawn shapes, three epochs: when its adversary is used"
+    figures.image_rows(OUT / "early_adversary.png", rows, title=title)
+    log = train_vqvae.read_log(RUNS / "early-adversary" / "vqgan" / "log.csv")
+    keys = ("epoch", "reconstruction", "perceptual", "real", "fake", "lambda", "codes")
+    result["log"] = [{key: row[key] for key in keys} for row in log]
+    return {"early-adversary": result}
+
+
+# --- a measure ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def ssim() -> dict:
+    """SSIM of the same reconstructions, with its range given rightly and wrongly."""
+    watch = Stopwatch()
+    model, _ = load_tokenizer(SHIPPED)
+    values = {"right": [], "constants_for_range_2": [], "minus_one_to_one": [], "bytes": []}
+    for x in test_batches():
+        x, y = to_unit(x), to_unit(model(x).reconstruction)
+        values["right"].append(metrics.ssim(x, y))
+        with patch.multiple(metrics, SSIM_C1=0.02**2, SSIM_C2=0.06**2):
+            values["constants_for_range_2"].append(metrics.ssim(x, y))
+        with patch.object(metrics, "_require_unit_range"):  # which refuses the next two
+            values["minus_one_to_one"].append(metrics.ssim(2 * x - 1, 2 * y - 1))
+            values["bytes"].append(metrics.ssim(255 * x, 255 * y))
+    means = {name: torch.cat(parts).mean().item() for name, parts in values.items()}
+    edits = {
+        "constants_for_range_2": "SSIM_C1, SSIM_C2 = 0.02**2, 0.06**2",
+        "minus_one_to_one": "2 x - 1 for both images, no _require_unit_range",
+        "bytes": "255 x for both images, no _require_unit_range",
+    }
+    what = f"metrics.ssim of the reconstructions of {SHIPPED}"
+    return {"ssim": measured(watch, what, **means, edits=edits)}
+
+
+# --- the transformer ---------------------------------------------------------------------------
+
+
+def shuffle_within(codes: Tensor) -> Tensor:
+    """Each image's codes in an order of their own: (images, views, N) -> the same."""
+    return codes.gather(2, torch.rand(codes.shape).argsort(dim=2))
+
+
+def shuffle_across(codes: Tensor) -> Tensor:
+    """All codes of all images in one heap, dealt out again."""
+    return codes.flatten()[torch.randperm(codes.numel())].view_as(codes)
+
+
+def shuffled() -> dict:
+    """train_transformer.py, load_corpus: codes are shuffled before the condition is prepended."""
+    results, prepend = {}, train_transformer._prepend
+    for name, shuffle in (
+        ("in-order", None),
+        ("shuffled-within", shuffle_within),
+        ("shuffled-across", shuffle_across),
+    ):
+        edit, words = None, ""
+        if shuffle is not None:
+
+            def prepend_shuffled(condition, labels, captions, codes, shuffle=shuffle):
+                return prepend(condition, labels, captions, shuffle(codes))
+
+            edit = patch.object(train_transformer, "_prepend", prepend_shuffled)
+            words = f"train_transformer.py, load_corpus: {shuffle.__name__} before _prepend"
+        flags = f"--tokenizer {SHIPPED} --epochs 3 {SMALL_GPT}"
+        torch.manual_seed(0)
+        results[name] = train(train_transformer, flags, name, edit=edit, words=words)
+    return results
+
+
+def few_images() -> dict:
+    """A transformer that sees a thousand images twenty times."""
+    flags = f"--tokenizer {SHIPPED} --limit 1000 --epochs 20 --n-layer 4 --n-head 6 --n-embd 192 "
+    flags += "--dropout 0 --lr 2e-3 --weight-decay 0.01 --yardstick-epochs 1 --num-samples 100"
+    result = train(train_transformer, flags, "few-images")
+    shutil.copy(RUNS / "few-images" / "losses.png", OUT / "few_images.png")
+    rows = train_vqvae.read_log(RUNS / "few-images" / "log.csv")
+    result["last_training_loss"] = rows[-1]["loss"]
+    return {"few-images": result}
+
+
+def the_yardstick() -> Classifier:
+    """That of docs/results/shapes-tokenizer, or the same trained again."""
+    folder = Path("runs/shapes-tokenizer")
+    if (folder / "yardstick.pt").exists():
+        return load_classifier(folder / "yardstick.pt", CPU)[0]
+    data = load_dataset("shapes")
+    run = Run(RUNS, CPU, choose_precision("auto", CPU), data, 0.0)
+    return make_yardstick(run, epochs=12, flip=True, resume=True)[0]
+
+
+def samples_of(pair, labels: Tensor, **setting) -> tuple[Tensor, Tensor]:
+    """Codes (N, h, w) and images (N, 3, H, W) of the classes, from a generator of seed 0."""
+    generator, codes = torch.Generator().manual_seed(0), []
+    for part in labels.split(500):
+        codes.append(pair.transformer.sample(part[:, None], generator=generator, **setting))
+    codes = torch.cat(codes)
+    return codes, train_transformer.decode(pair.tokenizer, codes)
+
+
+def judged(yardstick: Classifier, codes: Tensor, images: Tensor, labels: Tensor) -> dict:
+    """What the yardstick makes of samples, and how much they differ among themselves."""
+    features = features_of(yardstick, images.split(500))
+    usage = metrics.CodebookUsage(256)
+    usage.update(codes)
+    test = load_dataset("shapes").test_images
+    predicted = yardstick.head(features).argmax(dim=1)
+    return {
+        "num_samples": len(codes),
+        "recognised": (predicted == labels).double().mean().item(),
+        "frechet": metrics.frechet_distance(
+            features, features_of(yardstick, batches_in_order(test, 500))
+        ),
+        "distinct_pictures": len(codes.flatten(1).unique(dim=0)),
+        "codes_used": usage.codes_used,
+        "perplexity": usage.perplexity,
+    }
+
+
+@torch.no_grad()
+def sampling(name: str, settings: list[dict], shown: list[str], title: str) -> dict:
+    """1,000 samples of the pair that comes with the package, as many of each class, by setting."""
+    pair, yardstick, results = load_pair("shapes"), the_yardstick(), {}
+    labels = torch.arange(NUM_SAMPLES) % len(CLASSES)
+    places = torch.tensor([CLASSES.index(shape) for shape in shown]).repeat_interleave(4)
+    rows = []
+    for setting in settings:
+        watch = Stopwatch()
+        codes, images = samples_of(pair, labels, **setting)
+        results_of_setting = judged(yardstick, codes, images, labels)
+        ((flag, value),) = setting.items()
+        results[f"{flag}-{value:g}"] = measured(
+            watch, f"vqgan sample shapes --{flag} {value:g}", **setting, **results_of_setting
+        )
+        rows.append((f"{flag} {value:g}", to_unit(samples_of(pair, places, **setting)[1])))
+    figures.image_rows(OUT / f"{name}.png", rows, title=title)
+    return results
+
+
+def greedy() -> dict:
+    settings = [{"temperature": value} for value in (0.0, 0.5, 1.0, 1.5)]
+    title = "Four draws each of star, ring and heart, by temperature"
+    return sampling("greedy", settings, ["star", "ring", "heart"], title)
+
+
+def guidance() -> dict:
+    settings = [{"guidance": value} for value in (0.0, 1.0, 3.0, 10.0)]
+    title = "Four draws each of star, ring and heart, by guidance"
+    return sampling("guidance", settings, ["star", "ring", "heart"], title)
+
+
+def sheet() -> dict:
+    """The transformer of the lab sheet, over the codes of docs/results/shapes."""
+    tokenizer = Path("runs/shapes/vqvae/checkpoint.pt")
+    if not tokenizer.exists():
+        raise InputError(
+            f"{tokenizer} is not there: python train_vqvae.py --data shapes --epochs 6 "
+            "--out runs/shapes writes it"
+        )
+    flags = f"--tokenizer {tokenizer} --epochs 6 --n-layer 4 --n-head 6 --n-embd 192 --dropout 0 "
+    flags += "--lr 2e-3 --weight-decay 0.01 --yardstick-epochs 2 --num-samples 500"
+    result = train(train_transformer, flags, "sheet")
+    pair = load_pair(RUNS / "sheet" / "checkpoint.pt")
+    assert isinstance(pair.transformer, GPT)
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for shape in ("star", "heart", "ring", "triangle"):
+        tokens = pair.condition.of_classes([shape] * 12)
+        codes = pair.transformer.sample(tokens, guidance=3.0, generator=generator)
+        rows.append((shape, to_unit(train_transformer.decode(pair.tokenizer, codes))))
+    figures.image_rows(OUT / "sheet_samples.png", rows, title="Samples by class, guidance 3")
+    return {"sheet": result}
+
+
+EXERCISES: dict[str, Callable[[], dict]] = {
+    "ssim": ssim,
+    "no_commitment": no_commitment,
+    "how_many_codes": how_many_codes,
+    "no_straight_through": no_straight_through,
+    "no_kl": no_kl,
+    "shuffled": shuffled,
+    "few_images": few_images,
+    "greedy": greedy,
+    "guidance": guidance,
+    "sheet": sheet,
+    "early_adversary": early_adversary,
+}
+
+
+def main() -> None:
+    for name in sys.argv[1:]:
+        if name not in EXERCISES:
+            raise InputError(f"there is no exercise {name!r}: there are {', '.join(EXERCISES)}")
+    path = OUT / "metrics.json"
+    content = json.loads(path.read_text()) if path.exists() else {"finished": {}, "models": {}}
+    for name, exercise in EXERCISES.items():
+        if name not in sys.argv[1:] and (len(sys.argv) > 1 or name in content["finished"]):
+            continue
+        print(f"--- {name}")
+        models = exercise()
+        content = {
+            "command": "python docs/exercises.py",
+            "device": describe_device(CPU, choose_precision("auto", CPU)),
+            "versions": versions(),
+            "finished": content["finished"] | {name: list(models)},
+            "models": content["models"] | models,
+        }
+        write_json(path, content)
+    print(f"metrics.json and the pictures are in {OUT.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    run_script(main, resumable=False)
