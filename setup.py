@@ -25,6 +25,8 @@ setup(
         # beside Debian's chromium.
         "docs": ["sphinx>=9", "myst-parser", "furo", "latex2mathml"],
         "browser": ["playwright"],
+        # The tutorial, docs/tutorial.ipynb, and its test.
+        "notebook": ["notebook", "nbclient", "ipykernel"],
         "benchmark": ["diffusers", "transformers"],
         # The published heads of LPIPS; true rFID, with Inception's weights.
         "lpips": ["lpips"],
