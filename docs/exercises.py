@@ -11,6 +11,7 @@ and the pictures. Recognised, and the Frechet distance, are by the yardstick of
 docs/results/shapes-tokenizer, which is trained again, for some minutes, if its run is not there.
 """
 
+import functools
 import json
 import shutil
 import sys
@@ -34,7 +35,7 @@ from vqgan.classifier import Classifier, features_of, load_classifier, make_yard
 from vqgan.data import batches_in_order, from_uint8, load_dataset, to_unit  # noqa: E402
 from vqgan.errors import InputError  # noqa: E402
 from vqgan.loading import load_model, load_pair, load_tokenizer  # noqa: E402
-from vqgan.shapes import CLASSES  # noqa: E402
+from vqgan.shapes import CLASSES, draw_shapes  # noqa: E402
 from vqgan.training import (  # noqa: E402
     Run,
     Stopwatch,
@@ -130,7 +131,7 @@ def distance_to_codes(path: Path) -> dict:
 
 
 def no_commitment() -> dict:
-    """beta = 0, which no flag gives: `"beta": 0.0` among the arguments in build_model."""
+    """beta = 0, which no flag gives: build_model returns VQVAE(**arguments, beta=0.0)."""
     edit = patch.object(train_vqvae, "VQVAE", lambda **arguments: VQVAE(**arguments, beta=0.0))
     words = "train_vqvae.py, build_model: return VQVAE(**arguments, beta=0.0), arguments"
     usual = earlier("guards-both", "vqvae", f"python train_vqvae.py {SMALL_VQVAE}")
@@ -380,13 +381,16 @@ def main() -> None:
     for name in sys.argv[1:]:
         if name not in EXERCISES:
             raise InputError(f"there is no exercise {name!r}: there are {', '.join(EXERCISES)}")
+    OUT.mkdir(parents=True, exist_ok=True)
+    drawn_once = functools.cache(draw_shapes)  # for all of them
     path = OUT / "metrics.json"
     content = json.loads(path.read_text()) if path.exists() else {"finished": {}, "models": {}}
     for name, exercise in EXERCISES.items():
         if name not in sys.argv[1:] and (len(sys.argv) > 1 or name in content["finished"]):
             continue
-        print(f"--- {name}")
-        models = exercise()
+        print(f"--- {name}", flush=True)
+        with patch("vqgan.data.draw_shapes", drawn_once):
+            models = exercise()
         content = {
             "command": "python docs/exercises.py",
             "device": describe_device(CPU, choose_precision("auto", CPU)),
