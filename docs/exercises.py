@@ -343,7 +343,7 @@ def sampling(name: str, settings: list[dict], shown: list[str], title: str) -> d
         codes, images = samples_of(pair, labels, **setting)
         results_of_setting = judged(yardstick, codes, images, labels)
         ((flag, value),) = setting.items()
-        results[f"{flag}-{value:g}"] = measured(
+        results[f"{flag}-{value:g}".replace(".", "_")] = measured(
             watch, f"vqgan sample shapes --{flag} {value:g}", **setting, **results_of_setting
         )
         rows.append((f"{flag} {value:g}", to_unit(samples_of(pair, places, **setting)[1])))
@@ -377,6 +377,10 @@ EXERCISES: dict[str, Callable[[], dict]] = {
 }
 
 
+def read_results(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {"finished": {}, "models": {}}
+
+
 def main() -> None:
     for name in sys.argv[1:]:
         if name not in EXERCISES:
@@ -384,13 +388,14 @@ def main() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     drawn_once = functools.cache(draw_shapes)  # for all of them
     path = OUT / "metrics.json"
-    content = json.loads(path.read_text()) if path.exists() else {"finished": {}, "models": {}}
     for name, exercise in EXERCISES.items():
+        content = read_results(path)
         if name not in sys.argv[1:] and (len(sys.argv) > 1 or name in content["finished"]):
             continue
         print(f"--- {name}", flush=True)
         with patch("vqgan.data.draw_shapes", drawn_once):
             models = exercise()
+        content = read_results(path)  # again: another process may have done another exercise
         content = {
             "command": "python docs/exercises.py",
             "device": describe_device(CPU, choose_precision("auto", CPU)),
