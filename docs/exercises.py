@@ -66,13 +66,13 @@ def train(
 ) -> dict:
     """Run a script's main() as a shell would, under an edit; the results of its one model.
 
-    A run that is finished is not started again; one that was cut off is, from its beginning.
+    A run that is finished is not started again; one that was cut off goes on.
     """
     folder = RUNS / name
     if not (folder / "metrics.json").exists():
-        shutil.rmtree(folder, ignore_errors=True)
         file = Path(script.__file__).name
         command = [file, *flags.split(), "--out", str(folder)]
+        command += ["--resume"] if (folder / "config.json").exists() else []
         with patch.object(sys, "argv", command), edit or nullcontext():
             script.main()
     content = json.loads((folder / "metrics.json").read_text())
