@@ -141,6 +141,8 @@ def no_commitment() -> dict:
         ("beta-0-gradient", f"{SMALL_VQVAE} --quantizer gradient"),
     ):
         result = train(train_vqvae, flags, name, edit=edit, words=words)
+        log = train_vqvae.read_log(RUNS / name / "vqvae" / "log.csv")
+        result["quantizer_in_log"] = [row["quantizer"] for row in log]
         results[name] = result | distance_to_codes(checkpoint(name, "vqvae"))
     return results
 
