@@ -167,7 +167,14 @@ def no_straight_through() -> dict:
     result["encoder_gradient_with"] = encoder_gradient(x)
     with patch("vqgan.quantizer.straight_through", lambda z_e, z_q: z_q):
         result["encoder_gradient_without"] = encoder_gradient(x)
+    log = train_vqvae.read_log(RUNS / name / "vqvae" / "log.csv")
+    result["quantizer_in_log"] = [row["quantizer"] for row in log]
     model = load_model(checkpoint(name, "vqvae"))
+    with torch.no_grad():
+        vectors = torch.cat([model.encoder(part) for part in test_batches()])
+    vectors = vectors.transpose(0, 1).flatten(1)  # (D, N)
+    spread = (vectors - vectors.mean(dim=1, keepdim=True)).norm(dim=0).mean()
+    result["spread_of_vectors"] = (spread / vectors.norm(dim=0).mean()).item()
     usual = load_model(earlier("guards-both", "vqvae", f"python train_vqvae.py {SMALL_VQVAE}"))
     with torch.no_grad():
         x = x[:12]
