@@ -1,0 +1,112 @@
+"""What a classifier learns from pictures that a transformer wrote, and what from real ones.
+
+    python docs/synthetic_data.py --data data/cifar10-images
+
+The same small classifier is trained on each set of images, in the same number of steps, and tested
+on the real test images. The sets: real images, many and few; the tokenizer's reconstructions of
+them; as many samples of the transformer, of the same classes; and half real, half samples. It needs
+the run runs/transformer (docs/results/README.md has its command). Samples are kept in
+runs/synthetic/ and not drawn again. Writes docs/results/synthetic/metrics.json.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vqgan.classifier import accuracy, train_classifier
+from vqgan.data import batches_in_order, load_dataset, to_uint8
+from vqgan.loading import Pair, load_pair
+from vqgan.training import (
+    Stopwatch,
+    choose_precision,
+    describe_device,
+    run_script,
+    save_plain,
+    versions,
+    write_json,
+)
+
+OUT = Path("docs/results/synthetic")
+SAMPLES = Path("runs/synthetic")
+FEW = (1_000, 5_000)
+GUIDANCE = (1.0, 2.0)
+PASSES = 200_000  # images that each classifier sees: four epochs of CIFAR-10's 50,000
+WIDTH = 16  # of the classifier's first stage, as in train_vqgan.py
+AT_ONCE = 500
+DEVICE = torch.device("cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Train a classifier on samples, test it on images."
+    )
+    parser.add_argument("--data", required=True, help="the data of the run")
+    parser.add_argument("--checkpoint", default="runs/transformer/checkpoint.pt")
+    args = parser.parse_args()
+
+    watch, dtype = Stopwatch(), choose_precision("auto", DEVICE)
+    data, pair = load_dataset(args.data), load_pair(args.checkpoint)
+    real, labels = data.train_images, data.train_labels
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))  # of all classes
+    sets = {f"real-{few}": (real[order[:few]], labels[order[:few]]) for few in FEW}
+    sets |= {"real": (real, labels), "reconstructions": (reconstruct(pair, real), labels)}
+    for guidance in GUIDANCE:
+        sets[f"guidance-{guidance:g}"] = (write(pair, labels, guidance), labels)
+    samples, _ = sets[f"guidance-{GUIDANCE[-1]:g}"]
+    sets["both"] = (torch.cat([real, samples]), torch.cat([labels, labels]))
+
+    models = {}
+    for name, (images, names) in sets.items():
+        classifier = train_classifier(
+            replace(data, train_images=images, train_labels=names),
+            width=WIDTH,
+            epochs=PASSES // len(images),
+            seed=0,
+            device=DEVICE,
+            dtype=dtype,
+            flip=True,
+            name=name,
+        )
+        share = accuracy(classifier, data, DEVICE)
+        models[name] = {"training_images": len(images), "accuracy": share}
+        print(f"{name}: {share:.1%} of the test images")
+    content = {
+        "command": f"python docs/synthetic_data.py --data {args.data}",
+        "data": {"source": args.data, "test_images": len(data.test_images)},
+        "device": describe_device(DEVICE, dtype),
+        "versions": versions(),
+        "seconds": round(watch.seconds, 1),
+        "passes": PASSES,
+    }
+    write_json(OUT / "metrics.json", content | {"models": models})
+    print(json.dumps(models, indent=2))
+
+
+@torch.no_grad()
+def reconstruct(pair: Pair, images: Tensor) -> Tensor:
+    """uint8 (N, 3, H, W) -> what is left of them after the tokenizer, in the same form."""
+    batches = tqdm(list(batches_in_order(images, AT_ONCE)), desc="reconstructions")
+    return torch.cat([to_uint8(pair.tokenizer(x).reconstruction) for x in batches])
+
+
+@torch.no_grad()
+def write(pair: Pair, labels: Tensor, guidance: float) -> Tensor:
+    """One sample for each label, uint8 (N, 3, H, W)."""
+    path = SAMPLES / f"guidance-{guidance:g}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)["images"]
+    generator, images = torch.Generator().manual_seed(0), []
+    for classes in tqdm(labels.split(AT_ONCE), desc=f"samples, guidance {guidance:g}"):
+        codes = pair.transformer.sample(classes[:, None], guidance=guidance, generator=generator)
+        images.append(to_uint8(pair.tokenizer.decode_indices(codes)))
+    save_plain(path, {"images": torch.cat(images)})
+    return torch.cat(images)
+
+
+if __name__ == "__main__":
+    run_script(main, resumable=False)
