@@ -74,18 +74,23 @@ def scan_bytes(jpeg: bytes) -> int:
     return len(jpeg) - (start + 2 + header) - 2  # the last two are the end-of-image marker
 
 
-def jpeg_point(images: torch.Tensor, quality: int, variance: float) -> dict:
-    """What JPEG (Pillow's, colour at half resolution) keeps of uint8 images (N, 3, H, W)."""
-    decoded, bits = torch.empty_like(images), []
+def through_jpeg(images: torch.Tensor, quality: int) -> tuple[torch.Tensor, list[bytes]]:
+    """What JPEG (Pillow's, colour at half resolution) keeps of uint8 images (N, 3, H, W); files."""
+    decoded, files = torch.empty_like(images), []
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         file = io.BytesIO()
         Image.fromarray(image).save(file, "JPEG", quality=quality)
-        bits.append(8 * scan_bytes(file.getvalue()))
+        files.append(file.getvalue())
         decoded[i] = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+    return decoded, files
+
+
+def jpeg_point(images: torch.Tensor, quality: int, variance: float) -> dict:
+    decoded, files = through_jpeg(images, quality)
     x, y = from_uint8(images), from_uint8(decoded)
     return {
         "label": f"q = {quality}",
-        "bits_per_image": float(np.mean(bits)),
+        "bits_per_image": float(np.mean([8 * scan_bytes(file) for file in files])),
         "nmse": metrics.normalised_mse(x, y, variance).mean().item(),
         "ssim": metrics.ssim(to_unit(x), to_unit(y)).mean().item(),
     }

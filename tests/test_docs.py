@@ -29,6 +29,10 @@ KEYS = {
     "top-k": "top_k",
     "top-p": "top_p",
     "prompt": "prompt_right",
+    "bytes an image": "bytes",
+    "with a transformer": "bytes_with_transformer",
+    "training images": "training_images",
+    "accuracy": "accuracy",
 }
 
 

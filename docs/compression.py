@@ -1,0 +1,141 @@
+"""Bytes an image: codes beside JPEG, at the same size and at the same quality.
+
+    python docs/compression.py --data data/cifar10-images
+
+needs the runs study, vqgan, transformer and transformer-vqvae (docs/results/README.md has their
+commands). Every fifth test image goes through the VQ-VAE, the VQGAN and JPEG at every quality. Of
+these, four are kept: the one whose size is nearest to the codes', and the smallest that reaches the
+VQGAN's SSIM, its Frechet distance, and the share of images that the yardstick still recognises.
+JPEG's sizes are without the file's headers, which are the same for all images.
+
+Writes, in docs/results/compression/:
+
+    compression.png   twelve test images through each
+    metrics.json      bytes, PSNR, SSIM, Frechet distance, recognised
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from make_figures import scan_bytes, through_jpeg
+from torch import Tensor
+from tqdm import tqdm
+
+from vqgan import figures, metrics
+from vqgan.classifier import Classifier, features_of, load_classifier
+from vqgan.data import batches_in_order, from_uint8, load_dataset, to_uint8, to_unit
+from vqgan.loading import load_model
+from vqgan.training import Stopwatch, describe_device, run_script, versions, write_json
+
+OUT = Path("docs/results/compression")
+TOKENIZERS = {  # name: its run, and the transformer's that writes its codes
+    "vqvae": (Path("study/vqvae"), Path("transformer-vqvae")),
+    "vqgan": (Path("vqgan/vqgan"), Path("transformer")),
+}
+TITLES = {
+    "jpeg-size": "JPEG, about the codes' size",
+    "vqvae": "VQ-VAE",
+    "vqgan": "VQGAN",
+    "jpeg-ssim": "JPEG of its SSIM",
+    "jpeg-recognised": "JPEG, as often recognised",
+    "jpeg-frechet": "JPEG of its Frechet distance",
+}
+EVERY = 5  # test images: 2,000 of CIFAR-10's, of all classes
+QUALITIES = range(1, 96)  # what Pillow advises
+NUM_PICTURES = 12
+AT_ONCE = 500
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare codes with JPEG.")
+    parser.add_argument("--data", required=True, help="the data of the runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
+    args = parser.parse_args()
+
+    watch, data = Stopwatch(), load_dataset(args.data)
+    images, labels = data.test_images[::EVERY], data.test_labels[::EVERY]
+    yardstick, accuracy = load_classifier(args.runs / "vqgan" / "yardstick.pt", CPU)
+    judge = Judge(images, labels, yardstick)
+
+    results, pictures = {}, {}
+    for name, (run, writer) in TOKENIZERS.items():
+        model = load_model(args.runs / run / "checkpoint.pt")
+        batches = batches_in_order(images, AT_ONCE)
+        pictures[name] = torch.cat([to_uint8(model(x).reconstruction) for x in batches])
+        plain = model.encode(from_uint8(images[:1])).indices[0]  # (h, w)
+        bits = metrics.code_bits(*plain.shape, model.quantizer.num_embeddings)
+        written = json.loads((args.runs / writer / "metrics.json").read_text())
+        results[name] = {
+            "bytes": bits / 8,
+            "bytes_with_transformer": written["models"]["transformer"]["bits_per_image"] / 8,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        } | judge(pictures[name])
+
+    jpeg = {}
+    for quality in tqdm(QUALITIES, desc="JPEG"):
+        pictures[quality], files = through_jpeg(images, quality)
+        sizes = {
+            "bytes": float(np.mean([scan_bytes(file) for file in files])),
+            "bytes_of_the_file": float(np.mean([len(file) for file in files])),
+        }
+        jpeg[quality] = {"quality": quality} | sizes | judge(pictures[quality])
+    vqgan = results["vqgan"]
+    chosen = {
+        "jpeg-size": min(jpeg, key=lambda q: abs(jpeg[q]["bytes"] - vqgan["bytes"])),
+        "jpeg-ssim": min(q for q in jpeg if jpeg[q]["ssim"] >= vqgan["ssim"]),
+        "jpeg-recognised": min(q for q in jpeg if jpeg[q]["recognised"] >= vqgan["recognised"]),
+        "jpeg-frechet": min(q for q in jpeg if jpeg[q]["frechet"] <= vqgan["frechet"]),
+    }
+    results |= {name: jpeg[quality] for name, quality in chosen.items()}
+    pictures |= {name: pictures[quality] for name, quality in chosen.items()}
+
+    draw(images, results, pictures)
+    content = {
+        "command": f"python docs/compression.py --data {args.data}",
+        "data": {"source": args.data, "test_images": len(images)},
+        "device": describe_device(CPU, torch.float32),
+        "versions": versions(),
+        "seconds": round(watch.seconds, 1),
+        "yardstick": {"accuracy": accuracy},
+    }
+    write_json(OUT / "metrics.json", content | {"models": results, "jpeg": list(jpeg.values())})
+    print(json.dumps(results, indent=2))
+
+
+class Judge:
+    """What is lost of uint8 images (N, 3, H, W), labels (N,), in the eyes of several measures."""
+
+    def __init__(self, images: Tensor, labels: Tensor, yardstick: Classifier):
+        self.images, self.labels, self.yardstick = images, labels, yardstick
+        self.features = features_of(yardstick, batches_in_order(images, AT_ONCE))
+
+    def __call__(self, images: Tensor) -> dict[str, float]:
+        x, y = to_unit(from_uint8(self.images)), to_unit(from_uint8(images))
+        features = features_of(self.yardstick, batches_in_order(images, AT_ONCE))
+        right = self.yardstick.head(features).argmax(dim=1) == self.labels
+        return {
+            "psnr": metrics.psnr(x, y).mean().item(),
+            "ssim": metrics.ssim(x, y).mean().item(),
+            "frechet": metrics.frechet_distance(features, self.features),
+            "recognised": right.double().mean().item(),
+        }
+
+
+def draw(images: Tensor, results: dict, pictures: dict) -> None:
+    """Twelve images, spread over the classes, through everything."""
+    step = len(images) // NUM_PICTURES
+    chosen = [i * step + 5 for i in range(NUM_PICTURES)]
+    rows = [("original\n3,072 bytes", to_unit(from_uint8(images[chosen])))]
+    for name, title in TITLES.items():
+        label = f"{title}\n{results[name]['bytes']:.0f} bytes"
+        rows.append((label, to_unit(from_uint8(pictures[name][chosen]))))
+    figures.image_rows(OUT / "compression.png", rows, title="The same test images, and their bytes")
+
+
+if __name__ == "__main__":
+    run_script(main, resumable=False)
