@@ -166,6 +166,17 @@ def test_a_large_folder_streams_the_same_images(image_folder, monkeypatch):
     assert pixel_variance(held.train_images) == pixel_variance(streamed.train_images)
 
 
+def test_a_streamed_image_owns_its_memory(image_folder, recwarn):
+    """Pillow's arrays are read-only: torch would warn, and a write to the tensor be undefined."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # or it warns once in a process, perhaps before this test
+    try:
+        ImageFiles(sorted(image_folder.rglob("*.png")), 32)[0]
+    finally:
+        torch.set_warn_always(before)
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("limit", [data.MEMORY_LIMIT, 0], ids=["held", "streamed"])
 def test_unreadable_files_are_named_skipped_and_counted(image_folder, capsys, monkeypatch, limit):
     monkeypatch.setattr(data, "MEMORY_LIMIT", limit)

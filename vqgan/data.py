@@ -119,6 +119,8 @@ def load_dataset(
 
 
 def _draw(source: str, seed: int, num_drawn: int) -> ImageDataset:
+    """Shapes or textures, drawn: `num_drawn` for training, NUM_TEST for testing."""
+
     def draw(count: int, seed: int | tuple[int, int]):
         if source == "shapes":
             return draw_shapes(count, seed=seed)
@@ -141,6 +143,7 @@ def _draw(source: str, seed: int, num_drawn: int) -> ImageDataset:
 
 
 def _load_cifar10(root: Path) -> ImageDataset:
+    """50,000 and 10,000 images of ten classes, downloaded where they are not in `root` yet."""
     if not (root / "cifar-10-batches-py").is_dir():
         print(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {root}")
     try:
@@ -162,6 +165,7 @@ def _load_cifar10(root: Path) -> ImageDataset:
 
 
 def _load_folder(folder: Path, *, image_size: int) -> ImageDataset:
+    """A folder as `load_dataset` describes it: list, read, and split where it is not split."""
     if (folder / "train").is_dir() != (folder / "test").is_dir():
         there, missing = ("train", "test") if (folder / "train").is_dir() else ("test", "train")
         raise InputError(
@@ -307,7 +311,8 @@ class ImageFiles(Dataset):
         if isinstance(index, np.ndarray):
             return ImageFiles([self.paths[i] for i in index], self.image_size)
         try:
-            return torch.from_numpy(read_image(self.paths[index], self.image_size))
+            # A copy: to share the memory of a read-only array, torch warns.
+            return torch.tensor(read_image(self.paths[index], self.image_size))
         except Exception as error:
             raise InputError(
                 f"{self.paths[index]} cannot be read any more ({error}): "
@@ -378,6 +383,7 @@ class Batches:
         return x if self.labels is None else (x, self.labels[row.to(self.device)])
 
     def state_dict(self) -> dict:
+        """Where in which epoch it stands, for a checkpoint."""
         return {
             "epoch_start": self.epoch_start,
             "position": self.position,
@@ -385,6 +391,7 @@ class Batches:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Go on from there. Raises InputError where there are more or fewer images than then."""
         if state["num_images"] != len(self.images):
             raise InputError(
                 f"the run had {state['num_images']} training images, and now there are "
