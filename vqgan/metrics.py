@@ -18,6 +18,7 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2 with L = 1, the ran
 
 
 def _require_unit_range(*images: Tensor) -> None:
+    """Raise ValueError unless both batches are (B, C, H, W) of one shape, in [0, 1]."""
     if images[0].shape != images[1].shape or images[0].dim() != 4:
         shapes = " and ".join(str(tuple(x.shape)) for x in images)
         raise ValueError(
@@ -69,9 +70,9 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
     Wang, Bovik, Sheikh, Simoncelli, "Image Quality Assessment: From Error Visibility to Structural
     Similarity", 2004, eq. 13, computed in an 11x11 Gaussian window around every pixel that has a
-    whole window, and averaged over pixels and channels:
+    whole window, and averaged over pixels and channels. With means m, variances s^2 and covariance:
 
-        (2 mx my + C1)(2 sxy + C2) / ((mx^2 + my^2 + C1)(sx^2 + sy^2 + C2))
+        (2 m_x m_y + C1)(2 s_xy + C2) / ((m_x^2 + m_y^2 + C1)(s_x^2 + s_y^2 + C2))
 
     In float64: the variances are small differences of large squares.
     """
@@ -97,12 +98,12 @@ def ssim_whole_image(x: Tensor, y: Tensor) -> Tensor:
 def _ssim_formula(x: Tensor, y: Tensor, mean) -> Tensor:
     """Eq. 13 of Wang et al. with `mean` (B, C, H, W) -> (B, C, windows), averaged to (B,)."""
     x, y = x.double(), y.double()
-    mx, my = mean(x), mean(y)
-    sx2 = mean(x * x) - mx * mx  # variances and covariance: E[xy] - E[x]E[y]
-    sy2 = mean(y * y) - my * my
-    sxy = mean(x * y) - mx * my
-    index = (2 * mx * my + SSIM_C1) * (2 * sxy + SSIM_C2)
-    index = index / ((mx * mx + my * my + SSIM_C1) * (sx2 + sy2 + SSIM_C2))
+    m_x, m_y = mean(x), mean(y)
+    s_x2 = mean(x * x) - m_x * m_x  # variances and covariance: E[xy] - E[x]E[y]
+    s_y2 = mean(y * y) - m_y * m_y
+    s_xy = mean(x * y) - m_x * m_y
+    index = (2 * m_x * m_y + SSIM_C1) * (2 * s_xy + SSIM_C2)
+    index = index / ((m_x * m_x + m_y * m_y + SSIM_C1) * (s_x2 + s_y2 + SSIM_C2))
     return index.mean(dim=(1, 2))
 
 
