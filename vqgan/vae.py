@@ -34,6 +34,8 @@ SMALLEST_SCALE = 2 / 255 / math.sqrt(12)
 
 
 class VAEOutput(NamedTuple):
+    """What the VAE makes of images: loss = negative_log_likelihood + kl_weight * mean of kl."""
+
     reconstruction: Tensor  # (B, 3, H, W), about [-1, 1]: the mean of p(x|z)
     loss: Tensor  # (), nats an image: the negative bound, if z was sampled (in training)
     negative_log_likelihood: Tensor  # (), nats an image; negative where the density is above 1
@@ -43,7 +45,9 @@ class VAEOutput(NamedTuple):
 def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
     """KL(N(mean, exp(log_var)) || N(0, I)) in nats: (B, Z), (B, Z) -> (B,).
 
-    In closed form (arXiv 1312.6114, appendix B): -1/2 sum_j (1 + log s_j^2 - m_j^2 - s_j^2).
+    In closed form, with means m_j and variances s_j^2 (arXiv 1312.6114, appendix B):
+
+        -1/2 sum_j (1 + log s_j^2 - m_j^2 - s_j^2)
     """
     return -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum(dim=1)
 
@@ -55,13 +59,15 @@ def reparameterise(mean: Tensor, log_var: Tensor, noise: Tensor | None = None) -
 
 
 def gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """-log N(x; mean, scale^2) in nats, summed over pixels, averaged over the batch.
+    """-log N(x; mean, s^2) in nats, summed over pixels, averaged over the batch: ().
 
-    One scale s for all D = 3HW values of an image: |x - mean|^2 / (2 s^2) + D log s + D/2 log 2 pi.
+    With one scale s for all M = 3HW values of an image, log_scale = log s:
+
+        |x - mean|^2 / (2 s^2) + M log s + M/2 log 2 pi
     """
-    D = x[0].numel()
+    M = x[0].numel()
     squared_error = (x - mean).square().sum() / len(x)
-    return squared_error / (2 * (2 * log_scale).exp()) + D * (
+    return squared_error / (2 * (2 * log_scale).exp()) + M * (
         log_scale + 0.5 * math.log(2 * math.pi)
     )
 
@@ -143,8 +149,11 @@ class VAE(nn.Module):
         return self._mean(self.decoder(z).float())
 
     def _mean(self, decoded: Tensor) -> Tensor:
-        # The Bernoulli decoder puts out logits; their mean sigmoid(l) in [0, 1] is, mapped to
-        # [-1, 1], 2 sigmoid(l) - 1 = tanh(l / 2).
+        """The decoder's output as an image.
+
+        The Bernoulli decoder puts out logits; their mean sigmoid(l) in [0, 1] is, mapped to
+        [-1, 1], 2 sigmoid(l) - 1 = tanh(l / 2).
+        """
         return torch.tanh(decoded / 2) if self.likelihood == "bernoulli" else decoded
 
     def negative_log_likelihood(self, x: Tensor, decoded: Tensor) -> Tensor:
