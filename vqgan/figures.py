@@ -14,6 +14,7 @@ from torch import Tensor
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DOTS_PER_INCH = 110  # sharp enough on a page, and small enough to commit
+ROWS_FONT_SIZE = 13  # points: rows are 10 inches wide and more, and a page shrinks them to 7 or so
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -22,6 +23,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _check_images(images: Tensor) -> None:
+    """Raise ValueError unless they are (N, 3, H, W) in [0, 1]."""
     low, high = images.min().item(), images.max().item()
     if images.dim() != 4 or images.shape[1] != 3 or not (low >= 0 and high <= 1):
         raise ValueError(
@@ -40,18 +42,23 @@ def _side_by_side(images: Tensor, gap: int = 2) -> np.ndarray:
 
 
 def image_rows(path: Path, rows: Sequence[tuple[str, Tensor]], *, title: str) -> None:
-    """Rows of images, each a label and (N, 3, H, W): originals over reconstructions."""
+    """Rows of images: originals over reconstructions, say.
+
+    Args:
+        rows: from the top, each a label, of a line or more, and its images (N, 3, H, W).
+    """
     for _, images in rows:
         _check_images(images)
     strips = [_side_by_side(images) for _, images in rows]
     height, width = strips[0].shape[0], max(strip.shape[1] for strip in strips)
-    # In inches: the longest line of a label at 10 points, and a margin.
-    label_width = 0.085 * max(len(line) for label, _ in rows for line in label.split("\n")) + 0.15
+    # In inches: the longest line of a label, and a margin.
+    longest = max(len(line) for label, _ in rows for line in label.split("\n"))
+    label_width = 0.0085 * ROWS_FONT_SIZE * longest + 0.15
     picture_width = 9.0
     row_height = picture_width * height / width + 0.06
     total_height = row_height * len(rows) + 0.45
     figure = Figure(figsize=(label_width + picture_width + 0.1, total_height))
-    figure.suptitle(title, y=1 - 0.1 / total_height, va="top", fontsize=12)
+    figure.suptitle(title, y=1 - 0.1 / total_height, va="top", fontsize=ROWS_FONT_SIZE)
     for i, ((label, _), strip) in enumerate(zip(rows, strips, strict=True)):
         strip_width = picture_width * strip.shape[1] / width  # a last row may be shorter
         axes = figure.add_axes(
@@ -65,7 +72,8 @@ def image_rows(path: Path, rows: Sequence[tuple[str, Tensor]], *, title: str) ->
         # Pixels stay squares: at this size, smoothing would hide the very blur that is shown.
         axes.imshow(strip, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
-        axes.text(-0.01, 0.5, label, transform=axes.transAxes, ha="right", va="center", fontsize=10)
+        place = {"transform": axes.transAxes, "ha": "right", "va": "center"}
+        axes.text(-0.09 / strip_width, 0.5, label, fontsize=ROWS_FONT_SIZE, **place)  # 0.09 inches
     _save(figure, path)
 
 
@@ -96,9 +104,12 @@ def losses(
     title: str,
     share: bool = True,
 ) -> None:
-    """Training losses by epoch: for each model its rows, as in log.csv, and the losses' unit.
+    """Training losses by epoch.
 
-    With `share`, models whose rows have the same terms share a panel (a sweep).
+    Args:
+        logs: for each model its rows, as in log.csv.
+        ylabels: for each model the unit of its losses.
+        share: models whose rows have the same terms share a panel (a sweep).
     """
     panels: dict[tuple[str, ...], list[str]] = {}
     for name, rows in logs.items():
@@ -138,7 +149,9 @@ def code_losses(
 ) -> None:
     """Nats a code by epoch: training, validation, and dashed lines that a model must get below.
 
-    rows, validation: {"epoch", "loss"}, as in log.csv; baselines: {label: nats a code}.
+    Args:
+        rows, validation: {"epoch", "loss"}, as in log.csv.
+        baselines: label -> nats a code.
     """
     figure = Figure(figsize=(9.0, 4.2), layout="constrained")
     figure.suptitle(title)
@@ -167,9 +180,11 @@ def adversarial(
     used_from: float,
     title: str,
 ) -> None:
-    """The game by epoch, from a log with an adversary: quality, the discriminator, lambda.
+    """The game by epoch: quality, the discriminator, lambda.
 
-    learns_from, used_from: epochs at which the discriminator starts to learn, and is used.
+    Args:
+        rows: of a log with an adversary, as in log.csv.
+        learns_from, used_from: epochs at which the discriminator starts to learn, and is used.
     """
     figure = Figure(figsize=(14.0, 3.8), layout="constrained")
     figure.suptitle(title)
@@ -229,7 +244,8 @@ def metric_by_batch_size(
 def codebook_usage(path: Path, counts: Mapping[str, Tensor], *, title: str) -> None:
     """How often each code is chosen, codes sorted from the most to the least frequent.
 
-    counts: for each model the counts (K,) over a whole set.
+    Args:
+        counts: for each model the counts (K,) over a whole set.
     """
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     figure.suptitle(title)
@@ -251,8 +267,9 @@ def codebook_usage(path: Path, counts: Mapping[str, Tensor], *, title: str) -> N
 def rate_distortion(path: Path, curves: Mapping[str, Sequence[Mapping]], *, title: str) -> None:
     """Bits an image against error and SSIM, one curve a model.
 
-    curves: for each label its points, {"bits_per_image", "nmse", "ssim", "label"}; points are
-    joined in the order of their bits, and labelled where "label" is not empty.
+    Args:
+        curves: for each label its points, {"bits_per_image", "nmse", "ssim", "label"}; points are
+            joined in the order of their bits, and labelled where "label" is not empty.
     """
     figure = Figure(figsize=(11.0, 4.8), layout="constrained")
     figure.suptitle(title)
