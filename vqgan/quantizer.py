@@ -37,6 +37,8 @@ DISTANCES_AT_ONCE_CPU, DISTANCES_AT_ONCE_GPU = 2**22, 2**24
 
 
 class Quantized(NamedTuple):
+    """What a quantizer makes of vectors z_e (B, D, h, w): codes in their places, and their loss."""
+
     z_q: Tensor  # (B, D, h, w), straight-through: its gradient is that of z_e
     indices: Tensor  # (B, h, w) int64, 0 to K - 1
     loss: Tensor  # (), every term but the reconstruction
@@ -69,9 +71,12 @@ def exact_float32_products() -> Iterator[None]:
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code for each vector: (N, D), (K, D) -> (N,) int64.
 
-    |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 is the same for every code, so it is left out.
-    Of codes at the same distance, the first is taken.
-    Chunks of vectors bound the memory; no matrix of N x K is ever held.
+    The squared distance is
+
+        |z - e|^2 = |z|^2 - 2 z.e + |e|^2
+
+    and |z|^2 is the same for every code, so it is left out. Of codes at the same distance, the
+    first is taken. Chunks of vectors bound the memory; no matrix of N x K is ever held.
     """
     on_cpu = vectors.device.type == "cpu"
     chunk = max(1, (DISTANCES_AT_ONCE_CPU if on_cpu else DISTANCES_AT_ONCE_GPU) // len(codebook))
@@ -181,16 +186,21 @@ class Quantizer(nn.Module):
         """What moves the codes without a gradient, once a training step."""
         raise NotImplementedError
 
-    # `waits_for_data` belongs to the state, or a resumed run would start its codebook again.
     def get_extra_state(self) -> dict:
+        """`waits_for_data`, for the state dict: or a resumed run would start its codebook again."""
         return {"waits_for_data": self.waits_for_data}
 
     def set_extra_state(self, state: dict) -> None:
+        """Take back what `get_extra_state` gave."""
         self.waits_for_data = state["waits_for_data"]
 
 
 class VectorQuantizer(Quantizer):
     """Codes moved by the gradient of the codebook term: the paper's equation 3.
+
+    They move at the optimizer's learning rate. An encoder that moves faster leaves codes behind,
+    and one that nobody chooses gets no gradient: on drawn shapes 10 of 512 stay in use
+    (docs/codebook.md). `EMAVectorQuantizer` keeps up, and restarts the dead.
 
     Args:
         num_embeddings: K, the number of codes.
@@ -207,7 +217,8 @@ class VectorQuantizer(Quantizer):
         self.codebook = nn.Parameter(codes.uniform_(-1 / num_embeddings, 1 / num_embeddings))
 
     def codebook_loss(self, vectors: Tensor, codes: Tensor) -> Tensor:
-        return F.mse_loss(codes, vectors.detach())  # |sg[z_e] - e|^2, mean over all elements
+        """|sg[z_e] - e|^2, a mean over all elements: vectors and their codes (N, D) -> ()."""
+        return F.mse_loss(codes, vectors.detach())
 
     def update(self, vectors: Tensor, indices: Tensor) -> None:
         """Nothing: the optimizer moves the codes."""
@@ -236,9 +247,7 @@ class EMAVectorQuantizer(Quantizer):
         restart_dead: put a code that is hardly chosen any more on a vector of the current batch.
     """
 
-    # Dead: chosen less than a tenth as often as the average code. At decay 0.99, a code that is no
-    # longer chosen falls from the average to this in 230 steps.
-    DEAD_BELOW = 0.1
+    DEAD_BELOW = 0.1  # of the average count: 230 steps after its last choice, at decay 0.99
 
     def __init__(
         self,
@@ -272,7 +281,8 @@ class EMAVectorQuantizer(Quantizer):
         self.ema_sums.copy_(self.codebook * one_batch)
 
     def codebook_loss(self, vectors: Tensor, codes: Tensor) -> Tensor:
-        return vectors.new_zeros(())  # `update` moves the codes, no gradient does
+        """Zero: `update` moves the codes, no gradient does."""
+        return vectors.new_zeros(())
 
     def batch_statistics(self, vectors: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Counts n_i (K,) and sums (K, D) of the vectors that chose each code.
@@ -288,6 +298,7 @@ class EMAVectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def update(self, vectors: Tensor, indices: Tensor) -> None:
+        """Eq. 6 to 8, with the restart between: vectors (N, D), and the codes they chose (N,)."""
         counts, sums = self.batch_statistics(vectors, indices)
         self.ema_counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)  # N_i
         self.ema_sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)  # m_i
