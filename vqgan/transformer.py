@@ -48,7 +48,8 @@ class KeyValueCache:
 class CausalSelfAttention(nn.Module):
     """softmax(q k^T / sqrt(d) + mask) v in H heads of d = n_embd / H: none sees a later position.
 
-    Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762, section 3.2.
+    Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762, section 3.2. (H, the number
+    of heads, is `n_head`, and not the height of an image as elsewhere.)
     """
 
     def __init__(self, n_embd: int, n_head: int, dropout: float):
@@ -58,6 +59,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd)
 
     def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """x (B, T, n_embd) -> the same; with a cache, x are the T positions after those in it."""
         B, T, n_embd = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
         if cache is not None:
@@ -215,6 +217,7 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), indices.flatten())
 
     def _check_condition(self, condition: Tensor) -> None:
+        """Raise ValueError for another shape than (B, C), or tokens out of range."""
         if condition.dim() != 2 or condition.shape[1] != self.condition_length:
             raise ValueError(
                 f"a condition of shape (B, {self.condition_length}) was expected, "
@@ -223,6 +226,7 @@ class GPT(nn.Module):
         _check_range(condition, 0, self.nothing, "tokens of a condition")
 
     def _check_indices(self, condition: Tensor, indices: Tensor) -> None:
+        """Raise ValueError for another shape than (B, N), 1 <= N <= h w, or codes out of range."""
         if indices.dim() != 2 or len(indices) != len(condition):
             raise ValueError(
                 f"indices of shape ({len(condition)}, N) were expected, not {tuple(indices.shape)}"
@@ -278,8 +282,8 @@ class GPT(nn.Module):
             indices (B, h, w) int64, 0 to K - 1.
 
         Raises:
-            ValueError: other shapes, ids out of range; InputError (a ValueError): a temperature,
-                top_k, top_p or guidance out of range.
+            ValueError: other shapes, or ids out of range.
+            InputError: a temperature, top_k, top_p or guidance out of range.
         """
         self._check_condition(condition)
         check_sampling(self.num_embeddings, temperature, top_k, top_p, guidance)
@@ -468,6 +472,7 @@ def check_sampling(
     top_p: float | None,
     guidance: float,
 ) -> None:
+    """Raise InputError for a setting of `GPT.sample` that is out of range."""
     if not 0 <= temperature < math.inf:
         raise InputError(
             f"temperature {temperature} was given: give 0 (greedy: always the likeliest code) or a "
