@@ -105,6 +105,7 @@ COLUMNS = {  # of the printed table of samples
 
 
 def parse() -> argparse.Namespace:
+    """The flags, in groups: the condition, the network, the samples that are measured."""
     parser = argparse.ArgumentParser(
         description="Train a transformer to write the codes of images.",
         formatter_class=HelpFormatter,
@@ -186,6 +187,7 @@ class Corpus(NamedTuple):
 
 
 def main() -> None:
+    """Images become codes, the transformer learns to write them, and what it writes is measured."""
     args = parse()
     tokenizer, tokenizer_state = tokenizer_of(args)
     settings = sampling_settings(args, tokenizer.quantizer.num_embeddings)
@@ -317,6 +319,7 @@ def condition_of(
     tokenizer: VQAutoencoder,
     grid_size: tuple[int, int],
 ) -> Condition:
+    """What --condition asks for, with the names or words of the data; refused where it has none."""
     if args.condition == "class":
         if data.train_labels is None or not data.class_names:
             raise InputError(
@@ -462,6 +465,7 @@ class CodeBatches(Batches):
     """
 
     def make_batch(self, sequences: Tensor, row: Tensor, mirrored: Tensor) -> Tensor:
+        """One view of each image: (B, views, C + N), and (B,) which are mirrored -> (B, C + N)."""
         views = mirrored.long()  # all 0 without --flip
         return sequences[torch.arange(len(sequences), device=sequences.device), views].long()
 
@@ -478,12 +482,15 @@ class History:
 
     @property
     def best(self) -> dict:
+        """The first row of the lowest loss."""
         return min(self.validation, key=lambda row: row["loss"])
 
     def state_dict(self) -> dict:
+        """For the checkpoint."""
         return {"validation": self.validation, "pictures": self.pictures}
 
     def load_state_dict(self, state: dict) -> None:
+        """From the checkpoint."""
         self.validation, self.pictures = state["validation"], state["pictures"]
 
 
@@ -532,10 +539,12 @@ def train(
         betas=ADAM_BETAS,
         fused=device.type in ("cpu", "cuda"),
     )
+    # A transformer that trains on begins to recite the training images: the best epoch is kept.
     best = copy.deepcopy(model).requires_grad_(False).eval()  # what is measured and kept
     history = History()
     companions = {"last": model, "history": history}  # which training goes on with
 
+    # The start, or the last checkpoint of a run that was cut off.
     step, seconds = 0, 0.0
     checkpoint = run.out / "checkpoint.pt"
     if args.resume and checkpoint.exists():
@@ -561,8 +570,10 @@ def train(
     while step < total_steps:
         for batch in batches:  # one epoch, or the rest of it after a resume
             tokens, indices = batch[:, :C], batch[:, C:]  # (B, C), (B, N)
+            # Some conditions are not told: p(s) is learned beside p(s | c), which guidance needs.
             dropped = torch.rand(len(tokens), 1, device=device) < drop
             tokens = tokens.masked_fill(dropped, model.nothing)
+            # The step: L of eq. 10, and its gradient, cut where it is too long.
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(
                     step, highest=args.lr, warmup=args.warmup, total=total_steps
@@ -576,6 +587,7 @@ def train(
             step += 1
             log.record(step, {"loss": loss, "gradient": norm})
 
+            # On the way: validation, a row of progress.png, a row of the log, a checkpoint.
             if step % len(batches) == 0:  # an epoch is over
                 nats = validation_loss(model, corpus, device, run.dtype)
                 history.validation.append({"epoch": step // len(batches), "loss": nats})
@@ -743,6 +755,7 @@ def measure_samples(
 
 
 def draw_progress(path: Path, history: History) -> None:
+    """Samples on the way, a row for each time."""
     figures.image_rows(
         path,
         [(f"epoch {epoch:.3g}", to_unit(from_uint8(x))) for epoch, x in history.pictures],
@@ -758,7 +771,12 @@ def draw_pictures(
     baselines: dict[str, float],
     history: History,
 ) -> None:
-    """Every picture of the run but progress.png, which is drawn on the way."""
+    """Every picture of the run but progress.png, which is drawn on the way.
+
+    Args:
+        setting: keyword arguments of `GPT.sample`, for all samples.
+        baselines: of `metrics.code_baselines`.
+    """
     figures.code_losses(
         run.out / "losses.png",
         read_log(run.out / "log.csv"),
@@ -772,6 +790,7 @@ def draw_pictures(
         codes = model.sample(tokens.to(run.device), generator=generator, **setting, **more)
         return to_unit(decode(corpus.tokenizer, codes))
 
+    # samples.png: what is asked for on the left or above, and several samples of it.
     condition, path = corpus.condition, run.out / "samples.png"
     x = next(batches_in_order(run.data.test_images[:NUM_PICTURES], NUM_PICTURES))
     tokens = corpus.test_tokens[: len(x)]
@@ -789,6 +808,7 @@ def draw_pictures(
         rows = [(name, sample(ask([name] * SAMPLES_A_ROW))) for name in names[:10]]
         figures.image_rows(path, rows, title=f"Samples by {condition.kind} ({how})")
 
+    # completions.png: the codes of the upper half are given, -1 stands for those to be written.
     h, w = model.grid_size
     known = corpus.test_codes[: len(x)].view(-1, h, w).clone()
     known[:, h // 2 :] = -1

@@ -105,6 +105,7 @@ COLUMNS = {  # of the printed table
 
 
 def parse() -> argparse.Namespace:
+    """The flags, in groups: the network, the perceptual distance, the adversary."""
     parser = argparse.ArgumentParser(
         description="Train a VQGAN: an image becomes a grid of codes, and back.",
         formatter_class=HelpFormatter,
@@ -171,6 +172,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Train the network once for each objective, and measure all by the same distances."""
     args = parse()
     arguments = network_arguments(args)
     run = open_run(args, batch_sizes=[args.batch_size])
@@ -279,9 +281,11 @@ class History:
         self.pictures: list[tuple[float, Tensor]] = []  # epoch, uint8 (N, 3, H, W)
 
     def state_dict(self) -> dict:
+        """For the checkpoint."""
         return {"adversarial_start": self.adversarial_start, "pictures": self.pictures}
 
     def load_state_dict(self, state: dict) -> None:
+        """From the checkpoint."""
         self.adversarial_start, self.pictures = state["adversarial_start"], state["pictures"]
 
 
@@ -308,6 +312,7 @@ def train(
 
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=ADAM_BETAS, fused=fused)
     optimizers, companions = {"generator": optimizer}, {"history": history}
+    # The adversary: a network and an optimizer of its own.
     if objective == "vqgan":
         if args.compile:
             # A compiled backward may reuse its buffers, but lambda goes through the graph first.
@@ -322,11 +327,13 @@ def train(
         )
         optimizers["discriminator"] = discriminator_optimizer
         companions["discriminator"] = discriminator
+    # Training wanders about in its last steps: the average of the weights is the better network.
     average = WeightAverage(model, args.average_decay) if args.average_decay else None
     result = average.model if average else model  # what is measured, pictured and kept
     if average:
         companions["generator"] = model  # which training goes on with
 
+    # The start, or the last checkpoint of a run that was cut off.
     step, seconds = 0, 0.0
     checkpoint = folder / "checkpoint.pt"
     if args.resume and checkpoint.exists():
@@ -389,6 +396,7 @@ def train(
                 discrimination.backward()
                 discriminator_optimizer.step()
 
+            # What is kept of it. All rows have the same terms: 0 before the adversary takes part.
             if objective == "vqgan":
                 losses |= {"adversarial": adversarial, "lambda": weight}
                 losses |= {"discriminator": zero, "real": zero, "fake": zero}
@@ -398,6 +406,7 @@ def train(
             losses["codes"] = codes_in_batch(output.indices, model.quantizer.num_embeddings)
             log.record(step, {"loss": loss} | losses)
 
+            # On the way: a row of progress.png, a row of the log, a checkpoint.
             if step in picture_steps:
                 epoch = step / len(batches)
                 history.pictures.append((epoch, to_uint8(reconstruct(result, pictured, device))))
@@ -411,6 +420,7 @@ def train(
             if step % LOG_EVERY == 0 or checkpoint_is_due or adversary_changes:
                 row = log.write_row(epoch=step / len(batches))
                 progress.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
+                # Eq. 7 divides by the gradient of L_GAN, which vanishes when D stops learning.
                 at_clamp = row.get("lambda", 0) > 0.99 * args.max_lambda
                 rows_at_clamp = rows_at_clamp + 1 if at_clamp else 0
                 if rows_at_clamp == ROWS_AT_CLAMP:
@@ -514,6 +524,7 @@ def reconstruct(model: VQGAN, x: Tensor, device: torch.device) -> Tensor:
 
 
 def draw_progress(path: Path, x: Tensor, history: History, objective: str) -> None:
+    """Reconstructions on the way, a row for each time, over the originals x."""
     rows = [(f"epoch {epoch:.3g}", to_unit(from_uint8(x))) for epoch, x in history.pictures]
     figures.image_rows(
         path,
@@ -540,6 +551,7 @@ def draw_pictures(
         rows,
         title=f"Test images, and what {results[name]['bits_per_image']:.0f} bits keep of them",
     )
+    # The terms that objectives share; the adversary's have a picture of their own.
     terms = ("step", "epoch", "reconstruction", "perceptual", "quantizer")
     figures.losses(
         run.out / "losses.png",
@@ -552,6 +564,7 @@ def draw_pictures(
         share=False,
     )
     if "vqgan" in logs:
+        # From the checkpoint: --epochs may have grown since the start was computed from them.
         state = load_checkpoint(run.out / "vqgan" / "checkpoint.pt")
         start = state["companions"]["history"]["adversarial_start"]
         steps_per_epoch = len(run.data.train_images) // args.batch_size

@@ -66,6 +66,7 @@ COLUMNS = {  # of the printed table
 
 
 def parse() -> argparse.Namespace:
+    """The flags; several --batch-sizes or --models are trained one after the other."""
     parser = argparse.ArgumentParser(
         description="Train a VAE and a VQ-VAE on the same images and compare them.",
         formatter_class=HelpFormatter,
@@ -107,6 +108,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Train each model, measure it, and put all of them into one table and the same pictures."""
     args = parse()
     check_arguments(args)
     run = open_run(args, batch_sizes=args.batch_sizes)
@@ -212,6 +214,8 @@ def train(
         model.parameters(), lr=args.lr, fused=run.device.type in ("cpu", "cuda")
     )
     total_steps = args.epochs * len(batches)
+
+    # The start, or the last checkpoint of a run that was cut off.
     step, seconds = 0, 0.0
     checkpoint = folder / "checkpoint.pt"
     if args.resume and checkpoint.exists():
@@ -228,6 +232,7 @@ def train(
     )  # fmt: skip
     while step < total_steps:
         for x in batches:  # one epoch, or the rest of it after a resume
+            # The step. Which loss each of the two models minimises, `training_losses` says.
             with autocast(run.device, run.dtype):
                 losses = training_losses(model, x, run.variance)
             optimizer.zero_grad(set_to_none=True)
@@ -235,6 +240,7 @@ def train(
             optimizer.step()
             step += 1
 
+            # What is kept of it. A checkpoint ends a row, so that a resume begins with a new one.
             log.record(step, losses)
             checkpoint_is_due = step % args.checkpoint_every == 0 or step == total_steps
             if step % LOG_EVERY == 0 or checkpoint_is_due:
@@ -327,6 +333,7 @@ def draw_pictures(
     device: torch.device,
 ) -> None:
     """Every picture of the run; each dict has an entry for each model that was trained."""
+    # The same images through every model, each with what it spends on one.
     x = next(batches_in_order(data.test_images[:NUM_PICTURES], NUM_PICTURES, device=device))
     rows = [("original", to_unit(x))]
     for run, model in models.items():
@@ -346,6 +353,7 @@ def draw_pictures(
         },
         title="Training losses",
     )
+    # Codes are the VQ-VAE's only.
     usage = {}
     for run, count in counts.items():
         if count is not None:
@@ -355,6 +363,7 @@ def draw_pictures(
         figures.codebook_usage(
             out / "codebook_usage.png", usage, title="How often each code is used (test set)"
         )
+    # A sweep over batch sizes: one line a model.
     if len({result["batch_size"] for result in results.values()}) > 1:
         by_model = defaultdict(dict)
         for run, result in results.items():
@@ -367,6 +376,7 @@ def draw_pictures(
             title=f"SSIM by batch size, {epochs} epochs each\n"
             "(equal epochs are not equal steps: small batches take more)",
         )
+    # What a VAE can do without a second model: its prior writes images, and latents can be mixed.
     pairs = len(x) // 2  # the first half of the images on the left, the second on the right
     x0, x1 = x[:pairs], x[pairs : 2 * pairs]
     for run, model in models.items():
