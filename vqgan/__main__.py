@@ -1,12 +1,12 @@
 """`python -m vqgan` (or `vqgan`): use trained models without writing code.
 
-python -m vqgan sample CHECKPOINT --class cat         new pictures, of a transformer
-python -m vqgan complete CHECKPOINT IMAGE             a picture's other half
-python -m vqgan reconstruct CHECKPOINT IMAGE...       pictures through a model
-python -m vqgan encode CHECKPOINT IMAGE...            pictures as codes, a few dozen bytes each
-python -m vqgan decode CODES                          and back
-python -m vqgan info CHECKPOINT                       what a checkpoint is
-python -m vqgan export CHECKPOINT                     what of a transformer's run is worth sharing
+    python -m vqgan sample CHECKPOINT --class cat       new pictures, of a transformer
+    python -m vqgan complete CHECKPOINT IMAGE           a picture's other half
+    python -m vqgan reconstruct CHECKPOINT IMAGE...     pictures through a model
+    python -m vqgan encode CHECKPOINT IMAGE...          pictures as codes, a few dozen bytes each
+    python -m vqgan decode CODES                        and back
+    python -m vqgan info CHECKPOINT                     what a checkpoint is
+    python -m vqgan export CHECKPOINT                   what of a transformer's run is worth sharing
 
 CHECKPOINT is the checkpoint.pt of a run, or the name of a model that comes with the package.
 """
@@ -55,6 +55,7 @@ COLUMNS = 8  # pictures in a row
 
 
 def parse() -> argparse.Namespace:
+    """The command and its flags; `command` is the name of the function that does it."""
     parser = argparse.ArgumentParser(
         prog="vqgan",
         description="Use trained models. CHECKPOINT: the checkpoint.pt of a run, or one that comes "
@@ -140,6 +141,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Call the function of the command."""
     args = parse()
     commands = (sample, complete, reconstruct, encode, decode, info, export)
     {function.__name__: function for function in commands}[args.command](args)
@@ -149,6 +151,7 @@ def main() -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
+    """New pictures, --count of each class or caption that is asked for, one after the other."""
     out = _png(args.out, [args.image] if args.image else [])
     pair, device = _load_pair(args)
     setting = _sampling_setting(args, pair)
@@ -192,6 +195,7 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def complete(args: argparse.Namespace) -> None:
+    """A picture becomes codes; those that --keep names stay, and the others are written anew."""
     out = _png(args.out, [args.image])
     pair, device = _load_pair(args)
     setting = _sampling_setting(args, pair)
@@ -233,6 +237,7 @@ def complete(args: argparse.Namespace) -> None:
 
 
 def _load_pair(args: argparse.Namespace) -> tuple[Pair, torch.device]:
+    """Transformer and tokenizer, on the device, and the device."""
     device = choose_device(args.device)
     pair = load_pair(args.checkpoint, tokenizer=args.tokenizer)
     return pair._replace(
@@ -311,6 +316,7 @@ def _kept(keep: str, pair: Pair) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(args: argparse.Namespace) -> None:
+    """Images through a model (of a transformer: its tokenizer), and the PSNR of each."""
     out = _png(args.out, args.images)
     device = choose_device(args.device)
     config = _read_config(args.config)
@@ -384,6 +390,7 @@ def encode(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def decode(args: argparse.Namespace) -> None:
+    """The other way: bytes to codes, and these to a PNG each, by the model that encoded them."""
     device = choose_device(args.device)
     try:
         with np.load(args.codes, allow_pickle=False) as file:
@@ -448,6 +455,7 @@ def _file_size(pixels: Tensor, format: str) -> int:
 
 
 def info(args: argparse.Namespace) -> None:
+    """Print what a checkpoint says of itself, and what was measured of its model."""
     state = read_checkpoint(args.checkpoint)
     about = state.get("about") or {}
     parameters = sum(p.numel() for p in load_model(args.checkpoint).parameters())
@@ -487,6 +495,7 @@ def _result(checkpoint: str, state: dict) -> dict:
 
 
 def export(args: argparse.Namespace) -> None:
+    """Copy a pair in half precision, without what only training needs; results go with it."""
     pair, out = load_pair(args.checkpoint), Path(args.out)
     path = checkpoint_path(args.checkpoint)
     if (out / "checkpoint.pt").exists():
@@ -534,6 +543,7 @@ def _read_images(paths: list[str], size: int) -> Tensor:
 
 
 def _read_config(path: str | None) -> dict | None:
+    """The JSON of --config; None where the flag was not given."""
     if path is None:
         return None
     try:

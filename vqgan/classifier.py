@@ -160,6 +160,7 @@ def train_classifier(
 
 
 def save_classifier(path: Path, model: Classifier, accuracy: float) -> None:
+    """Write the file that `load_classifier` reads."""
     state = {
         "num_classes": model.head.out_features,
         "width": model.stem.out_channels,

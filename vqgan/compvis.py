@@ -247,6 +247,7 @@ def _their_names(model: VQGAN) -> dict[str, str]:
 
 
 def _levels(model: VQGAN, part: str, level: int, num_blocks: int) -> Iterator[str]:
+    """Their names of a level's residual blocks, each with its attention if the level has any."""
     for block in range(num_blocks):
         yield f"{part}.{level}.block.{block}"
         if model.resolution // 2**level in model.attention_resolutions:
@@ -266,6 +267,7 @@ def _encoder_layers(model: VQGAN) -> Iterator[str]:
 
 
 def _decoder_layers(model: VQGAN) -> Iterator[str]:
+    """The same of our decoder's, from its input; they count levels from the image's end."""
     yield from ("post_quant_conv", "decoder.conv_in")
     yield from (f"decoder.mid.{name}" for name in ("block_1", "attn_1", "block_2"))
     for level in reversed(range(model.num_downsamples + 1)):
@@ -344,6 +346,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _load_with_placeholders(path: str | Path) -> dict:
+    """Load with a `Placeholder` in the place of every foreign class that the file names."""
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     stand_ins = {name: type(name, (Placeholder,), {}) for name in foreign}
     while True:

@@ -42,10 +42,12 @@ class Condition:
     picture: str | None = None
 
     def to_dict(self) -> dict:
+        """For a checkpoint: numbers, strings and a list of names."""
         return asdict(self) | {"names": list(self.names)}
 
     @staticmethod
     def from_dict(state: dict) -> "Condition":
+        """What `to_dict` gave, a condition again."""
         return Condition(**state | {"names": tuple(state["names"])})
 
     def of_nothing(self, count: int) -> Tensor:
@@ -87,6 +89,7 @@ class Condition:
 
 
 def class_condition(class_names: Sequence[str]) -> Condition:
+    """One token, the class's place among the names: the label of the data set."""
     return Condition("class", vocabulary=len(class_names), length=1, names=tuple(class_names))
 
 

@@ -113,6 +113,7 @@ GAN_LOSSES = ("hinge", "vanilla", "non-saturating")
 
 
 def _check_kind(kind: str) -> None:
+    """Raise ValueError for a loss that is not one of `GAN_LOSSES`."""
     if kind not in GAN_LOSSES:
         raise ValueError(f"the GAN loss is one of {', '.join(GAN_LOSSES)}, not {kind!r}")
 

@@ -82,6 +82,7 @@ class ClassifierDistance(PerceptualDistance):
         self.eval().requires_grad_(False)
 
     def stages(self, x: Tensor) -> list[Tensor]:
+        """x (B, 3, H, W) -> (B, w, H, W), (B, 2w, H/2, W/2), (B, 4w, H/4, W/4), w the width."""
         return self.classifier.stage_features(x)
 
 
@@ -124,9 +125,11 @@ class LPIPS(PerceptualDistance):
         self.eval().requires_grad_(False)
 
     def weights(self) -> list[Tensor]:
+        """The heads' numbers as published, which are w_l^2 (C_l,): they multiply squares."""
         return [self.get_buffer(f"w{i}") for i in range(len(VGG_STAGES))]
 
     def stages(self, x: Tensor) -> list[Tensor]:
+        """x (B, 3, H, W) -> what VGG16 has before each of its five poolings, (B, C_l, h_l, w_l)."""
         features, h = [], (x - self.mean) / self.std
         for i, layer in enumerate(self.features):
             h = layer(h)

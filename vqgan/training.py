@@ -352,6 +352,7 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def versions() -> dict[str, str]:
+    """For metrics.json: what numbers may depend on, besides the device."""
     return {
         "vqgan": vqgan.__version__,
         "torch": torch.__version__,
@@ -379,6 +380,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Indented, so that people can read it too; whole or not at all."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -552,6 +554,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor]) -> None:
+    """Put back what `random_state` gave; the state of a device that is not here is left out."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -672,4 +675,5 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
+        """Up to now."""
         return time.perf_counter() - self.start

@@ -53,6 +53,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(channels: int, num_groups: int) -> GroupNorm:
+    """A `GroupNorm` as the authors have it. Raises InputError where the groups come out uneven."""
     if channels % num_groups:
         raise InputError(
             f"{channels} channels cannot be normalised in {num_groups} groups: give a width that "

@@ -25,6 +25,8 @@ from vqgan.quantizer import Quantized, Quantizer, make_quantizer
 
 
 class AutoencoderOutput(NamedTuple):
+    """What a VQ-VAE or a VQGAN makes of images (B, 3, H, W)."""
+
     reconstruction: Tensor  # (B, 3, H, W), about [-1, 1]
     indices: Tensor  # (B, h, w) int64
     loss: Tensor  # (), the quantizer's: every term but the reconstruction
@@ -42,6 +44,7 @@ class VQAutoencoder(nn.Module):
         self.num_downsamples = num_downsamples
 
     def check_sides(self, height: int, width: int) -> None:
+        """Raise InputError unless the network can halve both sides, in pixels, without a rest."""
         factor = 2**self.num_downsamples
         if height % factor or width % factor:
             raise InputError(
