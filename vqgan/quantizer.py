@@ -235,7 +235,7 @@ class EMAVectorQuantizer(Quantizer):
 
     where N_i is smoothed before it divides, so that a code nobody chose stays finite (Laplace):
 
-        (N_i + epsilon) / (N + K epsilon) * N,   N = sum of all N_i
+        (N_i + epsilon) / (S + K epsilon) * S,   S = sum of all N_i
 
     Args:
         num_embeddings: K, the number of codes.
@@ -304,7 +304,7 @@ class EMAVectorQuantizer(Quantizer):
         self.ema_sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)  # m_i
         if self.restart_dead:
             self._restart_dead(vectors)
-        total = self.ema_counts.sum()
+        total = self.ema_counts.sum()  # S
         smoothed = (
             (self.ema_counts + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total
         )  # a temporary: written back, the averages would drift

@@ -15,8 +15,8 @@ Way of the data, C tokens of condition and N codes, of which the last is only pr
     positions C - 1 to C + N - 2 -> head -> logits (B, N, K)
 
     position  0 ... C-1 | C     C+1   ...  C+N-2
-    reads     condition | s_0   s_1   ...  s_N-2
-    predicts  ...   s_0 | s_1   s_2   ...  s_N-1
+    reads     condition | s_1   s_2   ...  s_N-1
+    predicts  ...   s_1 | s_2   s_3   ...  s_N
 """
 
 import math
