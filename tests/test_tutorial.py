@@ -6,7 +6,7 @@ unless TUTORIAL_STEPS says how long the two trainings shall be (the notebook rea
     pip install -e '.[test,notebook]'
     TUTORIAL_STEPS=20 python -m pytest tests/test_tutorial.py
 
-A minute or two with 20 steps; the reader's have 2,000 and 1,600.
+A minute or two with 20 steps; the reader's have 2,000 and 3,500.
 """
 
 import ast
