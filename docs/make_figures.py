@@ -86,6 +86,7 @@ def through_jpeg(images: torch.Tensor, quality: int) -> tuple[torch.Tensor, list
 
 
 def jpeg_point(images: torch.Tensor, quality: int, variance: float) -> dict:
+    """A point of the chart: what JPEG of this quality keeps."""
     decoded, files = through_jpeg(images, quality)
     x, y = from_uint8(images), from_uint8(decoded)
     return {

@@ -2,8 +2,8 @@
 
     python docs/synthetic_data.py --data data/cifar10-images
 
-The same small classifier is trained on each set of images, in the same number of steps, and tested
-on the real test images. The sets: real images, many and few; the tokenizer's reconstructions of
+The same small classifier is trained on each set, until it has seen 200,000 images, and tested on
+the real test images. The sets: real images, many and few; the tokenizer's reconstructions of
 them; as many samples of the transformer, of the same classes; and half real, half samples. It needs
 the run runs/transformer (docs/results/README.md has its command). Samples are kept in
 runs/synthetic/ and not drawn again. Writes docs/results/synthetic/metrics.json.
@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from vqgan.classifier import accuracy, train_classifier
 from vqgan.data import batches_in_order, load_dataset, to_uint8
-from vqgan.loading import Pair, load_pair
+from vqgan.errors import InputError
+from vqgan.loading import Pair, fingerprint, load_pair
 from vqgan.training import (
     Stopwatch,
     choose_precision,
@@ -32,10 +33,11 @@ from vqgan.training import (
 )
 
 OUT = Path("docs/results/synthetic")
+CHECKPOINT = Path("runs/transformer/checkpoint.pt")
 SAMPLES = Path("runs/synthetic")
 FEW = (1_000, 5_000)
 GUIDANCE = (1.0, 2.0)
-PASSES = 200_000  # images that each classifier sees: four epochs of CIFAR-10's 50,000
+IMAGES_SEEN = 200_000  # by each classifier: four epochs of CIFAR-10's 50,000
 WIDTH = 16  # of the classifier's first stage, as in train_vqgan.py
 AT_ONCE = 500
 DEVICE = torch.device("cpu")
@@ -46,11 +48,15 @@ def main() -> None:
         description="Train a classifier on samples, test it on images."
     )
     parser.add_argument("--data", required=True, help="the data of the run")
-    parser.add_argument("--checkpoint", default="runs/transformer/checkpoint.pt")
     args = parser.parse_args()
 
     watch, dtype = Stopwatch(), choose_precision("auto", DEVICE)
-    data, pair = load_dataset(args.data), load_pair(args.checkpoint)
+    data, pair = load_dataset(args.data), load_pair(CHECKPOINT)
+    if tuple(pair.condition.names) != tuple(data.class_names):
+        raise InputError(
+            f"{CHECKPOINT} writes {', '.join(pair.condition.names)}, and {args.data} has "
+            f"{', '.join(data.class_names)}: give the data of that run"
+        )
     real, labels = data.train_images, data.train_labels
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))  # of all classes
     sets = {f"real-{few}": (real[order[:few]], labels[order[:few]]) for few in FEW}
@@ -65,7 +71,7 @@ def main() -> None:
         classifier = train_classifier(
             replace(data, train_images=images, train_labels=names),
             width=WIDTH,
-            epochs=PASSES // len(images),
+            epochs=IMAGES_SEEN // len(images),
             seed=0,
             device=DEVICE,
             dtype=dtype,
@@ -81,7 +87,7 @@ def main() -> None:
         "device": describe_device(DEVICE, dtype),
         "versions": versions(),
         "seconds": round(watch.seconds, 1),
-        "passes": PASSES,
+        "images_seen": IMAGES_SEEN,
     }
     write_json(OUT / "metrics.json", content | {"models": models})
     print(json.dumps(models, indent=2))
@@ -97,7 +103,7 @@ def reconstruct(pair: Pair, images: Tensor) -> Tensor:
 @torch.no_grad()
 def write(pair: Pair, labels: Tensor, guidance: float) -> Tensor:
     """One sample for each label, uint8 (N, 3, H, W)."""
-    path = SAMPLES / f"guidance-{guidance:g}.pt"
+    path = SAMPLES / f"{fingerprint(pair.transformer)[:8]}-guidance-{guidance:g}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)["images"]
     generator, images = torch.Generator().manual_seed(0), []
