@@ -406,8 +406,9 @@ def decode(args: argparse.Namespace) -> None:
         if indices.max() >= K:
             raise ValueError(f"code {indices.max()} of {K}")
     except Exception as error:  # numpy's, zipfile's and zlib's, of many types
+        reason = "damaged?" if "pickle" in str(error) else error  # numpy takes all else for pickles
         raise InputError(
-            f"{args.codes} cannot be read as codes ({error}): give a file that `encode` wrote"
+            f"{args.codes} cannot be read as codes ({reason}): give a file that `encode` wrote"
         ) from error
     model, _ = _tokenizer(args.checkpoint or path)
     if (fingerprint(model), model.quantizer.num_embeddings) != (encoder, K):

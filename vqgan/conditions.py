@@ -7,7 +7,8 @@
               grey copy, its small copy; so one mechanism colours, sharpens, or fills in a sketch
 
 The transformer has a table of its own for these tokens, so code 0 and class 0 have nothing in
-common, and no token of a condition can ever be written (`transformer.py`).
+common, and no token of a condition can ever be sampled (`transformer.py`). It has one more row for
+a condition that is not told, which guidance needs: `GPT.nothing`.
 """
 
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ class Condition:
         kind: of `KINDS`.
         vocabulary: how many different tokens there are.
         length: C, tokens of one condition.
-        names: of classes, or words; a token is a place in it. Empty for none and image.
+        names: of classes, or words; a token is an index into it. Empty for none and image.
         picture: of `PICTURES`, for an image.
     """
 
@@ -51,7 +52,7 @@ class Condition:
         return Condition(**state | {"names": tuple(state["names"])})
 
     def of_nothing(self, count: int) -> Tensor:
-        """(count, 1) start tokens."""
+        """(count, 1) start tokens, for the kind none."""
         return torch.zeros(count, 1, dtype=torch.int64)
 
     def of_classes(self, names: Sequence[str]) -> Tensor:
@@ -130,7 +131,7 @@ def edges(x: Tensor) -> Tensor:
     sobel = torch.tensor(SOBEL, device=x.device)
     kernels = torch.stack([sobel, sobel.T])[:, None]  # (2, 1, 3, 3)
     change = F.conv2d(brightness, kernels).norm(dim=1, keepdim=True)  # (B, 1, H, W)
-    # A step of half the range (1) gives 4, which is drawn black.
+    # A step of half the range (1) has a change of 4: 1 - 4 / 2 = -1, black.
     return (1 - change / 2).clamp(min=-1).expand_as(x)
 
 

@@ -112,10 +112,11 @@ def load_tokenizer(path: str | Path) -> tuple[VQAutoencoder, dict]:
     state = read_checkpoint(path)
     model = build_model(state, path)
     if not isinstance(model, VQAutoencoder):
-        raise InputError(
-            f"{path} is of a {state['model']}, and a tokenizer was expected: name the "
-            "checkpoint.pt of a VQVAE or VQGAN"
+        beside = checkpoint_path(path).with_name("tokenizer.pt")  # a transformer's
+        remedy = (
+            f"name {beside}" if beside.exists() else "name the checkpoint.pt of a VQVAE or VQGAN"
         )
+        raise InputError(f"{path} is of a {state['model']}, and a tokenizer was expected: {remedy}")
     state["about"] = state.get("about") or _about_from_config(checkpoint_path(path))
     return model, state
 

@@ -493,8 +493,10 @@ def load_checkpoint(
     except OSError:
         raise
     except Exception as error:  # pickle's, zipfile's and torch's own, of many types
-        has_code = "unsupported" in str(error).lower()
-        reason = "it carries code, which was not run" if has_code else "damaged?"
+        # torch says "unsupported" of a pickle with code, and of a file that is no pickle.
+        may_have_code = "unsupported" in str(error).lower()
+        code = "it is something else, or carries code, which was not run"
+        reason = code if may_have_code else "damaged?"
         raise InputError(
             f"{path} is not a checkpoint of plain data ({reason}): {remedy}"
         ) from error
