@@ -616,6 +616,7 @@ def test_damaged_and_foreign_codes_are_one_line_and_never_run(
     break_codes(codes, how)
     message = error_of("decode", codes, "--out", tmp_path / "decoded")
     assert "codes.npz cannot be read as codes" in message
+    assert "allow_pickle" not in message  # numpy's advice, and unsafe
     assert not (tmp_path / "executed").exists() and not (tmp_path / "decoded").exists()
 
 

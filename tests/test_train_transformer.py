@@ -718,7 +718,7 @@ def test_a_tokenizer_must_be_given_and_be_one(tmp_path, tokenizer, finished):
         (tokenizer.parent, "is a folder"),
         (tmp_path / "gone.pt", "there is no checkpoint"),
         (tmp_path / "vae.pt", "is of a VAE, and a tokenizer was expected"),
-        (finished / "checkpoint.pt", "is of a GPT, and a tokenizer was expected"),
+        (finished / "checkpoint.pt", f"is of a GPT, and a tokenizer was expected: name {finished}"),
         (tmp_path / "text.pt", "is not a checkpoint"),
     ):
         assert expected in error_of(out, "--tokenizer", path)
