@@ -8,7 +8,7 @@ setup(
     python_requires=">=3.10",
     packages=["vqgan"],
     package_data={"vqgan": ["pretrained/*/*.pt"]},
-    entry_points={"console_scripts": ["vqgan = vqgan.__main__:command_line"]},
+    entry_points={"console_scripts": ["vqgan = vqgan.cli:command_line"]},
     install_requires=["torch>=2.6", "torchvision>=0.21", "numpy", "matplotlib", "tqdm"],
     extras_require={
         # The peers whose numbers the tests and benchmarks compare with.

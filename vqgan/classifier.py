@@ -1,14 +1,14 @@
 """A small residual network that tells the classes of labelled images apart.
 
-It is trained for two reasons, and never for one network both: its features are a perceptual
-distance that needs no download (`perceptual.py`); and another one, of another seed and width, is
-the yardstick that no model was trained on: it gives the Frechet distance between two sets of images
-(`metrics.frechet_distance`), and says how many reconstructions it still recognises.
+One network is trained for its features, which are a perceptual distance that needs no download
+(`perceptual.py`). Another one, of another seed and width, is the yardstick that no model was
+trained on: it gives the Frechet distance between two sets of images (`metrics.frechet_distance`),
+and says how many reconstructions it still recognises (`evaluation.py`).
 
 He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016, arXiv 1512.03385.
 
     x (B, 3, H, W) in [-1, 1] -> stages (B, w, H, W), (B, 2w, H/2, W/2), (B, 4w, H/4, W/4)
-    -> means over places (B, 4w) -> logits (B, classes)
+    -> means over positions (B, 4w) -> logits (B, classes)
 """
 
 import pickle
@@ -20,14 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vqgan.data import Batches, ImageDataset, batches_in_order, evaluation_batch
+from vqgan.checkpoint import save_plain
+from vqgan.device import autocast, has_fused_optimizers, prepare_model
 from vqgan.errors import InputError
-from vqgan.training import Run, autocast, prepare_model, save_plain
 
-# The yardstick is another network than those that models are trained on, and of a fixed seed, so
-# that runs of other seeds are measured by the same.
-YARDSTICK_WIDTH, YARDSTICK_SEED = 24, 1
-BATCH_SIZE = 128
 # The highest rate of the schedule, which suits these widths and BatchNorm; and the usual decay.
 MAX_LR, WEIGHT_DECAY = 1e-2, 1e-2
 SHIFT = 4  # training images are moved by up to this many pixels, as He et al. do on CIFAR-10
@@ -90,14 +86,14 @@ class Classifier(nn.Module):
 
 
 def train_classifier(
-    data: ImageDataset,
+    loader: Iterable[tuple[Tensor, Tensor]],
     *,
+    num_classes: int,
     width: int,
     epochs: int,
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
-    flip: bool,
     name: str,
 ) -> Classifier:
     """Train on labelled images; returns the network in eval mode, its parameters frozen.
@@ -105,45 +101,29 @@ def train_classifier(
     The global random state is left as it was.
 
     Args:
+        loader: batches of images (B, 3, H, W) in [-1, 1] and labels (B,); it has a length.
         name: what the progress bar calls it.
-
-    Raises:
-        InputError: the images have no labels, or fewer than two classes.
     """
-    if data.train_labels is None or len(data.class_names) < 2:
-        raise InputError(
-            f"a classifier needs images of at least two classes, and these have "
-            f"{len(data.class_names) or 'none'}: give class folders (DIR/<class>/*), or "
-            "--perceptual lpips or none"
-        )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        model = prepare_model(Classifier(len(data.class_names), width), device, compile=False)
-    batches = Batches(
-        data.train_images,
-        min(BATCH_SIZE, len(data.train_images)),
-        device=device,
-        seed=seed,
-        flip=flip,
-        labels=data.train_labels,
-    )
+        model = prepare_model(Classifier(num_classes, width), device, compile=False)
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=MAX_LR,
         weight_decay=WEIGHT_DECAY,
-        fused=device.type in ("cpu", "cuda"),
+        fused=has_fused_optimizers(device),
     )
-    total_steps = epochs * len(batches)
+    total_steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=MAX_LR, total_steps=total_steps
     )
     shifts = torch.randint(
         2 * SHIFT + 1, (total_steps, 2), generator=torch.Generator().manual_seed(seed)
     ).tolist()
-    progress = tqdm(desc=name, total=total_steps * batches.batch_size, unit="img", unit_scale=True)
+    progress = tqdm(desc=name, total=total_steps, unit="step")
     model.train()
     for _ in range(epochs):
-        for x, labels in batches:
+        for x, labels in loader:
             top, left = shifts.pop()
             padded = F.pad(x, (SHIFT,) * 4, mode="reflect")
             x = padded[..., top : top + x.shape[2], left : left + x.shape[3]]
@@ -154,7 +134,7 @@ def train_classifier(
             loss.backward()
             optimizer.step()
             schedule.step()
-            progress.update(len(x))
+            progress.update()
     progress.close()
     return model.eval().requires_grad_(False)
 
@@ -187,65 +167,3 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float
         ) from error
     model = prepare_model(model, device, compile=False)
     return model.eval().requires_grad_(False), accuracy
-
-
-def trained_classifier(
-    path: Path, run: Run, *, width: int, epochs: int, seed: int, flip: bool, resume: bool
-) -> tuple[Classifier, float]:
-    """A classifier of the run's data and its accuracy; with `resume` the file's, if it is there."""
-    if resume and path.exists():
-        return load_classifier(path, run.device)
-    model = train_classifier(
-        run.data,
-        width=width,
-        epochs=epochs,
-        seed=seed,
-        device=run.device,
-        dtype=run.dtype,
-        flip=flip,
-        name=path.stem,
-    )
-    share = accuracy(model, run.data, run.device)
-    print(f"{path.stem}: {share:.1%} of the test images recognised")
-    save_classifier(path, model, share)
-    return model, share
-
-
-def make_yardstick(
-    run: Run, *, epochs: int, flip: bool, resume: bool
-) -> tuple[Classifier | None, float | None]:
-    """A classifier which no model is trained on, and its accuracy; None for unlabelled images."""
-    if run.data.train_labels is None or len(run.data.class_names) < 2:
-        print("these images have no classes: no yardstick, and no Frechet distance")
-        return None, None
-    if len(run.data.test_images) < 2:
-        print("a single test image: no yardstick, and no Frechet distance")
-        return None, None
-    return trained_classifier(
-        run.out / "yardstick.pt",
-        run,
-        width=YARDSTICK_WIDTH,
-        epochs=epochs,
-        seed=YARDSTICK_SEED,
-        flip=flip,
-        resume=resume,
-    )
-
-
-@torch.no_grad()
-def features_of(model: Classifier, batches: Iterable[Tensor]) -> Tensor:
-    """Features (N, F) of batches of images (B, 3, H, W) in [-1, 1], on the CPU."""
-    device = next(model.parameters()).device
-    return torch.cat([model.features(x.to(device)).cpu() for x in batches])
-
-
-@torch.no_grad()
-def accuracy(model: Classifier, data: ImageDataset, device: torch.device) -> float:
-    """Share of the test images that are recognised, 0 to 1."""
-    right, start = 0, 0
-    batch_size = evaluation_batch(data.test_images[0].shape[-1])
-    for x in batches_in_order(data.test_images, batch_size, device=device):
-        predicted = model(x).argmax(dim=1).cpu()
-        right += (predicted == data.test_labels[start : start + len(x)]).sum().item()
-        start += len(x)
-    return right / start

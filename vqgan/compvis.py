@@ -14,28 +14,42 @@ does nothing, so nothing of the file is run, and nothing foreign is imported.
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqgan.errors import InputError
 from vqgan.transformer import GPT
 from vqgan.vqgan import VQGAN
 
-# The keys of their YAML (model.params.ddconfig, and embed_dim and n_embed beside it) that say what
-# the network is. The others must have the only value that the published networks have.
-CONFIG_KEYS = ("resolution", "ch", "ch_mult", "num_res_blocks", "attn_resolutions", "z_channels")
-CONFIG_KEYS += ("embed_dim", "n_embed")
-ONLY_VALUES = {"double_z": False, "in_channels": 3, "out_ch": 3, "resamp_with_conv": True}
-NO_EFFECT = ("dropout", "give_pre_end")  # in eval mode
-
-# The same of the transformer (model.params.transformer_config.params). `n_unmasked` places at the
-# start would see each other.
-TRANSFORMER_KEYS = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-TRANSFORMER_ONLY_VALUES = {"n_unmasked": 0}
-TRANSFORMER_NO_EFFECT = ("embd_pdrop", "resid_pdrop", "attn_pdrop")
+# The keys of their YAML (model.params.ddconfig, and embed_dim and n_embed beside it), and the name
+# that each argument has here. The others must have the only value that published networks have.
+VQGAN_ARGUMENTS = {
+    "resolution": "resolution",
+    "ch": "channels",
+    "ch_mult": "channel_multipliers",
+    "num_res_blocks": "num_residual_blocks",
+    "attn_resolutions": "attention_resolutions",
+    "z_channels": "latent_channels",
+    "embed_dim": "embedding_dim",
+    "n_embed": "num_embeddings",
+}
+VQGAN_ONLY_VALUES = {"double_z": False, "in_channels": 3, "out_ch": 3, "resamp_with_conv": True}
+# The same of the transformer (model.params.transformer_config.params); `n_unmasked` positions at
+# the start would see each other.
+GPT_ARGUMENTS = {
+    "vocab_size": "num_embeddings",
+    "block_size": "block_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+}
+GPT_ONLY_VALUES = {"n_unmasked": 0}
+# In eval mode these change nothing.
+NO_EFFECT = ("dropout", "give_pre_end", "embd_pdrop", "resid_pdrop", "attn_pdrop")
 
 
 def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
@@ -49,16 +63,23 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
         InputError: the file cannot be read, or does not have exactly the weights of this network
             (those of the training loss are named and ignored).
     """
-    model = VQGAN(**_arguments(config))
-    names, ours = _their_names(model), model.state_dict()
-    theirs, of_the_loss = _set_apart(read_weights(path), ("loss.",))
-    _check_weights(path, theirs, {name: ours[our_name].shape for our_name, name in names.items()})
-    if of_the_loss:
-        modules = sorted({".".join(name.split(".")[:2]) for name in of_the_loss})
-        print(f"ignored {len(of_the_loss)} weights of the training loss: {', '.join(modules)}")
-    for our_name, their_name in names.items():
-        ours[our_name] = theirs[their_name].float()
-    model.load_state_dict(ours)
+    config = _innermost(config, "model", "params")
+    if "ddconfig" in config:  # beside it their YAML has more than the network: the loss, say
+        outside = {key: config[key] for key in ("embed_dim", "n_embed") if key in config}
+        config = config["ddconfig"] | outside
+    arguments = _arguments(config, VQGAN_ARGUMENTS, VQGAN_ONLY_VALUES)
+    theirs = read_weights(path)
+    _ignore(theirs, "of the training loss", "loss.")
+    with _fitting(path):
+        sides = [
+            arguments["resolution"] // 2**level
+            for level in range(len(arguments["channel_multipliers"]))
+        ]
+        # Sides that never occur have no effect in their code.
+        attention = [side for side in arguments["attention_resolutions"] if side in sides]
+        arguments["attention_resolutions"] = attention
+        model = VQGAN(**arguments, quantizer="gradient", norm_groups=32)  # the published ones
+        _load(model, theirs, {ours: [name] for ours, name in _their_names(model).items()})
     model.quantizer.waits_for_data = False
     return model.eval()
 
@@ -66,7 +87,7 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
 def load_compvis_transformer(
     path: str | Path,
     config: dict,
-    grid_size: tuple[int, int] | None = None,
+    seq_len: int | None = None,
     condition_length: int | None = None,
 ) -> GPT:
     """Their checkpoint as a transformer in eval mode: the same logits.
@@ -77,157 +98,98 @@ def load_compvis_transformer(
     Args:
         config: their YAML as a dictionary, or of it only the parameters of `transformer_config`,
             flat or nested as there.
-        grid_size: (h, w) of the codes; what their block holds beyond them is the condition, of
-            block_size - h w + 1 tokens. None: (1, block_size), after a condition of one token.
+        seq_len: tokens of an image; what their block holds beyond them is the condition, of
+            block_size - seq_len + 1 tokens. None: block_size, after a condition of one token.
         condition_length: fewer tokens than that, where a block is larger than it had to be (their
-            faces have 512 places for 256 tokens and 256 codes, of which the last is not read).
+            faces have 512 positions for 256 tokens and 256 codes, of which the last is not read).
 
     Raises:
         InputError: the file cannot be read, or does not have exactly the weights of this network
-            (those of the autoencoders beside it are named and ignored), or the grid is too large.
+            (those of the autoencoders beside it are named and ignored), or the block is too small.
     """
-    model = GPT(**_transformer_arguments(config, grid_size, condition_length))
-    names, ours = _their_transformer_names(model), model.state_dict()
-    theirs, beside = _set_apart(read_weights(path), ("first_stage_model.", "cond_stage_model."))
-    theirs = {name: w for name, w in theirs.items() if not name.endswith(".attn.mask")}
-    shapes = {}
-    for our_name, their_names in names.items():
-        rows, *others = ours[our_name].shape
-        shapes |= dict.fromkeys(their_names, (rows // len(their_names), *others))
-    positions = "transformer.pos_emb"
-    model_config = _innermost(config)
-    shapes[positions] = (1, model_config["block_size"], model_config["n_embd"])
-    _check_weights(path, theirs, shapes)
-    if beside:
-        modules = sorted({name.split(".")[0] for name in beside})
-        print(f"ignored {len(beside)} weights beside the transformer: {', '.join(modules)}")
-    # Rows of places that are not read, where the condition is shorter than the block allows, go.
-    theirs[positions] = theirs[positions].squeeze(0)[: len(model.position_table)]
-    for our_name, their_names in names.items():
-        ours[our_name] = torch.cat([theirs[name].float() for name in their_names])
-    tokens = ours["code_table.weight"]
-    ours["condition_table.weight"] = torch.cat([tokens, torch.zeros_like(tokens[:1])])
-    model.load_state_dict(ours)
+    config = _innermost(config, "model", "params", "transformer_config", "params")
+    arguments = _arguments(config, GPT_ARGUMENTS, GPT_ONLY_VALUES)
+    theirs = {k: w for k, w in read_weights(path).items() if not k.endswith(".attn.mask")}
+    _ignore(theirs, "beside the transformer", "first_stage_model.", "cond_stage_model.")
+    with _fitting(path):
+        block_size = arguments.pop("block_size")
+        seq_len = block_size if seq_len is None else seq_len
+        length = block_size - seq_len + 1 if condition_length is None else condition_length
+        if length + seq_len - 1 > block_size:  # the last token is not read
+            raise ValueError(f"{length} + {seq_len} tokens, but their block holds {block_size}")
+        model = GPT(
+            **arguments,
+            seq_len=seq_len,
+            condition_vocabulary=arguments["num_embeddings"],
+            condition_length=length,
+            dropout=0.0,
+        )
+        positions = theirs["transformer.pos_emb"]
+        if positions.shape != (1, block_size, arguments["n_embd"]):
+            raise ValueError(f"transformer.pos_emb has the shape {tuple(positions.shape)}")
+        # Rows of positions that are not read, where the block is larger than it had to be, go.
+        theirs["transformer.pos_emb"] = positions[0, : len(model.position_table)]
+        codes = theirs["transformer.tok_emb.weight"].float()
+        theirs["condition"] = torch.cat([codes, torch.zeros_like(codes[:1])])
+        _load(model, theirs, _their_transformer_names(model))
     return model.eval()
 
 
-def _set_apart(weights: dict, prefixes: tuple[str, ...]) -> tuple[dict, list[str]]:
-    """The weights of the network, and the names of those that belong to something else."""
-    apart = sorted(name for name in weights if name.startswith(prefixes))
-    return {name: w for name, w in weights.items() if not name.startswith(prefixes)}, apart
-
-
-def _check_weights(path: str | Path, theirs: dict, shapes: dict) -> None:
-    """Raise InputError unless their weights have exactly these names and shapes."""
-    advice = "give the config that belongs to this checkpoint"
-    missing = sorted(shapes.keys() - theirs.keys())
-    if missing:
-        raise InputError(
-            f"{path} lacks {len(missing)} of the network's {len(shapes)} weights, {missing[0]} "
-            f"among them: {advice}"
-        )
-    unknown = sorted(theirs.keys() - shapes.keys())
-    if unknown:
-        raise InputError(
-            f"{path} has {len(unknown)} weights that this network has not, {unknown[0]} among "
-            f"them: {advice}"
-        )
-    for name, shape in shapes.items():
-        expected, given = tuple(shape), tuple(theirs[name].shape)
-        if given != expected:
-            raise InputError(
-                f"{path}: {name} has the shape {given}, but the config makes it {expected}: "
-                f"{advice}"
-            )
-
-
-# --- configs -----------------------------------------------------------------------------------
-
-
-def _arguments(config: dict) -> dict:
-    """Constructor arguments of `VQGAN` from their config."""
-    for key in ("model", "params"):  # a whole YAML
-        config = config.get(key, config)
-    if "ddconfig" in config:  # beside it their YAML has more than the network: the loss, say
-        outside = {key: config[key] for key in ("embed_dim", "n_embed") if key in config}
-        config = config["ddconfig"] | outside
-    where = "the ddconfig of the checkpoint's YAML, with embed_dim and n_embed"
-    _check_config(config, where, CONFIG_KEYS, ONLY_VALUES, NO_EFFECT)
-    sides = [config["resolution"] // 2**level for level in range(len(config["ch_mult"]))]
-    return {
-        "resolution": config["resolution"],
-        "channels": config["ch"],
-        "channel_multipliers": tuple(config["ch_mult"]),
-        "num_residual_blocks": config["num_res_blocks"],
-        # Sides that never occur have no effect in their code.
-        "attention_resolutions": tuple(s for s in config["attn_resolutions"] if s in sides),
-        "latent_channels": config["z_channels"],
-        "embedding_dim": config["embed_dim"],
-        "num_embeddings": config["n_embed"],
-        "quantizer": "gradient",  # the published ones
-        "norm_groups": 32,
-    }
-
-
-def _transformer_arguments(
-    config: dict, grid_size: tuple[int, int] | None, condition_length: int | None
-) -> dict:
-    """Constructor arguments of `GPT` from their config."""
-    config = _innermost(config)
-    where = "the parameters of transformer_config in the checkpoint's YAML"
-    only_values, no_effect = TRANSFORMER_ONLY_VALUES, TRANSFORMER_NO_EFFECT
-    _check_config(config, where, TRANSFORMER_KEYS, only_values, no_effect)
-    block_size, vocabulary = config["block_size"], config["vocab_size"]
-    h, w = (1, block_size) if grid_size is None else grid_size
-    if h * w > block_size:
-        raise InputError(
-            f"a grid of {h}x{w} codes was given, but the transformer's block holds {block_size}: "
-            "give a smaller one"
-        )
-    most = block_size - h * w + 1  # the last code is not read
-    if condition_length is not None and not 1 <= condition_length <= most:
-        raise InputError(
-            f"a condition of {condition_length} tokens was given, but beside {h}x{w} codes the "
-            f"transformer's block holds 1 to {most}: give as many"
-        )
-    return {
-        "num_embeddings": vocabulary,
-        "grid_size": (h, w),
-        "condition_vocabulary": vocabulary,
-        "condition_length": condition_length or most,
-        "n_layer": config["n_layer"],
-        "n_head": config["n_head"],
-        "n_embd": config["n_embd"],
-        "dropout": 0.0,
-    }
-
-
-def _innermost(config: dict) -> dict:
-    """The transformer's own parameters, of a whole YAML of theirs or a part of it."""
-    for key in ("model", "params", "transformer_config", "params"):
+def _innermost(config: dict, *keys: str) -> dict:
+    """A part of their YAML, given the whole of it or any part that holds it."""
+    for key in keys:
         config = config.get(key, config)
     return config
 
 
-def _check_config(
-    config: dict, where: str, keys: tuple[str, ...], only_values: dict, no_effect: tuple[str, ...]
-) -> None:
-    """Raise InputError unless the config has these keys, and no others but those without effect."""
-    missing = [key for key in keys if key not in config]
+def _arguments(config: dict, names: dict[str, str], only_values: dict) -> dict:
+    """Our constructor arguments, of a config that says nothing else which we could not follow."""
+    missing = names.keys() - config.keys()
     if missing:
-        raise InputError(f"the config lacks {', '.join(missing)}: give {where}")
-    for key in keys:
-        values = config[key] if key in ("ch_mult", "attn_resolutions") else [config[key]]
-        if not isinstance(values, list | tuple) or not all(type(v) is int for v in values):
-            wanted = "a whole number" if values == [config[key]] else "a list of whole numbers"
-            raise InputError(f"the config has {key} = {config[key]!r}, but {wanted} was expected")
-    for key, value in config.items():
-        if key not in (*keys, *no_effect) and only_values.get(key, key) != value:
-            wanted = f"{only_values[key]!r}" if key in only_values else "not given"
+        raise InputError(f"the config lacks {', '.join(sorted(missing))}: give that of the model")
+    for key in config.keys() - names.keys() - set(NO_EFFECT):
+        if key not in only_values or only_values[key] != config[key]:
             raise InputError(
-                f"the config has {key} = {value!r}, which would be another network: "
-                f"this one's is {wanted}"
+                f"the config has {key} = {config[key]!r}, which would be another network: here it "
+                f"is {only_values.get(key, 'not given')}"
             )
+    return {ours: config[theirs] for theirs, ours in names.items()}
+
+
+def _ignore(weights: dict, what: str, *prefixes: str) -> None:
+    """Take out the weights that belong to something else, and say so."""
+    beside = [name for name in weights if name.startswith(prefixes)]
+    for name in beside:
+        del weights[name]
+    if beside:
+        modules = sorted({".".join(name.split(".")[:-1][:2]) for name in beside})
+        print(f"ignored {len(beside)} weights {what}: {', '.join(modules)}")
+
+
+@contextmanager
+def _fitting(path: str | Path) -> Iterator[None]:
+    """A network that cannot be built, or has other weights than the file, is the config's fault."""
+    try:
+        yield
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} does not fit its config ({' '.join(str(error).split())[:300]}): give the "
+            "config that belongs to this checkpoint"
+        ) from error
+
+
+def _load(model: nn.Module, theirs: dict, names: dict[str, list[str]]) -> None:
+    """Load weights strictly: all of ours, each laid together from some of theirs, and all theirs."""
+    state = model.state_dict()
+    for ours, parts in names.items():
+        missing = [name for name in parts if name not in theirs]
+        if missing:
+            raise KeyError(f"{missing[0]} is not there")
+        state[ours] = torch.cat([theirs[name].float() for name in parts])
+    unknown = theirs.keys() - {name for parts in names.values() for name in parts}
+    if unknown:
+        raise KeyError(f"{sorted(unknown)[0]} is not of this network")
+    model.load_state_dict(state)
 
 
 # --- names -------------------------------------------------------------------------------------
@@ -286,7 +248,8 @@ def _their_transformer_names(model: GPT) -> dict[str, list[str]]:
     names = {}
     for our_name in model.state_dict():
         if our_name == "condition_table.weight":
-            continue  # a copy of the table of codes
+            names[our_name] = ["condition"]  # made of the table of codes
+            continue
         name = f"transformer.{our_name}"
         for ours, theirs in renamed.items():
             name = name.replace(ours, theirs)

@@ -102,10 +102,9 @@ def caption_condition(captions: Sequence[str]) -> Condition:
     return Condition("caption", vocabulary=len(words), length=length, names=words)
 
 
-def image_condition(picture: str, num_embeddings: int, grid_size: tuple[int, int]) -> Condition:
-    """Of a tokenizer with K codes, and (h, w) of them an image."""
-    h, w = grid_size
-    return Condition("image", vocabulary=num_embeddings, length=h * w, picture=picture)
+def image_condition(picture: str, num_embeddings: int, seq_len: int) -> Condition:
+    """Of a tokenizer with K codes, and `seq_len` tokens per image."""
+    return Condition("image", vocabulary=num_embeddings, length=seq_len, picture=picture)
 
 
 NO_CONDITION = Condition("none", vocabulary=1, length=1)

@@ -1,49 +1,29 @@
-"""Images in: CIFAR-10, a folder, or drawn pictures; and the mapping to the models' range.
-
-    uint8 (N, 3, H, W), 0 to 255  --from_uint8-->  float [-1, 1]  --model-->  about [-1, 1]
-    float about [-1, 1]  --to_unit-->  float [0, 1], clamped: what metrics and figures take
+"""Data sets, and batches of them: CIFAR-10, a folder, or images that the package draws.
 
 A set that fits in memory is one uint8 tensor on the training device, and a batch is an indexing
 operation: no worker processes, no Python per image. A larger folder streams through a DataLoader.
+
+    uint8 (N, 3, H, W) -> shuffled rows of a batch -> float (B, 3, H, W) in [-1, 1], some mirrored
 """
 
 import math
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
-from tqdm import tqdm
 
 from vqgan.errors import InputError
+from vqgan.image_folder import ImageFiles, read_folder
+from vqgan.images import from_uint8
 from vqgan.shapes import draw_shapes, draw_textures
 
 NUM_TRAIN, NUM_TEST = 10_000, 2_000  # drawn for training, unless told otherwise; for testing
-TEST_SHARE = 0.1  # of a folder that has no test/ of its own
-MOST_NAMED = 100  # unreadable files that are named, before the rest is only counted
-MEMORY_LIMIT = 4 * 2**30  # bytes of uint8 images to hold at once; a larger folder streams
-
-
-def from_uint8(images: Tensor) -> Tensor:
-    """uint8 0 to 255 -> float32 in [-1, 1], same shape."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Float, about [-1, 1] -> uint8 0 to 255, clamped, same shape."""
-    return (255 * to_unit(x)).round().to(torch.uint8)
-
-
-def to_unit(x: Tensor) -> Tensor:
-    """Float, about [-1, 1] (decoders are unbounded) -> float32 in [0, 1], clamped, same shape."""
-    return ((x.float() + 1) / 2).clamp(0, 1)
 
 
 @dataclass
@@ -55,8 +35,8 @@ class ImageDataset:
     strings for the drawn shapes, else None.
     """
 
-    train_images: "Tensor | ImageFiles"
-    test_images: "Tensor | ImageFiles"
+    train_images: Tensor | ImageFiles
+    test_images: Tensor | ImageFiles
     train_labels: Tensor | None
     test_labels: Tensor | None
     class_names: tuple[str, ...]
@@ -66,18 +46,9 @@ class ImageDataset:
     def first(self, limit: int) -> "ImageDataset":
         """The same set with at most `limit` training and `limit` test images."""
 
-        def cut(part):
-            return None if part is None else part[:limit]
-
-        return replace(
-            self,
-            train_images=cut(self.train_images),
-            test_images=cut(self.test_images),
-            train_labels=cut(self.train_labels),
-            test_labels=cut(self.test_labels),
-            train_captions=cut(self.train_captions),
-            test_captions=cut(self.test_captions),
-        )
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        of_images = (name for name in parts if name != "class_names" and parts[name] is not None)
+        return replace(self, **{name: parts[name][:limit] for name in of_images})
 
 
 def load_dataset(
@@ -103,15 +74,15 @@ def load_dataset(
     """
     if source in ("cifar10", "shapes", "textures") and image_size != 32:
         raise InputError(
-            f"images of {source} have 32 pixels a side, not {image_size}: "
-            "leave --image-size out, or give a folder of images"
+            f"image_size={image_size} does not fit {source}, whose images have 32 pixels a side: "
+            "leave it out, or give a folder of images"
         )
     if source in ("shapes", "textures"):
         return _draw(source, seed, num_drawn)
     if source == "cifar10":
         return _load_cifar10(Path(root))
     if Path(source).is_dir():
-        return _load_folder(Path(source), image_size=image_size)
+        return ImageDataset(*read_folder(Path(source), image_size=image_size))
     raise InputError(
         f"no data source {source!r}: give 'cifar10', 'shapes', 'textures', or a folder of images "
         "that exists"
@@ -151,173 +122,14 @@ def _load_cifar10(root: Path) -> ImageDataset:
     except Exception as error:  # the network's, the server's and the archive's, of many types
         raise InputError(
             f"CIFAR-10 is not in {root} and cannot be downloaded ({error}): place "
-            f"cifar-10-python.tar.gz from {CIFAR10.url} in {root}, name another folder with "
-            "--data-root, or do without it: --data shapes, or --data FOLDER with images of yours"
+            f"cifar-10-python.tar.gz from {CIFAR10.url} there, give another data_root=FOLDER, "
+            "or do without it: data=shapes, or data=FOLDER with images of yours"
         ) from error
     images = [
         torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)
     ]
     labels = [torch.tensor(part.targets) for part in (train, test)]
     return ImageDataset(*images, *labels, class_names=tuple(train.classes))
-
-
-# --- folders -----------------------------------------------------------------------------------
-
-
-def _load_folder(folder: Path, *, image_size: int) -> ImageDataset:
-    """A folder as `load_dataset` describes it: list, read, and split where it is not split."""
-    if (folder / "train").is_dir() != (folder / "test").is_dir():
-        there, missing = ("train", "test") if (folder / "train").is_dir() else ("test", "train")
-        raise InputError(
-            f"{folder} has a folder {there}/ but no {missing}/: give both, with the same class "
-            "folders, or one folder of class folders to be split"
-        )
-    if (folder / "train").is_dir():
-        train_paths, train_labels, class_names = _list_images(folder / "train")
-        test_paths, test_labels, test_names = _list_images(folder / "test")
-        if test_names != class_names:
-            odd = sorted(set(class_names) ^ set(test_names))
-            raise InputError(
-                f"{folder}/train and {folder}/test have different classes: {', '.join(odd)} "
-                "is in one only; give both the same class folders"
-            )
-        paths, labels = train_paths + test_paths, train_labels + test_labels
-    else:
-        paths, labels, class_names = _list_images(folder)
-        train_paths = None
-
-    fits = len(paths) * 3 * image_size**2 <= MEMORY_LIMIT
-    images, readable = _read_images(paths, image_size, hold=fits)
-    if not any(readable):
-        raise InputError(
-            f"none of the {len(paths)} files in {folder} can be read as an image: "
-            "give a folder of PNG, JPEG or other files that Pillow opens"
-        )
-    readable_labels = {label for label, ok in zip(labels, readable, strict=True) if ok}
-    for label, name in enumerate(class_names):
-        if label not in readable_labels:
-            raise InputError(
-                f"class {name!r} in {folder} has no readable image: add some, or remove it"
-            )
-
-    # Shuffled, so that the first N images (--limit) are of all classes; and with a seed of its own,
-    # so that runs of other seeds are measured on the same test images.
-    kept = [i for i, ok in enumerate(readable) if ok]
-    order = np.random.default_rng(0).permutation(kept)
-    if train_paths is not None:
-        train, test = order[order < len(train_paths)], order[order >= len(train_paths)]
-    else:
-        num_test = max(1, round(TEST_SHARE * len(order)))
-        train, test = order[num_test:], order[:num_test]
-    if len(train) == 0 or len(test) == 0:
-        raise InputError(
-            f"{folder} gives {len(train)} training and {len(test)} test images: "
-            "each part needs at least one"
-        )
-    labels = torch.tensor(labels) if class_names else None
-    return ImageDataset(
-        train_images=images[train],
-        test_images=images[test],
-        train_labels=labels[train] if class_names else None,
-        test_labels=labels[test] if class_names else None,
-        class_names=class_names,
-    )
-
-
-def _list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """Files of a folder of class folders (with labels), or of loose files (labels all 0)."""
-    entries = sorted(p for p in folder.iterdir() if p.name[0] != ".")
-    classes = [p for p in entries if p.is_dir()]
-    if 0 < len(classes) < len(entries):
-        loose = len(entries) - len(classes)
-        print(f"skipped {loose} files beside the class folders of {folder}: they have no class")
-    paths, labels = [], []
-    for label, directory in enumerate(classes or [folder]):
-        files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name[0] != ".")
-        if not files:
-            what = f"class folder {directory}" if classes else f"folder {folder}"
-            raise InputError(f"the {what} has no files in it: put images there, or name another")
-        paths += files
-        labels += [label] * len(files)
-    return paths, labels, tuple(directory.name for directory in classes)
-
-
-def read_image(path: Path, image_size: int) -> np.ndarray:
-    """One image file of any mode and size -> uint8 (3, image_size, image_size), RGB.
-
-    Resized so that the shorter side fits, then cropped in the middle. Transparency is laid over
-    white. Raises OSError (or another of Pillow's errors) where the file is not an image.
-    """
-    with Image.open(path) as image:
-        image.draft("RGB", (image_size, image_size))  # a large JPEG is decoded at a lower scale
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # convert() would clip its 65,536 levels at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if "A" in image.mode or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        if image.size != (image_size, image_size):
-            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-        return np.asarray(image).transpose(2, 0, 1)
-
-
-def _read_images(
-    paths: list[Path], image_size: int, *, hold: bool
-) -> tuple["Tensor | ImageFiles", list[bool]]:
-    """Read every file once: what can be read is known before training, not hours into it.
-
-    Returns all images as uint8 (N, 3, H, W), or, unless they are to be held, as `ImageFiles`; and
-    which of them could be read. Those that could not are named, and counted.
-    """
-    images = np.zeros((len(paths) if hold else 0, 3, image_size, image_size), dtype=np.uint8)
-
-    def read(i: int) -> str | None:
-        try:
-            image = read_image(paths[i], image_size)
-        except Exception as error:  # Pillow raises many types on broken files
-            return str(error) or type(error).__name__
-        if hold:
-            images[i] = image
-        return None
-
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes in parallel
-        work = pool.map(read, range(len(paths)))
-        faults = list(tqdm(work, total=len(paths), desc="reading", unit="file", leave=False))
-    broken = [(path, fault) for path, fault in zip(paths, faults, strict=True) if fault]
-    for path, fault in broken[:MOST_NAMED]:
-        print(f"skipped {path}: {fault}")
-    if len(broken) > MOST_NAMED:
-        print(f"skipped {len(broken) - MOST_NAMED} more")
-    if broken:
-        print(f"skipped {len(broken)} of {len(paths)} files that cannot be read as an image")
-    held = torch.from_numpy(images) if hold else ImageFiles(paths, image_size)
-    return held, [fault is None for fault in faults]
-
-
-class ImageFiles(Dataset):
-    """Image files that are read when they are asked for: item i is uint8 (3, H, W)."""
-
-    def __init__(self, paths: list[Path], image_size: int):
-        self.paths, self.image_size = paths, image_size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: "int | slice | np.ndarray") -> "Tensor | ImageFiles":
-        """One image; or, of a slice or an array of indices, the smaller set."""
-        if isinstance(index, slice):
-            return ImageFiles(self.paths[index], self.image_size)
-        if isinstance(index, np.ndarray):
-            return ImageFiles([self.paths[i] for i in index], self.image_size)
-        try:
-            # A copy: to share the memory of a read-only array, torch warns.
-            return torch.tensor(read_image(self.paths[index], self.image_size))
-        except Exception as error:
-            raise InputError(
-                f"{self.paths[index]} cannot be read any more ({error}): "
-                "put it back and --resume, or start a new run without it"
-            ) from error
 
 
 # --- batches -----------------------------------------------------------------------------------
@@ -337,7 +149,7 @@ class Batches:
 
     def __init__(
         self,
-        images: "Tensor | ImageFiles",
+        images: Tensor | ImageFiles,
         batch_size: int,
         *,
         device: torch.device | str = "cpu",
@@ -395,15 +207,22 @@ class Batches:
         if state["num_images"] != len(self.images):
             raise InputError(
                 f"the run had {state['num_images']} training images, and now there are "
-                f"{len(self.images)}: give it the same images, or start a new run in another --out"
+                f"{len(self.images)}: give it the same images, or start a new run in another folder"
             )
         self.epoch_start, self.position = state["epoch_start"].cpu(), state["position"]
 
 
 def batches_in_order(
-    images: "Tensor | ImageFiles", batch_size: int, *, device: torch.device | str = "cpu"
+    images: Tensor | ImageFiles,
+    batch_size: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Tensor]:
-    """All images once, in order: float (B, 3, H, W) in [-1, 1]; the last batch may be smaller."""
+    """All images once, in order: float (B, 3, H, W) in [-1, 1]; the last batch may be smaller.
+
+    `batch_size`: None takes what is measured at once (`evaluation_batch`).
+    """
+    batch_size = batch_size or evaluation_batch(images[0].shape[-1])
     for chunk in _fetch(images, torch.arange(len(images)).split(batch_size), torch.device(device)):
         yield from_uint8(chunk)
 
@@ -434,7 +253,7 @@ def evaluation_batch(image_size: int) -> int:
     return max(1, 500 * 32**2 // image_size**2)
 
 
-def pixel_variance(images: "Tensor | ImageFiles") -> float:
+def pixel_variance(images: Tensor | ImageFiles) -> float:
     """Variance of all pixels of all channels, in the models' range [-1, 1].
 
     The unit in which van den Oord's code reports the error: MSE / variance is 1 for a model that

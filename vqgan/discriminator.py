@@ -25,8 +25,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
-from vqgan.errors import InputError
-
 NORMS = ("spectral", "group", "none")
 # Added to the divisor of eq. 7, as the paper states. (The authors' code has 1e-4.)
 DELTA = 1e-6
@@ -69,16 +67,16 @@ class PatchDiscriminator(nn.Module):
             and so its gradient in bounds: Miyato et al. 2018, arXiv 1802.05957), "group", "none".
 
     Raises:
-        InputError: an unknown norm, or an image smaller than a patch.
+        ValueError: an unknown norm, or an image smaller than a patch.
     """
 
     def __init__(self, image_size: int, channels: int = 64, norm: str = "spectral"):
         super().__init__()
         if norm not in NORMS:
-            raise InputError(f"the discriminator's norm is one of {', '.join(NORMS)}, not {norm!r}")
+            raise ValueError(f"the discriminator's norm is one of {', '.join(NORMS)}, not {norm!r}")
         depth = depth_for(image_size)
         if image_size < receptive_field(depth):
-            raise InputError(
+            raise ValueError(
                 f"images of {image_size} pixels are smaller than a patch of "
                 f"{receptive_field(depth)}: give larger ones"
             )

@@ -2,10 +2,27 @@
 
 What a user's flags, files or folders can cause raises `InputError`, a `ValueError` with one line
 that names what was given, what was expected and what to do; scripts print that line and stop. A
-function that code calls with tensors it cannot take raises a plain `ValueError`, and keeps its
-traceback.
+function that code calls with arguments it cannot take raises a plain `ValueError`, and keeps its
+traceback, unless the arguments came from a user: the place that read them says so with
+`user_input`.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
     """What was given cannot be used; the message says why, and what would work."""
+
+
+@contextmanager
+def user_input(where: str = "") -> Iterator[None]:
+    """Turn a `ValueError` into an `InputError`: what is checked inside was given by a user.
+
+    Args:
+        where: what the message begins with, a file's path for example.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{where}: {error}" if where else str(error)) from error

@@ -28,7 +28,7 @@ def _check_images(images: Tensor) -> None:
     if images.dim() != 4 or images.shape[1] != 3 or not (low >= 0 and high <= 1):
         raise ValueError(
             f"a figure takes images (N, 3, H, W) in [0, 1], not {tuple(images.shape)} "
-            f"from {low:.3g} to {high:.3g}: map them with vqgan.data.to_unit"
+            f"from {low:.3g} to {high:.3g}: map them with vqgan.images.to_unit"
         )
 
 

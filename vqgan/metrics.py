@@ -1,6 +1,6 @@
 """How good a reconstruction is, and what it costs.
 
-Images come as float (B, 3, H, W) in [0, 1] (`data.to_unit`); anything outside is refused, since a
+Images come as float (B, 3, H, W) in [0, 1] (`images.to_unit`); anything outside is refused, since a
 range given wrongly changes every number without a sign.
 """
 
@@ -8,10 +8,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vqgan.data import to_unit
-from vqgan.errors import InputError
+from vqgan.images import to_unit
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # Wang et al. 2004, section III.C
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # (K1 L)^2 and (K2 L)^2 with L = 1, the range of the data
@@ -29,7 +28,7 @@ def _require_unit_range(*images: Tensor) -> None:
         if not (low >= 0 and high <= 1):  # written so that NaN fails too
             raise ValueError(
                 f"images must lie in [0, 1], but these reach from {low:.3g} to {high:.3g}: "
-                "map them with vqgan.data.to_unit"
+                "map them with vqgan.images.to_unit"
             )
 
 
@@ -149,35 +148,10 @@ def frechet_distance(features_x: Tensor, features_y: Tensor) -> float:
     return (mean_term + covariance_x.trace() + covariance_y.trace() - 2 * root_trace).item()
 
 
-def inception_distance(device: torch.device, feature: int | nn.Module = 2048):
-    """True FID, between Inception's features, as torchmetrics computes it.
-
-    Takes images in [0, 1]: `update(images, real=True or False)`, `compute()`, `reset()`.
-
-    Args:
-        feature: of Inception's layers the one for FID has 2048; or another network, images ->
-            (B, num_features).
-
-    Raises:
-        InputError: the extra is not installed, or Inception's weights cannot be downloaded.
-    """
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        return FrechetInceptionDistance(feature=feature, normalize=True).to(
-            "cpu" if device.type == "mps" else device  # its sums are float64, which MPS has not
-        )
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"rFID needs packages that are not installed ({error}): install them with "
-            "pip install -e '.[fid]', or leave --rfid out"
-        ) from error
-    except OSError as error:  # urllib's
-        raise InputError(
-            f"the weights of Inception cannot be downloaded ({error}): place "
-            "weights-inception-2015-12-05-6726825d.pth of github.com/toshas/torch-fidelity "
-            f"(releases) in {torch.hub.get_dir()}/checkpoints, or leave --rfid out"
-        ) from error
+def codes_in_batch(indices: Tensor, num_embeddings: int) -> Tensor:
+    """How many different codes a batch uses, (), without waiting for the GPU."""
+    chosen = torch.zeros(num_embeddings, device=indices.device)
+    return chosen.index_fill_(0, indices.flatten(), 1.0).sum()
 
 
 class CodebookUsage:
@@ -252,9 +226,9 @@ def code_baselines(train: Tensor, test: Tensor, num_embeddings: int) -> dict[str
     }
 
 
-def code_bits(height: int, width: int, num_embeddings: int) -> float:
-    """Bits of a grid of codes sent as plain numbers: h w log2 K."""
-    return height * width * math.log2(num_embeddings)
+def code_bits(seq_len: int, num_embeddings: int) -> float:
+    """Bits of N tokens sent as plain numbers: N log2 K."""
+    return seq_len * math.log2(num_embeddings)
 
 
 def nats_to_bits(nats: float) -> float:

@@ -174,7 +174,7 @@ def _read_published(what: str, url: str, path: Path, sha256: str) -> dict[str, T
         except (OSError, RuntimeError) as error:  # the network's; a checksum that is not the one
             raise InputError(
                 f"{what} cannot be downloaded ({error}): place {url} at {path}, or do without: "
-                "--perceptual classifier (labelled images) or none"
+                "perceptual=classifier (labelled images) or none"
             ) from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(sha256):

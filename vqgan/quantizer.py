@@ -17,7 +17,7 @@ and jump from code to code, faster than the codes follow. Both terms are means o
 
 `EMAVectorQuantizer` moves the codes by moving averages instead of a gradient (appendix A.1).
 
-Way of the data: encoder -> z_e (B, D, h, w) -> quantizer -> z_q (B, D, h, w), indices (B, h, w).
+Data flow: encoder -> z_e (B, D, h, w) -> quantizer -> z_q (B, D, h, w), indices (B, h, w).
 """
 
 import warnings
@@ -28,8 +28,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from vqgan.errors import InputError
 
 # Distances held at once. 2^22 floats are 16 MiB, in reach of a CPU's cache; a GPU wants more work
 # in a kernel, and has room for 64 MiB.
@@ -42,28 +40,6 @@ class Quantized(NamedTuple):
     z_q: Tensor  # (B, D, h, w), straight-through: its gradient is that of z_e
     indices: Tensor  # (B, h, w) int64, 0 to K - 1
     loss: Tensor  # (), every term but the reconstruction
-
-
-@contextmanager
-def exact_float32_products() -> Iterator[None]:
-    """Switch off TF32 and the like, which a script may have allowed: they choose wrong codes."""
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
-        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-        before = [backend.fp32_precision for backend in backends]
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = precision
-    else:
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
 
 
 @torch.compiler.disable  # the switch of the precision cannot be compiled
@@ -84,7 +60,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     # One buffer for all chunks: a new one for each can fragment memory and pile up to N x K.
     buffer = vectors.new_empty(min(chunk, len(vectors)), len(codebook))
     indices = []
-    with exact_float32_products():
+    with exact_float32_matmul():
         for part in vectors.split(chunk):
             distances = buffer[: len(part)]  # (chunk, K)
             torch.addmm(squared_norms, part, codebook.T, alpha=-2, out=distances)
@@ -97,105 +73,43 @@ def straight_through(z_e: Tensor, z_q: Tensor) -> Tensor:
     return z_e + (z_q - z_e).detach()
 
 
-class Quantizer(nn.Module):
-    """What both quantizers share: the search, the start from data, and the lookup.
+def as_vectors(z_e: Tensor, embedding_dim: int) -> Tensor:
+    """The vectors at every position: z_e (B, D, h, w) -> (N, D), N = B h w."""
+    if z_e.dim() != 4 or z_e.shape[1] != embedding_dim:
+        raise ValueError(
+            f"z_e must be (B, D, h, w) with D = {embedding_dim}, not {tuple(z_e.shape)}"
+        )
+    return z_e.permute(0, 2, 3, 1).reshape(-1, embedding_dim)
 
-    A subclass owns `codebook` (K, D) and defines `codebook_loss` and `update`.
+
+def vectors_to_start_from(vectors: Tensor, num_embeddings: int) -> Tensor:
+    """K of the first batch's vectors, to start a codebook from: (N, D) -> (K, D).
+
+    With codes of random noise, one code is nearest to all that an untrained encoder puts out, it
+    alone learns, and the codebook has collapsed before it began.
     """
-
-    codebook: Tensor
-
-    def __init__(self, num_embeddings: int, embedding_dim: int, beta: float, data_start: bool):
-        super().__init__()
-        if num_embeddings < 1 or embedding_dim < 1:
-            raise ValueError(
-                f"a codebook needs at least one code of one dimension, "
-                f"not num_embeddings={num_embeddings} of embedding_dim={embedding_dim}"
-            )
-        self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
-        # A Python bool, so that asking for it does not wait for the GPU at every step.
-        self.waits_for_data = data_start
-
-    def forward(self, z_e: Tensor) -> Quantized:
-        """z_e (B, D, h, w), any float type; computed in float32, also under autocast."""
-        if z_e.dim() != 4 or z_e.shape[1] != self.embedding_dim:
-            raise ValueError(
-                f"the quantizer takes (B, D, h, w) with D = embedding_dim = {self.embedding_dim}, "
-                f"not {tuple(z_e.shape)}"
-            )
-        B, D, h, w = z_e.shape
-        # Half-precision distances choose wrong codes, so autocast is off in here.
-        with torch.autocast(device_type=z_e.device.type, enabled=False):
-            z_e = z_e.float()
-            vectors = z_e.permute(0, 2, 3, 1).reshape(-1, D)  # (N, D), N = B h w
-            if self.training and self.waits_for_data:
-                self.start_from(vectors.detach())
-            indices = nearest_codes(vectors, self.codebook)  # (N,)
-            codes = F.embedding(indices, self.codebook)  # (N, D)
-
-            # Taken before the straight-through step, which would cut one of the two gradients.
-            commitment = F.mse_loss(vectors, codes.detach())
-            loss = self.codebook_loss(vectors, codes) + self.beta * commitment
-            if self.training:
-                self.update(vectors.detach(), indices)
-
-            z_q = codes.view(B, h, w, D).permute(0, 3, 1, 2)  # (B, D, h, w)
-            return Quantized(straight_through(z_e, z_q), indices.view(B, h, w), loss)
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        """Codes of a grid: indices (B, h, w) int64 -> z_q (B, D, h, w).
-
-        Raises ValueError for indices outside of 0 to K - 1.
-        """
-        low, high = indices.min().item(), indices.max().item()
-        if low < 0 or high >= self.num_embeddings:
-            raise ValueError(
-                f"indices from {low} to {high} were given, but the codebook has "
-                f"{self.num_embeddings} codes: give 0 to {self.num_embeddings - 1}"
-            )
-        return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
-
-    @torch.no_grad()
-    def start_from(self, vectors: Tensor) -> None:
-        """Take the codes from the first batch's vectors (N, D).
-
-        With codes of random noise, one code is nearest to all that an untrained encoder puts out,
-        it alone learns, and the codebook has collapsed before it began.
-        """
-        N, K = len(vectors), self.num_embeddings
-        if N >= K:
-            chosen = torch.randperm(N, device=vectors.device)[:K]
-            codes = vectors[chosen]
-        else:
-            warnings.warn(
-                f"{K} codes start from {N} vectors, the first batch: drawn with replacement, "
-                "with a little noise to tell copies apart",
-                stacklevel=2,
-            )
-            chosen = torch.randint(N, (K,), device=vectors.device)
-            noise = 0.01 * vectors.std(dim=0, unbiased=False)  # 1% of each dimension's deviation
-            codes = vectors[chosen] + noise * torch.randn_like(vectors[chosen])
-        self.codebook.copy_(codes)
-        self.waits_for_data = False
-
-    def codebook_loss(self, vectors: Tensor, codes: Tensor) -> Tensor:
-        """The term of the loss that moves the codes."""
-        raise NotImplementedError
-
-    def update(self, vectors: Tensor, indices: Tensor) -> None:
-        """What moves the codes without a gradient, once a training step."""
-        raise NotImplementedError
-
-    def get_extra_state(self) -> dict:
-        """`waits_for_data`, for the state dict: or a resumed run would start its codebook again."""
-        return {"waits_for_data": self.waits_for_data}
-
-    def set_extra_state(self, state: dict) -> None:
-        """Take back what `get_extra_state` gave."""
-        self.waits_for_data = state["waits_for_data"]
+    N, K = len(vectors), num_embeddings
+    if N >= K:
+        return vectors[torch.randperm(N, device=vectors.device)[:K]]
+    warnings.warn(
+        f"{K} codes start from {N} vectors, the first batch: drawn with replacement, "
+        "with a little noise to tell copies apart",
+        stacklevel=2,
+    )
+    chosen = vectors[torch.randint(N, (K,), device=vectors.device)]
+    noise = 0.01 * vectors.std(dim=0, unbiased=False)  # 1% of each dimension's deviation
+    return chosen + noise * torch.randn_like(chosen)
 
 
-class VectorQuantizer(Quantizer):
+def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
+    """The codes of a grid: indices (B, h, w) int64, 0 to K - 1, and (K, D) -> z_q (B, D, h, w)."""
+    low, high, K = indices.min().item(), indices.max().item(), len(codebook)
+    if low < 0 or high >= K:
+        raise ValueError(f"indices must lie in 0 to {K - 1}, but reach from {low} to {high}")
+    return F.embedding(indices, codebook).permute(0, 3, 1, 2)
+
+
+class VectorQuantizer(nn.Module):
     """Codes moved by the gradient of the codebook term: the paper's equation 3.
 
     They move at the optimizer's learning rate. An encoder that moves faster leaves codes behind,
@@ -212,19 +126,53 @@ class VectorQuantizer(Quantizer):
     def __init__(
         self, num_embeddings: int, embedding_dim: int, beta: float = 0.25, data_start: bool = True
     ):
-        super().__init__(num_embeddings, embedding_dim, beta, data_start)
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
+        # A Python bool, so that asking for it does not wait for the GPU at every step.
+        self.waits_for_data = data_start
         codes = torch.empty(num_embeddings, embedding_dim)  # small at first, as in their example
         self.codebook = nn.Parameter(codes.uniform_(-1 / num_embeddings, 1 / num_embeddings))
 
-    def codebook_loss(self, vectors: Tensor, codes: Tensor) -> Tensor:
-        """|sg[z_e] - e|^2, a mean over all elements: vectors and their codes (N, D) -> ()."""
-        return F.mse_loss(codes, vectors.detach())
+    def forward(self, z_e: Tensor) -> Quantized:
+        """z_e (B, D, h, w), any float type; computed in float32, also under autocast."""
+        # Half-precision distances choose wrong codes, so autocast is off in here.
+        with torch.autocast(device_type=z_e.device.type, enabled=False):
+            z_e = z_e.float()
+            vectors = as_vectors(z_e, self.embedding_dim)  # (N, D), N = B h w
+            B, D, h, w = z_e.shape
+            if self.training and self.waits_for_data:
+                self.start_from(vectors)
+            indices = nearest_codes(vectors, self.codebook)  # (N,)                   eq. 1, 2
+            codes = F.embedding(indices, self.codebook)  # (N, D)
 
-    def update(self, vectors: Tensor, indices: Tensor) -> None:
-        """Nothing: the optimizer moves the codes."""
+            # Eq. 3, taken before the straight-through step, which would cut one of the gradients.
+            codebook_loss = F.mse_loss(codes, vectors.detach())
+            commitment = F.mse_loss(vectors, codes.detach())
+            loss = codebook_loss + self.beta * commitment
+
+            z_q = codes.view(B, h, w, D).permute(0, 3, 1, 2)  # (B, D, h, w)
+            return Quantized(straight_through(z_e, z_q), indices.view(B, h, w), loss)
+
+    @torch.no_grad()
+    def start_from(self, vectors: Tensor) -> None:
+        """Take the codes from the first batch's vectors (N, D)."""
+        self.codebook.copy_(vectors_to_start_from(vectors, self.num_embeddings))
+        self.waits_for_data = False
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """indices (B, h, w) int64 -> z_q (B, D, h, w); `ValueError` outside of 0 to K - 1."""
+        return lookup(indices, self.codebook)
+
+    def get_extra_state(self) -> dict:
+        """`waits_for_data`, for the state dict: or a resumed run would start its codebook again."""
+        return {"waits_for_data": self.waits_for_data}
+
+    def set_extra_state(self, state: dict) -> None:
+        """Take back what `get_extra_state` gave."""
+        self.waits_for_data = state["waits_for_data"]
 
 
-class EMAVectorQuantizer(Quantizer):
+class EMAVectorQuantizer(nn.Module):
     """Codes that follow the mean of the vectors that chose them: the paper's appendix A.1.
 
     With n_i vectors choosing code i in a batch, and gamma the decay:
@@ -259,8 +207,10 @@ class EMAVectorQuantizer(Quantizer):
         data_start: bool = True,
         restart_dead: bool = True,
     ):
-        super().__init__(num_embeddings, embedding_dim, beta, data_start)
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
         self.decay, self.epsilon, self.restart_dead = decay, epsilon, restart_dead
+        self.waits_for_data = data_start  # a Python bool: no step waits for the GPU to read it
         # Buffers, not parameters: no optimizer may move them.
         codes = torch.randn(num_embeddings, embedding_dim)  # as in the authors' example
         self.register_buffer("codebook", codes)
@@ -269,46 +219,44 @@ class EMAVectorQuantizer(Quantizer):
         self.register_buffer("ema_counts", torch.ones(num_embeddings))
         self.register_buffer("ema_sums", codes.clone())
 
-    def start_from(self, vectors: Tensor) -> None:
-        """Also set the averages: they hold one batch so far, with the weight (1 - gamma) of one.
+    def forward(self, z_e: Tensor) -> Quantized:
+        """z_e (B, D, h, w), any float type; computed in float32, also under autocast."""
+        # Half-precision distances choose wrong codes, so autocast is off in here.
+        with torch.autocast(device_type=z_e.device.type, enabled=False):
+            z_e = z_e.float()
+            vectors = as_vectors(z_e, self.embedding_dim)  # (N, D), N = B h w
+            B, D, h, w = z_e.shape
+            if self.training and self.waits_for_data:
+                self.start_from(vectors)
+            indices = nearest_codes(vectors, self.codebook)  # (N,)                   eq. 1, 2
+            codes = F.embedding(indices, self.codebook)  # (N, D)
 
-        Such light averages let the codes keep up with an encoder that moves far in its first steps,
-        and a code that nobody chooses then falls behind the others soon, and is restarted.
-        """
-        super().start_from(vectors)
-        one_batch = (1 - self.decay) * len(vectors) / self.num_embeddings
-        self.ema_counts.fill_(one_batch)
-        self.ema_sums.copy_(self.codebook * one_batch)
+            # The commitment alone: averages move the codes, no gradient does.
+            loss = self.beta * F.mse_loss(vectors, codes)
 
-    def codebook_loss(self, vectors: Tensor, codes: Tensor) -> Tensor:
-        """Zero: `update` moves the codes, no gradient does."""
-        return vectors.new_zeros(())
+            if self.training:
+                with torch.no_grad():
+                    # Processes that train together must add up these two, and share the vectors
+                    # that codes start from, or their codebooks drift apart.
+                    ones = torch.ones_like(indices, dtype=torch.float32)
+                    counts = torch.zeros_like(self.ema_counts).index_add_(0, indices, ones)  # n_i
+                    sums = torch.zeros_like(self.ema_sums).index_add_(0, indices, vectors)
 
-    def batch_statistics(self, vectors: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Counts n_i (K,) and sums (K, D) of the vectors that chose each code.
+                    gamma = self.decay
+                    self.ema_counts.mul_(gamma).add_(counts, alpha=1 - gamma)  # N_i, eq. 6
+                    self.ema_sums.mul_(gamma).add_(sums, alpha=1 - gamma)  # m_i, eq. 7
+                    if self.restart_dead:
+                        self._restart_dead(vectors)
+                    self.codebook.copy_(self.ema_sums / self._smoothed_counts()[:, None])  # eq. 8
 
-        Processes that train together must add these two up before the averages take them (and
-        share the vectors that `start_from` and `_restart_dead` draw), or their codebooks drift
-        apart.
-        """
-        counts = torch.zeros_like(self.ema_counts)
-        counts.index_add_(0, indices, torch.ones_like(indices, dtype=counts.dtype))
-        sums = torch.zeros_like(self.ema_sums).index_add_(0, indices, vectors)
-        return counts, sums
+            z_q = codes.view(B, h, w, D).permute(0, 3, 1, 2)  # (B, D, h, w)
+            return Quantized(straight_through(z_e, z_q), indices.view(B, h, w), loss)
 
-    @torch.no_grad()
-    def update(self, vectors: Tensor, indices: Tensor) -> None:
-        """Eq. 6 to 8, with the restart between: vectors (N, D), and the codes they chose (N,)."""
-        counts, sums = self.batch_statistics(vectors, indices)
-        self.ema_counts.mul_(self.decay).add_(counts, alpha=1 - self.decay)  # N_i
-        self.ema_sums.mul_(self.decay).add_(sums, alpha=1 - self.decay)  # m_i
-        if self.restart_dead:
-            self._restart_dead(vectors)
+    def _smoothed_counts(self) -> Tensor:
+        """N_i as it divides in eq. 8, (K,): a temporary, since written back it would drift."""
         total = self.ema_counts.sum()  # S
-        smoothed = (
-            (self.ema_counts + self.epsilon) / (total + self.num_embeddings * self.epsilon) * total
-        )  # a temporary: written back, the averages would drift
-        self.codebook.copy_(self.ema_sums / smoothed[:, None])  # e_i
+        share = (self.ema_counts + self.epsilon) / (total + self.num_embeddings * self.epsilon)
+        return share * total
 
     def _restart_dead(self, vectors: Tensor) -> None:
         """Move dead codes onto random vectors of the batch: code, sum and count together.
@@ -324,6 +272,35 @@ class EMAVectorQuantizer(Quantizer):
         self.ema_counts.copy_(torch.where(dead, average, self.ema_counts))
         self.ema_sums.copy_(torch.where(dead[:, None], average * vectors[chosen], self.ema_sums))
 
+    @torch.no_grad()
+    def start_from(self, vectors: Tensor) -> None:
+        """Take codes and averages from the first batch's vectors (N, D).
+
+        The averages hold one batch so far, with the weight (1 - gamma) that a batch has. Such light
+        averages let the codes keep up with an encoder that moves far in its first steps, and a code
+        that nobody chooses then falls behind the others soon, and is restarted.
+        """
+        self.codebook.copy_(vectors_to_start_from(vectors, self.num_embeddings))
+        one_batch = (1 - self.decay) * len(vectors) / self.num_embeddings
+        self.ema_counts.fill_(one_batch)
+        self.ema_sums.copy_(self.codebook * one_batch)
+        self.waits_for_data = False
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """indices (B, h, w) int64 -> z_q (B, D, h, w); `ValueError` outside of 0 to K - 1."""
+        return lookup(indices, self.codebook)
+
+    def get_extra_state(self) -> dict:
+        """`waits_for_data`, for the state dict: or a resumed run would start its codebook again."""
+        return {"waits_for_data": self.waits_for_data}
+
+    def set_extra_state(self, state: dict) -> None:
+        """Take back what `get_extra_state` gave."""
+        self.waits_for_data = state["waits_for_data"]
+
+
+Quantizer = VectorQuantizer | EMAVectorQuantizer
+
 
 def make_quantizer(
     kind: str,
@@ -335,14 +312,41 @@ def make_quantizer(
     restart_dead: bool = True,
 ) -> Quantizer:
     """The quantizer that a model names: "ema" or "gradient". Only the first restarts codes."""
+    if num_embeddings < 1 or embedding_dim < 1:
+        raise ValueError(
+            f"a codebook needs num_embeddings >= 1 and embedding_dim >= 1, "
+            f"not {num_embeddings} and {embedding_dim}"
+        )
+    shared = {"beta": beta, "data_start": data_start}
     if kind == "ema":
         return EMAVectorQuantizer(
-            num_embeddings,
-            embedding_dim,
-            beta=beta,
-            data_start=data_start,
-            restart_dead=restart_dead,
+            num_embeddings, embedding_dim, **shared, restart_dead=restart_dead
         )
     if kind == "gradient":
-        return VectorQuantizer(num_embeddings, embedding_dim, beta=beta, data_start=data_start)
-    raise InputError(f"quantizer must be 'ema' or 'gradient', not {kind!r}")
+        return VectorQuantizer(num_embeddings, embedding_dim, **shared)
+    raise ValueError(f"quantizer must be 'ema' or 'gradient', not {kind!r}")
+
+
+# --- precision of the search ---------------------------------------------------------------------
+
+
+@contextmanager
+def exact_float32_matmul() -> Iterator[None]:
+    """Switch off TF32 and the like, which a script may have allowed: they choose wrong codes."""
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
+        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        before = [backend.fp32_precision for backend in backends]
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
+    else:
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)

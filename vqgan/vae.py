@@ -10,7 +10,7 @@ in nats (bits times ln 2). Both terms are summed over pixels or latent dimension
 the batch, as the bound demands: an average over pixels would change the weight of the KL by a
 factor of 3,072.
 
-Way of the data:
+Data flow:
 
     x (B, 3, H, W) -> encoder -> mean, log_var (B, 128) -> z (B, 128)
     z -> decoder -> reconstruction (B, 3, H, W)
@@ -23,8 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgan.data import to_unit
-from vqgan.errors import InputError
+from vqgan.images import to_unit
 
 LIKELIHOODS = ("optimal", "learned", "fixed", "bernoulli")
 
@@ -105,11 +104,9 @@ class VAE(nn.Module):
     ):
         super().__init__()
         if image_size % 16:
-            raise InputError(
-                f"images of {image_size} pixels cannot be halved four times: give a multiple of 16"
-            )
+            raise ValueError(f"image_size must be a multiple of 16, not {image_size}")
         if likelihood not in LIKELIHOODS:
-            raise InputError(f"likelihood must be one of {LIKELIHOODS}, not {likelihood!r}")
+            raise ValueError(f"likelihood must be one of {LIKELIHOODS}, not {likelihood!r}")
         self.latent_dim, self.likelihood, self.kl_weight = latent_dim, likelihood, kl_weight
         self.image_size = image_size
         widths = [num_hiddens, 2 * num_hiddens, 4 * num_hiddens, 8 * num_hiddens]

@@ -7,7 +7,7 @@ one is mathematically identical: `compvis.py` loads their checkpoints.
 What makes it a VQGAN is how it is trained: see `perceptual.py`, `discriminator.py`, and the loop in
 `train_vqgan.py`.
 
-Way of the data, for 32 pixels and three levels:
+Data flow, for 32 pixels and three levels:
 
     x (B, 3, 32, 32) -> encoder -> z_e (B, D, 8, 8)
     z_e -> quantizer -> z_q (B, D, 8, 8), indices (B, 8, 8)
@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgan.errors import InputError
 from vqgan.quantizer import make_quantizer
 from vqgan.vqvae import VQAutoencoder
 
@@ -53,9 +52,9 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(channels: int, num_groups: int) -> GroupNorm:
-    """A `GroupNorm` as the authors have it. Raises InputError where the groups come out uneven."""
+    """A `GroupNorm` as the authors have it; `ValueError` where the groups come out uneven."""
     if channels % num_groups:
-        raise InputError(
+        raise ValueError(
             f"{channels} channels cannot be normalised in {num_groups} groups: give a width that "
             f"{num_groups} divides (with the default number of groups, a multiple of 4)"
         )
@@ -134,8 +133,32 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
+def level(
+    in_channels: int, width: int, num_blocks: int, num_groups: int, *, attention: bool
+) -> list[nn.Module]:
+    """The residual blocks of one resolution, each followed by attention if the level has it."""
+    layers: list[nn.Module] = []
+    for _ in range(num_blocks):
+        layers.append(ResNetBlock(in_channels, width, num_groups))
+        if attention:
+            layers.append(AttentionBlock(width, num_groups))
+        in_channels = width
+    return layers
+
+
+def middle(width: int, num_groups: int) -> list[nn.Module]:
+    """Block, attention, block at the smallest resolution."""
+    return [
+        ResNetBlock(width, width, num_groups),
+        AttentionBlock(width, num_groups),
+        ResNetBlock(width, width, num_groups),
+    ]
+
+
 class VQGAN(VQAutoencoder):
     """The paper's encoder and decoder around a quantizer.
+
+    `encode`, `decode` and `forward` are those of every `VQAutoencoder`: see vqvae.py.
 
     With the defaults, a 32x32 image (24,576 bits) becomes 8x8 codes of 1024 (640 bits), 38 times
     less; the model has 1.08 M parameters (the EMA codebook not counted: it is no parameter).
@@ -160,7 +183,7 @@ class VQGAN(VQAutoencoder):
             which erases brightness and contrast.)
 
     Raises:
-        InputError: sizes that do not fit each other.
+        ValueError: sizes that do not fit each other.
     """
 
     def __init__(
@@ -177,14 +200,13 @@ class VQGAN(VQAutoencoder):
         beta: float = 0.25,
         norm_groups: int | None = None,
     ):
-        super().__init__(num_downsamples=len(channel_multipliers) - 1)
-        self.check_sides(resolution, resolution)
+        super().__init__(resolution, num_downsamples=len(channel_multipliers) - 1)
         sides = [resolution // 2**level for level in range(len(channel_multipliers))]
         if attention_resolutions is None:
             attention_resolutions = sides[-1:]
         for side in attention_resolutions:
             if side not in sides:
-                raise InputError(
+                raise ValueError(
                     f"attention at resolution {side} never occurs: with {resolution} pixels and "
                     f"{len(sides)} levels, choose from {', '.join(map(str, sides))}"
                 )
@@ -193,31 +215,16 @@ class VQGAN(VQAutoencoder):
         groups = norm_groups or max(1, channels // 4)
         widths = [channels * multiplier for multiplier in channel_multipliers]
 
-        def level(in_channels: int, width: int, side: int, num_blocks: int) -> list[nn.Module]:
-            layers = []
-            for _ in range(num_blocks):
-                layers.append(ResNetBlock(in_channels, width, groups))
-                if side in attention_resolutions:
-                    layers.append(AttentionBlock(width, groups))
-                in_channels = width
-            return layers
-
-        def middle() -> list[nn.Module]:
-            return [
-                ResNetBlock(widths[-1], widths[-1], groups),
-                AttentionBlock(widths[-1], groups),
-                ResNetBlock(widths[-1], widths[-1], groups),
-            ]
-
         layers, width = [nn.Conv2d(3, channels, kernel_size=3, padding=1)], channels
         for next_width, side in zip(widths, sides, strict=True):
-            layers += level(width, next_width, side, num_residual_blocks)
+            attention = side in attention_resolutions
+            layers += level(width, next_width, num_residual_blocks, groups, attention=attention)
             width = next_width
             if side != sides[-1]:
                 layers.append(Downsample(width))
         self.encoder = nn.Sequential(
             *layers,
-            *middle(),
+            *middle(widths[-1], groups),
             group_norm(width, groups),
             nn.SiLU(),
             nn.Conv2d(width, latent_channels, kernel_size=3, padding=1),
@@ -228,14 +235,15 @@ class VQGAN(VQAutoencoder):
 
         layers = []
         for next_width, side in zip(reversed(widths), reversed(sides), strict=True):
-            layers += level(width, next_width, side, num_residual_blocks + 1)
+            attention = side in attention_resolutions
+            layers += level(width, next_width, num_residual_blocks + 1, groups, attention=attention)
             width = next_width
             if side != sides[0]:
                 layers.append(Upsample(width))
         self.decoder = nn.Sequential(
             nn.Conv2d(embedding_dim, latent_channels, kernel_size=1),
             nn.Conv2d(latent_channels, widths[-1], kernel_size=3, padding=1),
-            *middle(),
+            *middle(widths[-1], groups),
             *layers,
             group_norm(width, groups),
             nn.SiLU(),

@@ -8,7 +8,7 @@ van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", 2
 each term a mean over all its elements. The first is the script's, since the variance is the data's;
 the others are `quantizer.py`'s.
 
-Way of the data, for 32 pixels and two downsamplings:
+Data flow, for 32 pixels and two downsamplings:
 
     x (B, 3, 32, 32) -> encoder -> z_e (B, 64, 8, 8)
     z_e -> quantizer -> z_q (B, 64, 8, 8), indices (B, 8, 8)
@@ -20,7 +20,6 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgan.errors import InputError
 from vqgan.quantizer import Quantized, Quantizer, make_quantizer
 
 
@@ -33,28 +32,37 @@ class AutoencoderOutput(NamedTuple):
 
 
 class VQAutoencoder(nn.Module):
-    """What VQ-VAE and VQGAN share. A subclass builds `encoder`, `quantizer` and `decoder`."""
+    """The data flow that VQ-VAE and VQGAN share. A subclass builds the three networks.
+
+    A prior knows this model as a tokenizer: `tokens`, `decode_tokens`, `grids`, `num_embeddings`.
+
+    Args:
+        image_size: side in pixels of the images that a sequence of tokens stands for. (The networks
+            are convolutional: `encode` and `decode` take any size that halves evenly.)
+        num_downsamples: how often the encoder halves the side.
+    """
 
     encoder: nn.Module
     quantizer: Quantizer
     decoder: nn.Module
 
-    def __init__(self, num_downsamples: int):
+    def __init__(self, image_size: int, num_downsamples: int):
         super().__init__()
-        self.num_downsamples = num_downsamples
+        self.image_size, self.num_downsamples = image_size, num_downsamples
+        self.check_resolution(image_size, image_size)
 
-    def check_sides(self, height: int, width: int) -> None:
-        """Raise InputError unless the network can halve both sides, in pixels, without a rest."""
+    def check_resolution(self, height: int, width: int) -> None:
+        """Raise `ValueError` unless 2^num_downsamples divides both sides, in pixels."""
         factor = 2**self.num_downsamples
-        if height % factor or width % factor:
-            raise InputError(
-                f"images of {height}x{width} cannot be halved {self.num_downsamples} times: "
-                f"give sides that {factor} divides"
+        if height < 1 or width < 1 or height % factor or width % factor:
+            raise ValueError(
+                f"images of {height}x{width} pixels cannot be halved {self.num_downsamples} times: "
+                f"give multiples of {factor}"
             )
 
     def encode(self, x: Tensor) -> Quantized:
         """x (B, 3, H, W) in [-1, 1] -> z_q (B, D, h, w), indices (B, h, w), loss ()."""
-        self.check_sides(*x.shape[-2:])
+        self.check_resolution(*x.shape[-2:])
         return self.quantizer(self.encoder(x))
 
     def decode(self, z_q: Tensor) -> Tensor:
@@ -69,6 +77,27 @@ class VQAutoencoder(nn.Module):
         """x (B, 3, H, W) in [-1, 1] -> reconstruction, indices, quantizer's loss."""
         z_q, indices, loss = self.encode(x)
         return AutoencoderOutput(self.decode(z_q), indices, loss)
+
+    # --- as a tokenizer ---------------------------------------------------------------------------
+
+    @property
+    def num_embeddings(self) -> int:
+        """K, how many different tokens there are."""
+        return self.quantizer.num_embeddings
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """The grids (h, w) that a sequence of tokens consists of: one, in raster order."""
+        side = self.image_size // 2**self.num_downsamples
+        return [(side, side)]
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1] -> tokens (B, N) int64, N = h w."""
+        return self.encode(x).indices.flatten(1)
+
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N) int64, 0 to K - 1 -> images (B, 3, H, W), about [-1, 1]."""
+        return self.decode_indices(tokens.unflatten(1, self.grids[0]))
 
 
 class ResidualBlock(nn.Module):
@@ -95,10 +124,14 @@ def residual_stack(channels: int, hidden_channels: int, num_layers: int) -> nn.S
 class VQVAE(VQAutoencoder):
     """The network for CIFAR-10 of the authors' published example.
 
+    `encode`, `decode` and `forward` stand above, in `VQAutoencoder`.
+
     With the defaults, a 32x32 image (24,576 bits) becomes 8x8 codes of 512 (576 bits), and the
     model has 0.66 M parameters (the EMA codebook not counted: it is no parameter).
 
     Args:
+        image_size: side of the training images in pixels; it changes no weight, see
+            `VQAutoencoder`.
         num_hiddens: channels of the network inside.
         num_residual_hiddens: channels inside of a residual block.
         num_residual_layers: residual blocks in the encoder, and as many in the decoder.
@@ -113,6 +146,7 @@ class VQVAE(VQAutoencoder):
 
     def __init__(
         self,
+        image_size: int = 32,
         num_hiddens: int = 128,
         num_residual_hiddens: int = 32,
         num_residual_layers: int = 2,
@@ -124,9 +158,9 @@ class VQVAE(VQAutoencoder):
         data_start: bool = True,
         restart_dead: bool = True,
     ):
-        super().__init__(num_downsamples)
         if num_downsamples < 1:
-            raise InputError(f"num_downsamples must be at least 1, not {num_downsamples}")
+            raise ValueError(f"num_downsamples must be at least 1, not {num_downsamples}")
+        super().__init__(image_size, num_downsamples)
         # Channels after each downsampling: half the width first, as in the authors' example.
         widths = [num_hiddens // 2] + [num_hiddens] * (num_downsamples - 1)
 

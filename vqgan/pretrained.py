@@ -1,16 +1,13 @@
 """A trained model from its file: one of this package, or one that the VQGAN's authors published."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
-
+from vqgan.checkpoint import fingerprint, load_checkpoint
 from vqgan.compvis import load_compvis_vqgan
 from vqgan.conditions import Condition
 from vqgan.errors import InputError
-from vqgan.training import load_checkpoint
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
 from vqgan.vqgan import VQGAN
@@ -32,15 +29,14 @@ def load_model(path: str | Path, *, config: dict | None = None) -> VAE | VQVAE |
         InputError: the file is no checkpoint, or not of the model it names.
     """
     if config is not None:
-        path = checkpoint_path(path)
-        return load_compvis_vqgan(path, config).eval().requires_grad_(False)
+        return load_compvis_vqgan(checkpoint_path(path), config).requires_grad_(False)
     return build_model(read_checkpoint(path), path)
 
 
 def read_checkpoint(path: str | Path) -> dict:
     """What a checkpoint of this package holds, of whichever model; see `load_model`."""
-    remedy = "name the checkpoint.pt of a run, or give one of the VQGAN's authors its config"
-    state = load_checkpoint(checkpoint_path(path), remedy=f"{remedy} (--config)")
+    remedy = "name the checkpoint.pt of a run, or give one of the VQGAN's authors its config=FILE"
+    state = load_checkpoint(checkpoint_path(path), remedy=remedy)
     if state["model"] not in MODELS:
         raise InputError(
             f"{path} is of a {state['model']!r}, but one of {', '.join(MODELS)} was expected: "
@@ -54,7 +50,7 @@ def build_model(state: dict, path: str | Path) -> VAE | VQVAE | VQGAN | GPT:
     try:
         model = MODELS[state["model"]](**state["arguments"])
         model.load_state_dict(state["weights"])
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{path} does not fit {state['model']} ({' '.join(str(error).split())[:200]}): "
             "it is of another version, or damaged; name another checkpoint"
@@ -82,24 +78,15 @@ def checkpoint_path(path: str | Path) -> Path:
     return path
 
 
-def image_size_of(model: nn.Module) -> int:
-    """Side in pixels of the images that the model was made for."""
-    if isinstance(model, VAE):
-        return model.image_size
-    # A VQ-VAE takes any side; what it was trained on, its checkpoint may say (`load_tokenizer`).
-    return model.resolution if isinstance(model, VQGAN) else 32
-
-
 # --- both stages -----------------------------------------------------------------------------
 
 
 class Pair(NamedTuple):
-    """A transformer, and the tokenizer whose codes it writes."""
+    """A transformer, and the tokenizer whose codes it generates."""
 
     transformer: GPT
     tokenizer: VQAutoencoder
     condition: Condition
-    image_size: int  # side in pixels
     knows_nothing: bool  # trained with conditions dropped: guidance has something to go by
 
 
@@ -132,16 +119,6 @@ def _about_from_config(path: Path) -> dict:
     return {}
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's weights, whichever file they came from: 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if hasattr(tensor, "cpu"):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def load_pair(path: str | Path, *, tokenizer: str | Path | None = None) -> Pair:
     """A transformer with its tokenizer: the file `tokenizer.pt` beside it, or the one given.
 
@@ -154,7 +131,7 @@ def load_pair(path: str | Path, *, tokenizer: str | Path | None = None) -> Pair:
     if not isinstance(transformer, GPT) or "condition" not in state.get("about", {}):
         raise InputError(
             f"{path} is of a {state['model']}, and a transformer was expected: name the "
-            "checkpoint.pt of a run of train_transformer.py"
+            "checkpoint.pt of a transformer's run"
         )
     about = state["about"]
     beside = checkpoint_path(path).with_name("tokenizer.pt")
@@ -170,10 +147,10 @@ def load_pair(path: str | Path, *, tokenizer: str | Path | None = None) -> Pair:
             f"{given} is not the tokenizer that {path} was trained with "
             f"({about['tokenizer']}): its codes mean other things; name that one"
         )
+    model.image_size = about["image_size"]  # of the transformer's images
     return Pair(
         transformer,
         model,
         Condition.from_dict(about["condition"]),
-        image_size=about["image_size"],
         knows_nothing=about["condition_drop"] > 0,
     )

@@ -1,0 +1,313 @@
+"""The flags of the scripts and the command: what a user writes, checked where it enters.
+
+Library functions name their arguments, as in `image_size=30`; on the way out to a user,
+`run_script` writes `--image-size 30` instead.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from vqgan.checkpoint import write_json
+from vqgan.data import NUM_TRAIN, Batches, load_dataset, pixel_variance
+from vqgan.device import choose_device, choose_precision
+from vqgan.errors import InputError, user_input
+from vqgan.pretrained import load_tokenizer
+from vqgan.sampling import check_sampling
+from vqgan.training import Run
+from vqgan.vqvae import VQAutoencoder
+
+# Flags that a resumed run may have otherwise: it is still the same run.
+MAY_CHANGE_ON_RESUME = {"device", "compile", "checkpoint_every", "epochs", "data_root", "rfid"}
+MAY_CHANGE_ON_RESUME |= {"temperature", "top_k", "top_p", "guidance", "num_samples"}
+
+
+def _number(kind: type, is_valid: Callable, wanted: str) -> Callable[[str], float]:
+    """An argparse type that takes numbers which are finite and valid, and says what it wanted."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and is_valid(value)):
+            raise argparse.ArgumentTypeError(f"{wanted} was expected, not {text!r}")
+        return value
+
+    return parse
+
+
+positive_int = _number(int, lambda value: value >= 1, "a whole number of at least 1")
+# torch takes seeds of 63 bits.
+seed_int = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+non_negative_int = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+positive_float = _number(float, lambda value: value > 0, "a number above 0")
+non_negative_float = _number(float, lambda value: value >= 0, "a number of at least 0")
+fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Every default in the help, but "None", which says nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def common_parser(
+    description: str, *, out: str, epochs: int, lr: float, required: str = ""
+) -> argparse.ArgumentParser:
+    """A parser with the flags that mean the same in every script."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=HelpFormatter,
+        usage=f"%(prog)s {required}[flags]   (--help lists them)",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--data", default="cifar10", help="cifar10, shapes, textures, or a folder of images")
+    add("--data-root", default="data", help="where CIFAR-10 is, or is downloaded to")
+    add("--image-size", type=positive_int, default=32, help="side in pixels, for a folder")
+    add("--limit", type=positive_int, help="only the first N training and test images")
+    add("--num-drawn", type=positive_int, default=NUM_TRAIN, help="training shapes or textures")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="random mirror images")
+    add("--epochs", type=positive_int, default=epochs, help="passes over the training images")
+    add("--lr", type=positive_float, default=lr, help="learning rate of Adam")
+    add("--seed", type=seed_int, default=0, help="of weights, order of images, drawn shapes")
+    add("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of matrix multiplications; auto: bf16 where the hardware computes in it",
+    )
+    add("--compile", action="store_true", help="torch.compile: minutes to start, then faster")
+    add("--checkpoint-every", type=positive_int, default=200, help="in optimizer steps")
+    add("--out", default=out, help="the run folder")
+    add("--resume", action="store_true", help="continue the run in --out with its own flags")
+    return parser
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the command line; with --resume, flags that are not given are those of the run.
+
+    Also sets `command`, the command line that started the run (and those that changed it).
+
+    Raises:
+        InputError: --resume where there is no run, or with a flag that would make it another run;
+            no --resume where there is a checkpoint already.
+    """
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    args = parser.parse_args()
+    config_path = Path(args.out) / "config.json"
+    stored = _read_config(config_path) if config_path.exists() else None
+    if not args.resume:
+        folder = Path(args.out)
+        if [*folder.glob("checkpoint.pt"), *folder.glob("*/checkpoint.pt")]:
+            raise InputError(
+                f"{args.out} holds a run already: continue it with --resume, "
+                "or name another folder with --out"
+            )
+        args.command = command
+        return args
+    if stored is None:
+        raise InputError(
+            f"--resume: there is no run in {args.out} (no config.json): "
+            "name its folder with --out, or start one without --resume"
+        )
+    if not set(stored) <= set(vars(args)) | {"command"}:
+        raise InputError(
+            f"{config_path} does not have this script's flags: is it another script's run? "
+            "Name the right folder with --out"
+        )
+    # Flags that are newer than the run had their defaults.
+    newer = vars(args).keys() - stored.keys() - {"out", "resume"}
+    stored |= {name: parser.get_default(name) for name in newer}
+    parser.set_defaults(**stored)
+    args = parser.parse_args()
+    if args.precision == "auto":
+        args.precision = stored["precision"]  # what auto chose when the run began
+    changed = {name for name, value in stored.items() if getattr(args, name) != value}
+    for name in sorted(changed - MAY_CHANGE_ON_RESUME):
+        raise InputError(
+            f"--resume: the run in {args.out} has {name} = {stored[name]}, but "
+            f"{getattr(args, name)} was given: leave the flag out, or start a new run in another "
+            "--out"
+        )
+    if args.epochs < stored["epochs"]:
+        raise InputError(
+            f"--resume: the run in {args.out} has {stored['epochs']} epochs, which can be "
+            f"more, but not {args.epochs}"
+        )
+    if changed & {"epochs", "temperature", "top_k", "top_p", "guidance", "num_samples"}:
+        args.command = f"{args.command} && {command}"  # both made the result
+    return args
+
+
+def _read_config(path: Path) -> dict:
+    """The flags of a run, as its config.json has them."""
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}): repair it, or move it away") from error
+    if not isinstance(config, dict) or not {"command", "epochs", "precision"} <= config.keys():
+        raise InputError(
+            f"{path} was not written by a script of this package: name another folder with --out"
+        )
+    return config
+
+
+def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
+    """Choose the device, write config.json, load the images."""
+    device = choose_device(args.device)
+    dtype = choose_precision(args.precision, device)
+    args.precision = "bf16" if dtype == torch.bfloat16 else "fp32"  # a resumed run keeps it
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
+    out = Path(args.out)
+    if not args.resume:  # early, so that a run killed while it reads its data can be resumed
+        write_json(out / "config.json", config)
+    data = load_dataset(
+        args.data,
+        root=args.data_root,
+        image_size=args.image_size,
+        seed=args.seed,
+        num_drawn=args.num_drawn,
+    )
+    if args.limit:
+        data = data.first(args.limit)
+    for batch_size in batch_sizes:  # one that does not fit stops here, not after hours
+        Batches(data.train_images, batch_size)
+    if args.resume:  # perhaps with more epochs than before, now that nothing refuses them
+        write_json(out / "config.json", config)
+    print(f"{len(data.train_images)} training and {len(data.test_images)} test images, {device}")
+    return Run(
+        out=out,
+        data=data,
+        variance=pixel_variance(data.train_images),
+        device=device,
+        dtype=dtype,
+        epochs=args.epochs,
+        seed=args.seed,
+        flip=args.flip,
+        checkpoint_every=args.checkpoint_every,
+        resume=args.resume,
+        about={"data": args.data, "image_size": args.image_size, "command": args.command},
+    )
+
+
+def open_tokenizer(args: argparse.Namespace) -> tuple[VQAutoencoder, dict]:
+    """The tokenizer and its checkpoint; sets --data and --image-size to its own if not given."""
+    if args.tokenizer is None:
+        raise InputError(
+            "--tokenizer was not given: name the checkpoint.pt of a VQ-VAE or VQGAN, as in "
+            "--tokenizer runs/vqgan/vqgan/checkpoint.pt"
+        )
+    own_copy = Path(args.out) / "tokenizer.pt"  # a run that began goes on with the same one
+    path = own_copy if args.resume and own_copy.exists() else args.tokenizer
+    tokenizer, state = load_tokenizer(path)
+    for name, flag in (("data", "--data"), ("image_size", "--image-size")):
+        given, own = getattr(args, name), state["about"].get(name)
+        if given is None and own is None:
+            raise InputError(f"{args.tokenizer} does not say its {name}: give {flag}")
+        if given is None:
+            setattr(args, name, own)
+        elif own is not None and Path(str(own)) != Path(str(given)) and not args.other_data:
+            raise InputError(
+                f"{flag} {given}: the tokenizer {args.tokenizer} was trained with {own}; leave "
+                "the flag out, name another tokenizer, or add --other-data to use this one"
+            )
+    with user_input():
+        tokenizer.check_resolution(args.image_size, args.image_size)
+    tokenizer.image_size = args.image_size  # which may be another one, with --other-data
+    return tokenizer, state
+
+
+def sampling_settings(args: argparse.Namespace, num_embeddings: int) -> list[dict]:
+    """Every combination of the sampling flags, as keyword arguments of `GPT.sample`."""
+    settings = [
+        dict(zip(("guidance", "temperature", "top_k", "top_p"), values, strict=True))
+        for values in itertools.product(
+            args.guidance, args.temperature, args.top_k or [None], args.top_p or [None]
+        )
+    ]
+    for setting in settings:
+        with user_input():
+            check_sampling(num_embeddings, **setting)
+    if args.num_samples == 1:
+        raise InputError("--num-samples 1: a Frechet distance takes at least two, give more")
+    if args.condition == "none" and any(guidance != 1 for guidance in args.guidance):
+        raise InputError(
+            "--guidance exaggerates a condition, and --condition is none: leave it out"
+        )
+    if args.condition_drop == 0 and any(guidance != 1 for guidance in args.guidance):
+        raise InputError(
+            "--guidance needs a model that knows what is likely without its condition: leave "
+            "--condition-drop at a number above 0"
+        )
+    return settings
+
+
+def png_path(out: str, images: Sequence[str] = ()) -> Path:
+    """The PNG to write, which must not be one of the images that are read."""
+    path = Path(out)
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--out {out}: a name that ends in .png was expected")
+    if path.exists() and any(path.samefile(image) for image in images if Path(image).exists()):
+        raise InputError(f"--out {out} is one of the images: it would be overwritten")
+    return path
+
+
+def run_script(
+    parse: Callable[[], argparse.Namespace],
+    main: Callable[[argparse.Namespace], None],
+    *,
+    resumable: bool = True,
+) -> None:
+    """Run main(parse()); a user's mistake ends it with one line and exit status 1.
+
+    `resumable` says whether the script knows --resume.
+    """
+    flags: set[str] = set()
+    try:
+        args = parse()
+        flags = set(vars(args))
+        main(args)
+    except InputError as error:
+        sys.exit(f"error: {name_flags(str(error), flags)}")
+    except RuntimeError as error:
+        # CUDA has an error of its own for this, the CPU only a text.
+        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error)):
+            raise
+        remedy = "give fewer or smaller images"
+        if resumable:
+            remedy = "--resume, or start again with a smaller --batch-size or a smaller model"
+        sys.exit(f"error: out of memory ({str(error).splitlines()[0]}): free memory and {remedy}")
+    except FileNotFoundError as error:
+        sys.exit(f"error: {error}")
+    except (FileExistsError, NotADirectoryError) as error:
+        sys.exit(f"error: {error}: a file is where a folder should be; name another --out")
+    except OSError as error:
+        sys.exit(
+            f"error: {error}: check that the disk has room and the folder can be written, then "
+            "--resume (what was written before is whole), or choose another --out"
+        )
+    except KeyboardInterrupt:
+        resume = "; --resume goes on from the last checkpoint, or from the start without one"
+        sys.exit("stopped" + (resume if resumable else ""))
+
+
+def name_flags(message: str, flags: set[str]) -> str:
+    """Arguments as a user gave them: "image_size=30" -> "--image-size 30"."""
+
+    def flag(match: re.Match) -> str:
+        name = match[1]
+        return f"--{name.replace('_', '-')} " if name in flags else match[0]
+
+    return re.sub(r"\b([a-z]\w*)=", flag, message)

@@ -1,0 +1,149 @@
+"""`vqgan`, or `python -m vqgan`: use trained models without writing code.
+
+    vqgan sample CHECKPOINT --class cat       new images, of a transformer
+    vqgan complete CHECKPOINT IMAGE           an image's other half
+    vqgan reconstruct CHECKPOINT IMAGE...     images through a model
+    vqgan encode CHECKPOINT IMAGE...          images as codes, a few dozen bytes each
+    vqgan decode CODES                        and back
+    vqgan info CHECKPOINT                     what a checkpoint is
+    vqgan export CHECKPOINT                   what of a transformer's run is worth sharing
+
+CHECKPOINT is the checkpoint.pt of a run, or the name of a model that comes with the package.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from vqgan import cli_codes, cli_sample
+from vqgan.arguments import HelpFormatter, run_script
+from vqgan.checkpoint import fingerprint, save_model
+from vqgan.errors import InputError
+from vqgan.pretrained import (
+    SHIPPED,
+    build_model,
+    checkpoint_path,
+    load_pair,
+    load_tokenizer,
+    read_checkpoint,
+)
+
+
+def info_flags(add) -> None:
+    """Of `vqgan info`."""
+    add("checkpoint", metavar="CHECKPOINT", help="of any model")
+
+
+def info(args: argparse.Namespace) -> None:
+    """Print what a checkpoint says of itself, and what was measured of its model."""
+    state = read_checkpoint(args.checkpoint)
+    about = state.get("about") or {}
+    parameters = sum(p.numel() for p in build_model(state, args.checkpoint).parameters())
+    print(f"{state['model']}, {parameters:,} parameters")
+    for name, value in state["arguments"].items():
+        print(f"    {name}: {value}")
+    if "condition" in about:
+        condition = about["condition"]
+        names = ", ".join(name for name in condition["names"] if name)
+        what = names or condition["picture"] or "one start token"
+        print(f"condition: {condition['kind']} ({what})")
+        print(f"tokenizer: {about['tokenizer']}")
+    if about:
+        print(f"trained on {about['data']}, {about['image_size']} pixels: {about['command']}")
+    if "step" in state:
+        print(f"{state['step']:,} steps, {state['seconds'] / 60:.1f} minutes")
+    for name, value in _result(args.checkpoint, state).items():
+        if isinstance(value, int | float):
+            print(f"    {name}: {value:.6g}")
+
+
+def _result(checkpoint: str, state: dict) -> dict:
+    """What was measured of a model: in its checkpoint, or in the metrics.json of its run."""
+    if "result" in (state.get("about") or {}):
+        return state["about"]["result"]
+    path = checkpoint_path(checkpoint)
+    for metrics_path, name in (
+        (path.parent / "metrics.json", "transformer" if state["model"] == "GPT" else ""),
+        (path.parent.parent / "metrics.json", path.parent.name),
+    ):
+        try:
+            return json.loads(metrics_path.read_text())["models"][name]
+        except (OSError, ValueError, KeyError):
+            continue
+    print("(no metrics.json of it: its run was not finished, or is elsewhere)")
+    return {}
+
+
+def export_flags(add) -> None:
+    """Of `vqgan export`."""
+    add("checkpoint", metavar="CHECKPOINT", help="of train_transformer.py")
+    add("--out", default="exported", help="the folder to write to")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Copy a pair in half precision, without what only training needs; results go with it."""
+    pair, out = load_pair(args.checkpoint), Path(args.out)
+    path = checkpoint_path(args.checkpoint)
+    if (out / "checkpoint.pt").exists():
+        raise InputError(f"--out {out} holds a checkpoint.pt already: name another folder")
+    state = read_checkpoint(path)
+    save_model(out / "tokenizer.pt", read_checkpoint(path.with_name("tokenizer.pt")), half=True)
+    tokenizer, _ = load_tokenizer(out / "tokenizer.pt")  # rounded: other weights, another hash
+    state["about"] |= {"tokenizer_fingerprint": fingerprint(tokenizer)}
+    state["about"] |= {"result": _result(args.checkpoint, state)}
+    save_model(out / "checkpoint.pt", state, half=True)
+    size = sum((out / name).stat().st_size for name in ("tokenizer.pt", "checkpoint.pt"))
+    print(f"{type(pair.tokenizer).__name__} and transformer, {size / 1e6:.1f} MB: {out}")
+
+
+COMMANDS = {  # what each does, its flags, its function
+    "sample": (
+        "new images of a trained transformer, in one PNG",
+        cli_sample.sample_flags,
+        cli_sample.sample,
+    ),
+    "complete": (
+        "the rest of an image, by a transformer, in one PNG",
+        cli_sample.complete_flags,
+        cli_sample.complete,
+    ),
+    "reconstruct": (
+        "images over their reconstructions, in one PNG",
+        cli_codes.reconstruct_flags,
+        cli_codes.reconstruct,
+    ),
+    "encode": (
+        "images as codes: a few dozen bytes each",
+        cli_codes.encode_flags,
+        cli_codes.encode,
+    ),
+    "decode": ("codes as images again: a PNG for each", cli_codes.decode_flags, cli_codes.decode),
+    "info": ("what a checkpoint is, trained on what, with what result", info_flags, info),
+    "export": ("a transformer and its tokenizer, to share", export_flags, export),
+}
+
+
+def parse() -> argparse.Namespace:
+    """The command and its flags."""
+    parser = argparse.ArgumentParser(
+        prog="vqgan",
+        description="Use trained models. CHECKPOINT: the checkpoint.pt of a run, or one that comes "
+        f"with the package: {', '.join(SHIPPED)}.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (help, add_flags, _) in COMMANDS.items():
+        subparser = commands.add_parser(
+            name, help=help, description=help, formatter_class=HelpFormatter, allow_abbrev=False
+        )
+        add_flags(subparser.add_argument)
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    """Call the function of the command."""
+    COMMANDS[args.command][2](args)
+
+
+def command_line() -> None:
+    """What the installed command `vqgan` calls."""
+    run_script(parse, main, resumable=False)

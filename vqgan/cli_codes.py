@@ -1,0 +1,212 @@
+"""The commands that take images through a tokenizer: `vqgan reconstruct`, `encode`, `decode`."""
+
+import argparse
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vqgan import figures, metrics
+from vqgan.arguments import png_path, positive_int
+from vqgan.checkpoint import fingerprint, write_atomically
+from vqgan.data import evaluation_batch
+from vqgan.device import choose_device
+from vqgan.errors import InputError, user_input
+from vqgan.image_folder import read_images
+from vqgan.images import from_uint8, to_uint8, to_unit
+from vqgan.pretrained import load_model, load_pair, load_tokenizer, read_checkpoint
+from vqgan.vae import VAE
+from vqgan.vqvae import VQAutoencoder
+
+
+def image_flags(add, *, model: str, out: str, writes: str) -> None:
+    """The flags of commands that read images."""
+    add("checkpoint", metavar="CHECKPOINT", help=f"of {model}")
+    add("images", metavar="IMAGE", nargs="+", help="files that Pillow opens")
+    add("--image-size", type=positive_int, help="side in pixels; not given: the model's own")
+    add("--out", default=out, help=f"the {writes} to write")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+
+
+def reconstruct_flags(add) -> None:
+    """Of `vqgan reconstruct`."""
+    model = "any model; of a transformer: its tokenizer"
+    image_flags(add, model=model, out="reconstructions.png", writes="picture")
+    add("--config", metavar="FILE", help="JSON for a checkpoint of the authors: its ddconfig")
+
+
+def encode_flags(add) -> None:
+    """Of `vqgan encode`."""
+    model = "a VQ-VAE, a VQGAN or a transformer"
+    image_flags(add, model=model, out="codes.npz", writes="file")
+
+
+def decode_flags(add) -> None:
+    """Of `vqgan decode`."""
+    add("codes", metavar="CODES", help="a file of `encode`")
+    add("--checkpoint", metavar="CHECKPOINT", help="not given: the one that encoded")
+    add("--out", default="decoded", help="the folder to write to")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+
+
+@torch.no_grad()
+def reconstruct(args: argparse.Namespace) -> None:
+    """Images through a model (of a transformer: its tokenizer), and the PSNR of each."""
+    out, device = png_path(args.out, args.images), choose_device(args.device)
+    config = _read_config(args.config)
+    if config is not None or read_checkpoint(args.checkpoint)["model"] == "VAE":
+        model = load_model(args.checkpoint, config=config).to(device)
+    else:
+        model = _tokenizer(args.checkpoint).to(device)
+    size = _size(model, args.image_size)
+    x = from_uint8(read_images(args.images, size)).to(device)  # (N, 3, size, size)
+    parts = x.split(evaluation_batch(size))
+    originals = to_unit(x).cpu()
+    reconstructions = torch.cat([to_unit(model(part).reconstruction).cpu() for part in parts])
+    for path, value in zip(args.images, metrics.psnr(originals, reconstructions), strict=True):
+        print(f"{path}: PSNR {value:.2f} dB")
+    title = f"{type(model).__name__}, {size}x{size} pixels"
+    if not isinstance(model, VAE):
+        h, w = model.encode(x[:1]).indices.shape[1:]
+        K = model.num_embeddings
+        title += f": {h}x{w} codes of {K}, {metrics.code_bits(h * w, K):.0f} bits per image"
+    figures.image_rows(
+        out, [("original", originals), ("reconstruction", reconstructions)], title=title
+    )
+    print(f"{title}; written to {out}")
+
+
+@torch.no_grad()
+def encode(args: argparse.Namespace) -> None:
+    """Codes as numbers of just enough bits each, packed into bytes, and what decodes them."""
+    out, device = Path(args.out), choose_device(args.device)
+    if out.suffix != ".npz":
+        raise InputError(f"--out {args.out}: a name that ends in .npz was expected")
+    model = _tokenizer(args.checkpoint).to(device)
+    size = _size(model, args.image_size)
+    pixels = read_images(args.images, size)  # uint8 (N, 3, size, size)
+    parts = pixels.split(evaluation_batch(size))
+    indices = torch.cat([model.encode(from_uint8(part).to(device)).indices for part in parts])
+    packed = _pack(indices.cpu().numpy(), model.num_embeddings)  # (N, bytes)
+    file = io.BytesIO()
+    np.savez(
+        file,
+        codes=packed,
+        grid_size=np.array(indices.shape[1:]),
+        num_embeddings=np.array(model.num_embeddings),
+        names=np.array([Path(image).stem for image in args.images]),
+        checkpoint=np.array(args.checkpoint),
+        fingerprint=np.array(fingerprint(model)),
+    )
+    write_atomically(out, file.getvalue())
+    for image, original, code in zip(args.images, pixels, packed, strict=True):
+        print(
+            f"{image}: {len(code)} bytes as codes; the same {size}x{size} pixels are "
+            f"{len(_image_file(original, 'JPEG'))} bytes as JPEG (quality 75), "
+            f"{len(_image_file(original, 'PNG'))} as PNG"
+        )
+    bits = _bits(model.num_embeddings)
+    print(f"{len(packed)} images, {indices[0].numel()} codes of {bits} bits each: {out}")
+
+
+@torch.no_grad()
+def decode(args: argparse.Namespace) -> None:
+    """The other way: bytes to codes, and these to a PNG each, by the model that encoded them."""
+    device = choose_device(args.device)
+    try:
+        with np.load(args.codes, allow_pickle=False) as file:
+            content = {name: file[name] for name in file.files}
+        K, path, encoder = (
+            content[name].item() for name in ("num_embeddings", "checkpoint", "fingerprint")
+        )
+        names, packed = content["names"], content["codes"]
+        indices = torch.from_numpy(_unpack(packed, *content["grid_size"].tolist(), K))
+        if len(names) != len(indices) or indices.max() >= K:
+            raise ValueError(f"code {indices.max()} of {K}")
+    except Exception as error:  # numpy's, zipfile's and zlib's, of many types
+        reason = "damaged?" if "pickle" in str(error) else error  # numpy takes all else for pickles
+        raise InputError(
+            f"{args.codes} cannot be read as codes ({reason}): give a file that `encode` wrote"
+        ) from error
+    model = _tokenizer(args.checkpoint or path)
+    if (fingerprint(model), model.num_embeddings) != (encoder, K):
+        raise InputError(
+            f"{args.checkpoint or path} is not the model that encoded {args.codes} ({path}): its "
+            "codes mean other things; name that one with --checkpoint"
+        )
+    model, parts = model.to(device), indices.to(device).split(64)
+    images = torch.cat([to_uint8(model.decode_indices(part)) for part in parts]).cpu()
+    width = len(str(len(images)))
+    for i, (name, pixels) in enumerate(zip(names, images, strict=True), start=1):
+        file_name = f"{i:0{width}}-{Path(name).name}.png"  # a name from elsewhere may have folders
+        write_atomically(Path(args.out) / file_name, _image_file(pixels, "PNG"))
+    print(f"{len(images)} images, {packed.shape[1]} bytes each: written to {args.out}")
+
+
+def _tokenizer(checkpoint: str) -> VQAutoencoder:
+    """A VQ-VAE, a VQGAN, or a transformer's tokenizer."""
+    if read_checkpoint(checkpoint)["model"] == "GPT":
+        return load_pair(checkpoint).tokenizer
+    return load_tokenizer(checkpoint)[0]
+
+
+def _size(model: VAE | VQAutoencoder, size: int | None) -> int:
+    """--image-size, or the model's own; refused where the model cannot take it."""
+    size = size or model.image_size
+    if isinstance(model, VQAutoencoder):
+        with user_input():
+            model.check_resolution(size, size)
+    elif size != model.image_size:
+        raise InputError(
+            f"--image-size {size}: this VAE takes images of {model.image_size} pixels only; "
+            "leave the flag out"
+        )
+    return size
+
+
+def _read_config(path: str | None) -> dict | None:
+    """The JSON of --config; None where the flag was not given."""
+    if path is None:
+        return None
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--config {path} cannot be read as JSON ({error}): give a file with the ddconfig of "
+            "the checkpoint's YAML, with embed_dim and n_embed"
+        ) from error
+    if not isinstance(config, dict):
+        raise InputError(f"--config {path} must hold an object {{...}}, not {config!r:.40}")
+    return config
+
+
+# --- codes in bytes ------------------------------------------------------------------------------
+
+
+def _bits(num_embeddings: int) -> int:
+    """Of a number from 0 to K - 1."""
+    return max(1, (num_embeddings - 1).bit_length())
+
+
+def _pack(indices: np.ndarray, num_embeddings: int) -> np.ndarray:
+    """int64 (N, h, w) -> uint8 (N, bytes): each number in just enough bits, the lowest first."""
+    binary = (indices[..., None] >> np.arange(_bits(num_embeddings))) & 1  # (N, h, w, bits)
+    return np.packbits(binary.reshape(len(indices), -1).astype(np.uint8), axis=1)
+
+
+def _unpack(packed: np.ndarray, h: int, w: int, num_embeddings: int) -> np.ndarray:
+    """What `_pack` was given: uint8 (N, bytes) -> int64 (N, h, w)."""
+    bits = _bits(num_embeddings)
+    binary = np.unpackbits(packed, axis=1)[:, : h * w * bits].reshape(len(packed), h, w, bits)
+    return (binary.astype(np.int64) << np.arange(bits)).sum(axis=3)
+
+
+def _image_file(pixels: Tensor, format: str) -> bytes:
+    """uint8 (3, H, W) as an image file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, format)
+    return file.getvalue()

@@ -1,0 +1,23 @@
+"""The range of images: bytes in files, [-1, 1] in models, [0, 1] in metrics and figures.
+
+uint8 (N, 3, H, W), 0 to 255  --from_uint8-->  float [-1, 1]  --model-->  about [-1, 1]
+float about [-1, 1]  --to_unit-->  float [0, 1], clamped
+"""
+
+import torch
+from torch import Tensor
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """uint8 0 to 255 -> float32 in [-1, 1], same shape."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Float, about [-1, 1] -> uint8 0 to 255, clamped, same shape."""
+    return (255 * to_unit(x)).round().to(torch.uint8)
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """Float, about [-1, 1] (decoders are unbounded) -> float32 in [0, 1], clamped, same shape."""
+    return ((x.float() + 1) / 2).clamp(0, 1)

@@ -1,0 +1,192 @@
+"""Images as sequences of tokens: what a prior is trained on. They are computed once and cached.
+
+image (3, H, W) -> tokenizer -> tokens (N,)
+condition (C,) and tokens (N,), end to end -> a row of `TokenDataset`
+rows -> `TokenLoader` -> condition (B, C), tokens (B, N)
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vqgan.checkpoint import fingerprint, save_plain
+from vqgan.conditions import (
+    NO_CONDITION,
+    PICTURES,
+    Condition,
+    caption_condition,
+    class_condition,
+    image_condition,
+)
+from vqgan.data import Batches, ImageDataset, batches_in_order
+from vqgan.errors import InputError
+from vqgan.image_folder import ImageFiles
+from vqgan.vqvae import VQAutoencoder
+
+
+def condition_on(
+    kind: str, data: ImageDataset, tokenizer: VQAutoencoder, *, picture: str
+) -> Condition:
+    """The condition of a kind, for a data set and its tokenizer.
+
+    Args:
+        kind: of `conditions.KINDS`.
+        picture: of `conditions.PICTURES`, for the kind "image".
+
+    Raises:
+        InputError: the data set has no classes or captions.
+    """
+    if kind == "class":
+        if data.train_labels is None or not data.class_names:
+            raise InputError(
+                "condition=class needs labelled images: give class folders (DIR/<class>/*), or "
+                "condition=none"
+            )
+        return class_condition(data.class_names)
+    if kind == "caption":
+        if data.train_captions is None or data.test_captions is None:
+            raise InputError(
+                "condition=caption needs captions, and these images have none: give data=shapes "
+                "(and its tokenizer), or condition=class"
+            )
+        condition = caption_condition(data.train_captions)
+        condition.of_captions(data.test_captions)  # a word may be in the test set only
+        return condition
+    if kind == "image":
+        return image_condition(picture, tokenizer.num_embeddings, math.prod(tokenizer.grids[0]))
+    return NO_CONDITION
+
+
+class TokenDataset(NamedTuple):
+    """Conditions and tokens of all images, end to end: int32 (images, augmentations, C + N).
+
+    Training images are there twice, as they are and mirrored, or once without flips; test images
+    once.
+    """
+
+    condition: Condition
+    train: Tensor
+    test: Tensor
+
+    @property
+    def test_conditions(self) -> Tensor:
+        """(images, C) int64."""
+        return self.test[:, 0, : self.condition.length].long()
+
+    @property
+    def test_tokens(self) -> Tensor:
+        """(images, N) int64."""
+        return self.test[:, 0, self.condition.length :].long()
+
+
+class TokenLoader(Batches):
+    """Shuffled batches of a `TokenDataset`: condition (B, C) and tokens (B, N), both int64."""
+
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        batch_size: int,
+        *,
+        device: torch.device,
+        seed: int,
+        flip: bool,
+    ):
+        super().__init__(dataset.train, batch_size, device=device, seed=seed, flip=flip)
+        self.condition_length = dataset.condition.length
+
+    def make_batch(self, sequences: Tensor, row: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
+        """Of sequences (B, augmentations, C + N) one each, by the flips (B,) that were drawn."""
+        augmentation = mirrored.long()  # all 0 without flips
+        images = torch.arange(len(sequences), device=sequences.device)
+        chosen = sequences[images, augmentation].long()  # (B, C + N)
+        return chosen[:, : self.condition_length], chosen[:, self.condition_length :]
+
+
+def load_tokens(
+    path: Path,
+    data: ImageDataset,
+    tokenizer: VQAutoencoder,
+    condition: Condition,
+    *,
+    flip: bool,
+    device: torch.device,
+) -> TokenDataset:
+    """Tokens of all images: from the file, if it has them already, since a tokenizer takes a while.
+
+    Args:
+        path: the file, which is written unless it is of these images and this tokenizer.
+        flip: training images mirrored too.
+    """
+    key = hashlib.sha256()
+    for part in (fingerprint(tokenizer), str(flip), condition.picture or ""):
+        key.update(part.encode())
+    for images in (data.train_images, data.test_images):
+        if isinstance(images, ImageFiles):  # by name and size: to read them all takes a while
+            for file in images.paths:
+                key.update(f"{file} {file.stat().st_size} {images.image_size}\n".encode())
+        else:
+            key.update(images.contiguous().numpy().data)
+    try:
+        cached = torch.load(path, weights_only=True)
+        is_current = cached["key"] == key.hexdigest()
+    except Exception:  # no file yet, or a damaged one: torch raises many types
+        is_current = False
+    if not is_current:
+        transform = PICTURES.get(condition.picture)
+        cached = {
+            "key": key.hexdigest(),
+            "train": tokenize(data.train_images, tokenizer, transform, flip=flip, device=device),
+            "test": tokenize(data.test_images, tokenizer, transform, flip=False, device=device),
+        }
+        save_plain(path, cached)
+    train, test = cached["train"], cached["test"]
+    if condition.kind != "image":  # whose tokens stand before those of the image already
+        train = _prepend(condition, data.train_labels, data.train_captions, train)
+        test = _prepend(condition, data.test_labels, data.test_captions, test)
+    return TokenDataset(condition, train, test)
+
+
+@torch.no_grad()
+def tokenize(
+    images: Tensor | ImageFiles,
+    tokenizer: VQAutoencoder,
+    transform: Callable[[Tensor], Tensor] | None,
+    *,
+    flip: bool,
+    device: torch.device,
+) -> Tensor:
+    """Tokens of all images: int32 (images, augmentations, N); with `transform` (images, .., 2 N).
+
+    The tokens of transform(image) stand before those of the image.
+    """
+    sequences = []
+    progress = tqdm(desc="encoding", total=len(images), unit="img", unit_scale=True)
+    for x in batches_in_order(images, device=device):
+        augmentations = []
+        for view in (x, x.flip(3)) if flip else (x,):
+            parts = (view,) if transform is None else (transform(view), view)
+            augmentations.append(torch.cat([tokenizer.tokens(part) for part in parts], dim=1))
+        sequences.append(torch.stack(augmentations, dim=1).int().cpu())
+        progress.update(len(x))
+    progress.close()
+    return torch.cat(sequences)
+
+
+def _prepend(
+    condition: Condition, labels: Tensor | None, captions: list[str] | None, tokens: Tensor
+) -> Tensor:
+    """Labels or captions before tokens (images, augmentations, N): (.., .., C + N)."""
+    if condition.kind == "class":
+        prefix = labels[:, None]
+    elif condition.kind == "caption":
+        prefix = condition.of_captions(captions)
+    else:
+        prefix = condition.of_nothing(len(tokens))
+    prefix = prefix[:, None].expand(-1, tokens.shape[1], -1)
+    return torch.cat([prefix.to(tokens.dtype), tokens], dim=2)
