@@ -25,7 +25,7 @@ from vqgan.vae import VAE
 from vqgan.vqvae import VQVAE
 
 # Eight steps an epoch, and a checkpoint every three: neither divides the other.
-SMALL = ["--data", "shapes", "--limit", "128", "--batch-size", "16", "--epochs", "2"]
+SMALL = ["--data", "shapes", "--limit", "64", "--batch-size", "8", "--epochs", "2"]
 SMALL += ["--checkpoint-every", "3", "--device", "cpu"]
 
 
@@ -84,7 +84,7 @@ def test_pictures_are_there_and_not_blank(finished):
 def test_a_checkpoint_builds_its_model_and_gives_the_measured_error(finished, shapes):
     out, _ = finished
     written = json.loads((out / "metrics.json").read_text())
-    x = shapes.test_images[:128].float() / 127.5 - 1
+    x = shapes.test_images[:64].float() / 127.5 - 1
     for name, kind in (("vae", VAE), ("vqvae", VQVAE)):
         state = torch.load(out / name / "checkpoint.pt", weights_only=True)
         model = kind(**state["arguments"])
@@ -182,12 +182,12 @@ def test_a_model_trains_the_same_alone(finished, tmp_path):
 
 
 def test_a_sweep_draws_its_figure_and_gives_each_run_a_folder(tmp_path):
-    out = run(tmp_path / "sweep", *SMALL, "--batch-sizes", 32, 64, "--epochs", 1)
+    out = run(tmp_path / "sweep", *SMALL, "--batch-sizes", 16, 32, "--epochs", 1)
     models = json.loads((out / "metrics.json").read_text())["models"]
-    assert set(models) == {"vae-batch32", "vae-batch64", "vqvae-batch32", "vqvae-batch64"}
+    assert set(models) == {"vae-batch16", "vae-batch32", "vqvae-batch16", "vqvae-batch32"}
     assert (out / "ssim_by_batch_size.png").exists()
-    assert read_log(out / "vae-batch32" / "log.csv")[-1]["step"] == 4
-    assert read_log(out / "vae-batch64" / "log.csv")[-1]["step"] == 2
+    assert read_log(out / "vae-batch16" / "log.csv")[-1]["step"] == 4
+    assert read_log(out / "vae-batch32" / "log.csv")[-1]["step"] == 2
 
 
 FLAGS = {
