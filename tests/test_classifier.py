@@ -66,7 +66,10 @@ def test_saved_and_loaded_it_is_the_same(easy, tmp_path):
     save_classifier(tmp_path / "c.pt", model, 0.75)
     loaded, share = load_classifier(tmp_path / "c.pt", CPU)
     x = torch.randn(2, 3, 16, 16)
-    assert torch.equal(loaded(x), model(x)) and share == 0.75
+    weights = model.state_dict()
+    assert all(torch.equal(loaded.state_dict()[name], weights[name]) for name in weights)
+    # It is loaded with channels last, and in another layout sums are rounded otherwise.
+    assert torch.allclose(loaded(x), model(x), atol=1e-5) and share == 0.75
     assert not loaded.training and not loaded.head.weight.requires_grad
     (tmp_path / "c.pt").write_bytes(b"not a file of torch")
     with pytest.raises(InputError, match="c.pt"):

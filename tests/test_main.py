@@ -331,7 +331,9 @@ def test_temperature_zero_leaves_nothing_to_chance(pairs, rows):
     for seed in (0, 1):
         main("sample", pairs / "none" / "checkpoint.pt", "--temperature", 0, "--seed", seed)
     (first, title), (second, _) = rows
-    assert torch.equal(first[0][1], second[0][1]) and torch.equal(first[0][1][0], first[0][1][1])
+    assert torch.equal(first[0][1], second[0][1])
+    # Two pictures of one batch: where they stand in it may round their sums otherwise.
+    assert torch.allclose(first[0][1][0], first[0][1][1], atol=1e-5)
     assert title == "greedy: always the likeliest code"
 
 
@@ -489,7 +491,7 @@ def encoded(pairs, out, *images, name="class/checkpoint.pt"):
 
 
 @pytest.mark.parametrize("name", ["class/checkpoint.pt", "class/vqvae/checkpoint.pt"])
-def test_decoded_are_exactly_the_models_reconstructions(tmp_path, pairs, images, name):
+def test_decoded_are_the_models_reconstructions(tmp_path, pairs, images, name):
     (tmp_path / "more").mkdir()
     shutil.copy(images[1], tmp_path / "more" / images[0].name)  # another picture, the same name
     paths = [*images, tmp_path / "more" / images[0].name]
@@ -498,11 +500,11 @@ def test_decoded_are_exactly_the_models_reconstructions(tmp_path, pairs, images,
     decoded = sorted((tmp_path / "decoded").iterdir())
     assert [path.name for path in decoded] == ["1-0.png", "2-1.png", "3-2.png", "4-0.png"]
     model = load_model(pairs / "class" / "tokenizer.pt")
-    for path, original in zip(decoded, paths, strict=True):
-        x = from_uint8(torch.tensor(read_image(original, 32)))[None]
-        expected = to_uint8(model(x).reconstruction)[0]
+    # All at once, as `encode` does: in another batch a vector between two codes may get the other.
+    x = from_uint8(torch.stack([torch.tensor(read_image(path, 32)) for path in paths]))
+    for path, expected in zip(decoded, to_uint8(model(x).reconstruction).int(), strict=True):
         pixels = torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1)
-        assert torch.equal(pixels, expected)
+        assert (pixels - expected).abs().max() <= 1  # model(x) decodes z + (e - z): e, rounded
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 16, 24, 512])

@@ -30,7 +30,7 @@ start = functools.partial(start_process, train_vqgan)
 
 # Eight steps an epoch, and a checkpoint every three: neither divides the other. The discriminator
 # learns from step 4 on (a quarter of 16), and is used from step 6 on.
-DATA = ["--data", "shapes", "--limit", "128", "--batch-size", "16", "--epochs", "2"]
+DATA = ["--data", "shapes", "--limit", "32", "--batch-size", "4", "--epochs", "2"]
 DATA += ["--checkpoint-every", "3", "--device", "cpu"]
 NETWORK = ["--channels", "8", "--latent-channels", "8", "--embedding-dim", "8"]
 NETWORK += ["--num-embeddings", "32", "--discriminator-channels", "8"]
@@ -222,10 +222,11 @@ def test_the_checkpoint_is_the_averaged_model_that_was_measured(finished, shapes
     written = json.loads((finished / "metrics.json").read_text())
     model = load_model(finished / "vqgan" / "checkpoint.pt")
     assert not model.quantizer.waits_for_data  # or training on would throw its codes away
-    x = shapes.test_images[:128].float() / 127.5 - 1
+    x = shapes.test_images[:32].float() / 127.5 - 1
     error = (model(x).reconstruction - x).square().mean().item()
     nmse = error / written["data"]["variance"]
-    assert nmse == pytest.approx(written["models"]["vqgan"]["nmse"], rel=1e-4)
+    # In another layout a vector between two codes may get the other: 0.1% of the error at most.
+    assert nmse == pytest.approx(written["models"]["vqgan"]["nmse"], rel=5e-3)
     state = checkpoint(finished)
     assert not same_weights(state["weights"], state["companions"]["generator"])
 
@@ -447,7 +448,7 @@ def test_help_states_defaults(tmp_path, capsys):
         (["--image-size", "8"], "SSIM needs 11"),
         (["--perceptual", "none", "--objectives", "perceptual"], "--perceptual none"),
         (["--data", "imagenet"], "'imagenet'"),
-        (["--batch-size", "200"], "128 training images"),
+        (["--batch-size", "200"], "32 training images"),
         (["--discriminator-warmup", "12"], "from step 16 on, but the training has 16 steps"),
     ],
 )

@@ -457,13 +457,13 @@ def test_an_overfitted_transformer_writes_its_grids_back():
     condition = torch.tensor([[0], [1]])
     grids = torch.randint(K, (2, 12))
     model = GPT(K, GRID, 2, 1, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
-    optimizer = torch.optim.AdamW(model.parameter_groups(0.01), lr=3e-3)
-    for _ in range(400):
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.01), lr=1e-2)
+    for _ in range(200):
         optimizer.zero_grad()
         loss = model.loss(condition, grids)
         loss.backward()
         optimizer.step()
-    assert loss < 0.003
+    assert loss < 0.003  # four times what it is, of other seeds too
     for settings in ({"temperature": 0}, {"generator": seeded()}):
         assert torch.equal(model.sample(condition, **settings).flatten(1), grids)
 
