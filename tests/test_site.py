@@ -19,7 +19,7 @@ for package in ("sphinx", "myst_parser", "furo", "latex2mathml"):
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-sys.path.append(str(DOCS))  # the site's own extensions
+sys.path.append(str(DOCS / "_ext"))  # the site's own extensions
 
 from mathml import to_mathml  # noqa: E402
 from prose import to_html, typeset  # noqa: E402
