@@ -1,6 +1,6 @@
 """One picture carried through every stage, and one that was never there, as pictures of tensors.
 
-    python docs/one_picture.py
+    python docs/experiments/path.py
 
 Needs no run and no data: the pictures are drawn, and the tokenizer and transformer come with the
 package. Writes, in docs/results/path/:
@@ -63,7 +63,7 @@ def main() -> None:
     bits = metrics.code_bits(*indices.shape[1:], K)
     quality = metrics.reconstruction_quality(x, x_hat, 1.0)
     content = {
-        "command": "python docs/one_picture.py",
+        "command": "python docs/experiments/path.py",
         "data": {"source": "shapes", "test_image": TEST_IMAGE},
         "device": describe_device(torch.device("cpu"), torch.float32),
         "versions": versions(),

@@ -1,12 +1,12 @@
 """What each way to sample does to the pictures, drawn with the same random numbers every time.
 
-    python docs/sampling_pictures.py --data data/cifar10-images
+    python docs/experiments/sampling.py --data data/cifar10-images
 
 needs a class-conditional transformer beside its tokenizer and a yardstick: those of the runs
 runs/transformer and runs/vqgan (docs/results/README.md has their commands). Every reader has
 another pair:
 
-    python docs/sampling_pictures.py --checkpoint shapes --data shapes --classes ring star
+    python docs/experiments/sampling.py --checkpoint shapes --data shapes --classes ring star
 
 Writes, in docs/results/sampling/:
 
@@ -77,7 +77,7 @@ def main() -> None:
         for family, values in FAMILIES.items()
     }
     content = {
-        "command": f"python docs/sampling_pictures.py {flags(args, parser)}",
+        "command": f"python docs/experiments/sampling.py {flags(args, parser)}",
         "data": {"source": args.data, "test_images": len(images)},
         "device": describe_device(cpu, torch.float32),
         "versions": versions(),

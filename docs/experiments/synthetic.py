@@ -1,6 +1,6 @@
 """What a classifier learns from pictures that a transformer wrote, and what from real ones.
 
-    python docs/synthetic_data.py --data data/cifar10-images
+    python docs/experiments/synthetic.py --data data/cifar10-images
 
 The same small classifier is trained on each set, until it has seen 200,000 images, and tested on
 the real test images. The sets: real images, many and few; the tokenizer's reconstructions of
@@ -82,7 +82,7 @@ def main() -> None:
         models[name] = {"training_images": len(images), "accuracy": share}
         print(f"{name}: {share:.1%} of the test images")
     content = {
-        "command": f"python docs/synthetic_data.py --data {args.data}",
+        "command": f"python docs/experiments/synthetic.py --data {args.data}",
         "data": {"source": args.data, "test_images": len(data.test_images)},
         "device": describe_device(DEVICE, dtype),
         "versions": versions(),

@@ -1,7 +1,7 @@
 """The answers to the exercises of the lab (docs/lab.md), measured.
 
-    python docs/exercises.py                    those that are not finished yet
-    python docs/exercises.py greedy ssim        these, again
+    python docs/experiments/exercises.py                those that are not finished yet
+    python docs/experiments/exercises.py greedy ssim    these, again
 
 One function an exercise. Where it trains, it calls the script itself with the flags that the
 exercise gives; where the exercise edits the source, it makes the same edit in memory, and says
@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the scripts
 
 import train_transformer  # noqa: E402
@@ -406,7 +406,7 @@ def main() -> None:
             models = exercise()
         content = read_results(path)  # again: another process may have done another exercise
         content = {
-            "command": "python docs/exercises.py",
+            "command": "python docs/experiments/exercises.py",
             "device": describe_device(CPU, choose_precision("auto", CPU)),
             "versions": versions(),
             "finished": content["finished"] | {name: list(models)},

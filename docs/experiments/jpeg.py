@@ -1,6 +1,6 @@
 """Bytes an image: codes beside JPEG, at the same size and at the same quality.
 
-    python docs/compression.py --data data/cifar10-images
+    python docs/experiments/jpeg.py --data data/cifar10-images
 
 needs the runs study, vqgan, transformer and transformer-vqvae (docs/results/README.md has their
 commands). Every fifth test image goes through the VQ-VAE, the VQGAN and JPEG at many qualities. Of
@@ -8,9 +8,9 @@ these, three are kept: the one whose size is nearest to the VQGAN's codes, and t
 reaches its SSIM, and the share of images that the yardstick still recognises. JPEG's sizes are
 without the file's headers, which are the same for all images.
 
-Writes, in docs/results/compression/:
+Writes, in docs/results/jpeg/:
 
-    compression.png   ten test images through each
+    jpeg.png          ten test images through each
     metrics.json      bytes, PSNR, SSIM, Frechet distance, recognised; of JPEG at each quality
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from make_figures import scan_bytes, through_jpeg
+from rate_distortion import scan_bytes, through_jpeg
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +30,7 @@ from vqgan.data import batches_in_order, from_uint8, load_dataset, to_uint8, to_
 from vqgan.loading import load_model
 from vqgan.training import Stopwatch, describe_device, run_script, versions, write_json
 
-OUT = Path("docs/results/compression")
+OUT = Path("docs/results/jpeg")
 TOKENIZERS = {  # name: its run, and the transformer's that writes its codes
     "vqvae": (Path("study/vqvae"), Path("transformer-vqvae")),
     "vqgan": (Path("vqgan/vqgan"), Path("transformer")),
@@ -96,7 +96,7 @@ def main() -> None:
 
     draw(images, results, pictures)
     content = {
-        "command": f"python docs/compression.py --data {args.data}",
+        "command": f"python docs/experiments/jpeg.py --data {args.data}",
         "data": {"source": args.data, "test_images": len(images)},
         "device": describe_device(CPU, torch.float32),
         "versions": versions(),
@@ -134,7 +134,7 @@ def draw(images: Tensor, results: dict, pictures: dict) -> None:
     for name, title in TITLES.items():
         label = f"{title}\n{results[name]['bytes']:.0f} bytes"
         rows.append((label, to_unit(from_uint8(pictures[name][chosen]))))
-    figures.image_rows(OUT / "compression.png", rows, title="The same test images, and their bytes")
+    figures.image_rows(OUT / "jpeg.png", rows, title="The same test images, and their bytes")
 
 
 if __name__ == "__main__":

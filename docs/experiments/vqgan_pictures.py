@@ -1,9 +1,9 @@
 """What a perceptual distance and a patch discriminator see, and what they bring.
 
-    python docs/vqgan_pictures.py --data data/cifar10-images
+    python docs/experiments/vqgan_pictures.py --data data/cifar10-images
 
 reads the runs runs/objectives and runs/vqgan (docs/results/README.md has their commands) and
-writes, in docs/results/vqgan-pictures/:
+writes, in docs/results/vqgan_pictures/:
 
     closeup.png     a few test images, large, after each objective
     distances.png   a test image spoilt in four ways, and how far each is in pixels and features
@@ -39,7 +39,7 @@ from vqgan.training import (
     write_json,
 )
 
-OUT = Path("docs/results/vqgan-pictures")
+OUT = Path("docs/results/vqgan_pictures")
 COLUMNS = {  # of the close-up: title, run folder and model
     "squared error": "objectives/mse",
     "L1 + perceptual": "objectives/perceptual",
@@ -102,7 +102,7 @@ def main() -> None:
     draw_patches(maps)
 
     content = {
-        "command": f"python docs/vqgan_pictures.py --data {args.data}",
+        "command": f"python docs/experiments/vqgan_pictures.py --data {args.data}",
         "data": {"source": args.data, "test_images": NUM_MEASURED},
         "device": describe_device(cpu, torch.float32),
         "versions": versions(),

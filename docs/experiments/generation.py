@@ -1,6 +1,6 @@
 """New images of three models side by side: a VAE, and transformers over VQ-VAE and VQGAN codes.
 
-    python docs/compare_generators.py --data data/cifar10-images
+    python docs/experiments/generation.py --data data/cifar10-images
 
 reads the run folders below runs/ that this file names (docs/results/README.md has their commands)
 and writes, in docs/results/generation/:
@@ -83,7 +83,7 @@ def main() -> None:
         title="New images: the VAE's of no class, the transformers' of the class above them",
     )
     content = {
-        "command": f"python docs/compare_generators.py --data {args.data}",
+        "command": f"python docs/experiments/generation.py --data {args.data}",
         "data": {"source": args.data, "test_images": len(data.test_images)},
         "device": describe_device(device, torch.float32),
         "versions": versions(),

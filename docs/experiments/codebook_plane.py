@@ -1,10 +1,10 @@
 """A codebook that can be seen: 16 codes of two dimensions, and points that move.
 
-    python docs/codebook_in_the_plane.py
+    python docs/experiments/codebook_plane.py
 
 The points stand for what an encoder puts out: four clusters, of which one ends after a while, and
 another begins far away. The quantizers are the package's own. Writes, in
-docs/results/codebook-plane/:
+docs/results/codebook_plane/:
 
     guarded.png     EMA: codes start from data, dead ones are restarted
     unguarded.png   EMA: neither
@@ -27,7 +27,7 @@ from vqgan.metrics import CodebookUsage
 from vqgan.quantizer import EMAVectorQuantizer, Quantizer, VectorQuantizer, nearest_codes
 from vqgan.training import Stopwatch, describe_device, run_script, versions, write_json
 
-OUT = Path("docs/results/codebook-plane")
+OUT = Path("docs/results/codebook_plane")
 K, D = 16, 2
 STEPS, POINTS = 800, 256  # points in a batch
 MOVE_AT = 300  # step at which one cluster ends and another begins
@@ -124,7 +124,7 @@ def main() -> None:
             file, title = PICTURES[name]
             draw(OUT / file, codes, restarts, starts_from_data=make().waits_for_data, title=title)
     content = {
-        "command": "python docs/codebook_in_the_plane.py",
+        "command": "python docs/experiments/codebook_plane.py",
         "data": {"source": "points in the plane", "steps": STEPS, "points_a_step": POINTS},
         "device": describe_device(torch.device("cpu"), torch.float32),
         "versions": versions(),

@@ -1,6 +1,6 @@
 """What guides get wrong, measured: each mistake beside the line that has it right.
 
-    python docs/what_guides_get_wrong.py
+    python docs/experiments/mistakes.py
 
 Needs no run and no data: the pictures are drawn, and the tokenizer and transformer come with the
 package. Two transformers of the smallest size are trained for a few seconds each. Writes, in
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sampling_pictures import draw_rows
+from sampling import draw_rows
 from torch import Tensor, nn
 
 from vqgan import metrics
@@ -54,7 +54,7 @@ def main() -> None:
         codes = torch.cat([pair.tokenizer.quantizer(part).indices for part in z_e.split(100)])
     variance = pixel_variance(data.train_images)
     content = {
-        "command": "python docs/what_guides_get_wrong.py",
+        "command": "python docs/experiments/mistakes.py",
         "data": {"source": "shapes", "test_images": len(x)},
         "device": describe_device(torch.device("cpu"), torch.float32),
         "versions": versions(),

@@ -1,9 +1,9 @@
 """The two pictures that compare several runs of train_vqvae.py on the same test images.
 
-    python docs/make_figures.py --data data/cifar10-images
+    python docs/experiments/rate_distortion.py --data data/cifar10-images
 
 reads the run folders below runs/ that `RUNS` names (docs/results/README.md has their commands) and
-writes, in docs/results/rate-distortion/:
+writes, in docs/results/rate_distortion/:
 
     ladder.png            the same images through each model, from the fewest bits to the most
     rate_distortion.png   bits per image against error and SSIM, with JPEG as the landmark
@@ -25,7 +25,7 @@ from vqgan.training import load_checkpoint, run_script, write_json
 from vqgan.vae import VAE
 from vqgan.vqvae import VQVAE
 
-OUT = Path("docs/results/rate-distortion")
+OUT = Path("docs/results/rate_distortion")
 JPEG_QUALITIES = (10, 20, 30, 40, 50)
 NUM_PICTURES = 12
 

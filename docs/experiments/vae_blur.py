@@ -1,9 +1,9 @@
 """Why a VAE blurs, in three pictures.
 
-    python docs/why_a_vae_blurs.py --data data/cifar10-images
+    python docs/experiments/vae_blur.py --data data/cifar10-images
 
 reads the two VAEs of the study (runs/study and runs/study-fixed: docs/results/README.md has their
-commands) and writes, in docs/results/vae-blur/:
+commands) and writes, in docs/results/vae_blur/:
 
     average.png        a star that may be in any of several places, and the best single answer
     reconstructions.png  test images through both VAEs, from the mean and from a sampled latent
@@ -27,7 +27,7 @@ from vqgan.metrics import nats_to_bits
 from vqgan.training import Stopwatch, describe_device, run_script, versions, write_json
 from vqgan.vae import VAE, reparameterise
 
-OUT = Path("docs/results/vae-blur")
+OUT = Path("docs/results/vae_blur")
 RUNS = {"study-fixed": "VAE, squared error", "study": "VAE, optimal scale"}
 PICTURES = (1, 4, 5, 7, 8, 9)  # test images
 AT_ONCE = 500
@@ -68,7 +68,7 @@ def main() -> None:
     draw_rows(rows)
     draw_dimensions(bits)
     content = {
-        "command": f"python docs/why_a_vae_blurs.py --data {args.data}",
+        "command": f"python docs/experiments/vae_blur.py --data {args.data}",
         "data": {"source": args.data, "test_images": len(data.test_images)},
         "device": describe_device(torch.device("cpu"), torch.float32),
         "versions": versions(),
