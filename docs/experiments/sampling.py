@@ -144,6 +144,8 @@ def draw_family(
     shown = pair.condition.of_classes([name for name in classes for _ in range(DRAWN)])
     measured = pair.condition.of_classes([name for name in names for _ in range(MEASURED)])
     rows, results = [], []
+    K = pair.transformer.num_embeddings
+    values = [value for value in values if family != "top_k" or value is None or value <= K]
     for value in values:
         setting = {family: value}
         codes = pair.transformer.sample(
