@@ -17,7 +17,7 @@ import pytest
 for package in ("sphinx", "myst_parser", "furo", "latex2mathml"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[docs]'")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 sys.path.append(str(DOCS / "_ext"))  # the site's own extensions
 
