@@ -3,15 +3,15 @@
 Nothing is fetched, neither while it is built nor when a page is opened: fonts are the system's,
 equations are MathML, and the code is parsed, not imported.
 
-For who writes a chapter: `chapter.py` says how to show code and how to link to a line of it,
-`annotated.py` how a module is shown, `mathml.py` what an equation may hold. Pictures are plain
-Markdown, ![what is seen](results/study/losses.png), have a text, and at most 300 KB.
+For who writes a chapter: `_ext/chapter.py` says how to show code and how to link to a line of it,
+`_ext/annotated.py` how a module is shown, `_ext/mathml.py` what an equation may hold. Pictures are
+plain Markdown, ![what is seen](results/study/losses.png), have a text, and at most 300 KB.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # the extensions that stand beside this file
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))  # the site's own extensions
 
 project = "vqgan"
 project_copyright = "MIT licence"

@@ -1,6 +1,6 @@
 """New images of three models side by side: a VAE, and transformers over VQ-VAE and VQGAN codes.
 
-    python docs/compare_generators.py --data data/cifar10-images
+    python docs/experiments/generation.py --data data/cifar10-images
 
 reads the run folders below runs/ that this file names (docs/results/README.md has their commands)
 and writes, in docs/results/generation/:
@@ -13,20 +13,20 @@ these measured the one with the lowest distance counts. The VAE's samples from i
 measured here. The images have classes.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import torch
+from _common import CPU, parse, read_metrics, results_of, write_metrics
 
 from vqgan import figures, metrics
 from vqgan.classifier import features_of, load_classifier
 from vqgan.data import batches_in_order, load_dataset, to_unit
 from vqgan.errors import InputError
 from vqgan.loading import fingerprint, load_model, load_pair
-from vqgan.training import Stopwatch, describe_device, run_script, versions, write_json
+from vqgan.training import Stopwatch, run_script
 
-OUT = Path("docs/results/generation")
+OUT = results_of(__file__)
 YARDSTICK = Path("vqgan/yardstick.pt")
 VAE_RUN = Path("study")
 TRANSFORMERS = {  # title: run folder
@@ -38,14 +38,10 @@ NUM_SAMPLES, NUM_PICTURES, AT_ONCE = 10_000, 12, 500
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare what three generators make.")
-    parser.add_argument("--data", required=True, help="the data of the runs, as train_vqvae.py's")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
-    args = parser.parse_args()
+    args = parse("Compare what three generators make.")
 
-    watch, device = Stopwatch(), torch.device("cpu")
-    data = load_dataset(args.data)
-    yardstick, accuracy = load_classifier(args.runs / YARDSTICK, device)
+    watch, data = Stopwatch(), load_dataset(args.data)
+    yardstick, accuracy = load_classifier(args.runs / YARDSTICK, CPU)
     test_features = features_of(yardstick, batches_in_order(data.test_images, AT_ONCE))
     # One image of each class, then of the first classes again.
     labels = torch.arange(NUM_PICTURES) % len(data.class_names)
@@ -63,7 +59,7 @@ def main() -> None:
 
     for title, folder in TRANSFORMERS.items():
         pair = load_pair(args.runs / folder / "checkpoint.pt")
-        measured = json.loads((args.runs / folder / "metrics.json").read_text())
+        measured = read_metrics(args.runs / folder)
         if measured["yardstick"]["fingerprint"] != fingerprint(yardstick):
             raise InputError(
                 f"{args.runs / folder} was measured by another yardstick: run it again with "
@@ -82,15 +78,8 @@ def main() -> None:
         rows,
         title="New images: the VAE's of no class, the transformers' of the class above them",
     )
-    content = {
-        "command": f"python docs/compare_generators.py --data {args.data}",
-        "data": {"source": args.data, "test_images": len(data.test_images)},
-        "device": describe_device(device, torch.float32),
-        "versions": versions(),
-        "seconds": round(watch.seconds, 1),
-        "yardstick": {"accuracy": accuracy},
-    }
-    write_json(OUT / "metrics.json", content | {"models": models})
+    about_data = {"source": args.data, "test_images": len(data.test_images)}
+    write_metrics(OUT, watch, about_data, {"yardstick": {"accuracy": accuracy}, "models": models})
     print(json.dumps(models, indent=2))
 
 

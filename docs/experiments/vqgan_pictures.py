@@ -1,9 +1,9 @@
 """What a perceptual distance and a patch discriminator see, and what they bring.
 
-    python docs/vqgan_pictures.py --data data/cifar10-images
+    python docs/experiments/vqgan_pictures.py --data data/cifar10-images
 
 reads the runs runs/objectives and runs/vqgan (docs/results/README.md has their commands) and
-writes, in docs/results/vqgan-pictures/:
+writes, in docs/results/vqgan_pictures/:
 
     closeup.png     a few test images, large, after each objective
     distances.png   a test image spoilt in four ways, and how far each is in pixels and features
@@ -11,13 +11,11 @@ writes, in docs/results/vqgan-pictures/:
     metrics.json    the means of both over test images
 """
 
-import argparse
 import json
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.axes import Axes
+from _common import CPU, parse, read_metrics, results_of, show, write_metrics
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -30,16 +28,9 @@ from vqgan.figures import DOTS_PER_INCH
 from vqgan.loading import load_model
 from vqgan.metrics import normalised_mse
 from vqgan.perceptual import ClassifierDistance
-from vqgan.training import (
-    Stopwatch,
-    describe_device,
-    load_checkpoint,
-    run_script,
-    versions,
-    write_json,
-)
+from vqgan.training import Stopwatch, load_checkpoint, run_script
 
-OUT = Path("docs/results/vqgan-pictures")
+OUT = results_of(__file__)
 COLUMNS = {  # of the close-up: title, run folder and model
     "squared error": "objectives/mse",
     "L1 + perceptual": "objectives/perceptual",
@@ -54,13 +45,9 @@ BLUR = 1.0  # pixels
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw what the parts of a VQGAN's loss see.")
-    parser.add_argument("--data", required=True, help="the data of the runs, as train_vqgan.py's")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
-    args = parser.parse_args()
+    args = parse("Draw what the parts of a VQGAN's loss see.")
 
-    watch, cpu = Stopwatch(), torch.device("cpu")
-    data = load_dataset(args.data)
+    watch, data = Stopwatch(), load_dataset(args.data)
     images = data.test_images[:NUM_MEASURED]
     models = {
         title: load_model(args.runs / folder / "checkpoint.pt") for title, folder in COLUMNS.items()
@@ -68,12 +55,10 @@ def main() -> None:
     x = from_uint8(images[list(CLOSE_UP)])
     draw_close_up(x, {title: model(x).reconstruction for title, model in models.items()})
 
-    classifier, accuracy = load_classifier(args.runs / "objectives" / "classifier.pt", cpu)
-    yardstick, _ = load_classifier(args.runs / "objectives" / "yardstick.pt", cpu)
+    classifier, accuracy = load_classifier(args.runs / "objectives" / "classifier.pt", CPU)
+    yardstick, _ = load_classifier(args.runs / "objectives" / "yardstick.pt", CPU)
     distance = ClassifierDistance(classifier)
-    variance = json.loads((args.runs / "objectives" / "metrics.json").read_text())["data"][
-        "variance"
-    ]
+    variance = read_metrics(args.runs / "objectives")["data"]["variance"]
     labels, distances = data.test_labels[:NUM_MEASURED], {}
     x = from_uint8(images)
     for title, y in spoil(x).items():
@@ -101,12 +86,7 @@ def main() -> None:
         }
     draw_patches(maps)
 
-    content = {
-        "command": f"python docs/vqgan_pictures.py --data {args.data}",
-        "data": {"source": args.data, "test_images": NUM_MEASURED},
-        "device": describe_device(cpu, torch.float32),
-        "versions": versions(),
-        "seconds": round(watch.seconds, 1),
+    results = {
         "perceptual": {"network": "classifier", "accuracy": accuracy},
         "spoilt": distances,
         "discriminator": {
@@ -115,8 +95,8 @@ def main() -> None:
             "judges": judged,
         },
     }
-    write_json(OUT / "metrics.json", content)
-    print(json.dumps(content, indent=2))
+    write_metrics(OUT, watch, {"source": args.data, "test_images": NUM_MEASURED}, results)
+    print(json.dumps(results, indent=2))
 
 
 def spoil(x: Tensor) -> dict[str, Tensor]:
@@ -147,12 +127,6 @@ def logits_of(discriminator: PatchDiscriminator, x: Tensor) -> Tensor:
 
 
 # --- drawing -----------------------------------------------------------------------------------
-
-
-def show(axes: Axes, x: Tensor) -> None:
-    """x (3, H, W) in about [-1, 1]."""
-    axes.imshow(to_unit(x).permute(1, 2, 0).numpy(), interpolation="nearest")
-    axes.set_axis_off()
 
 
 class Table:
@@ -186,14 +160,14 @@ def draw_close_up(x: Tensor, reconstructions: dict[str, Tensor]) -> None:
     axes = iter(table.axes)
     for i in range(len(x)):
         for pictures in columns.values():
-            show(next(axes), pictures[i])
+            show(next(axes), to_unit(pictures[i]))
     table.save("closeup.png")
 
 
 def draw_distances(spoilt: dict[str, Tensor], distances: dict[str, dict]) -> None:
     table = Table(list(spoilt), 1, side=1.85, foot=0.62)
     for axes, (title, pictures) in zip(table.axes, spoilt.items(), strict=True):
-        show(axes, pictures[SPOILT])
+        show(axes, to_unit(pictures[SPOILT]))
         measured = distances[title]
         text = f"squared error {measured['nmse']:.3f}\nperceptual {measured['perceptual']:.2f}"
         axes.text(0.5, -0.05, text, transform=axes.transAxes, ha="center", va="top", fontsize=11.5)
@@ -207,7 +181,7 @@ def draw_patches(maps: dict[str, tuple[Tensor, Tensor]]) -> None:
     side, patch = len(logits[0]), receptive_field(1)
     for column, (picture, logit) in enumerate(maps.values()):
         axes = table.axes[column]
-        show(axes, picture)
+        show(axes, to_unit(picture))
         # Logit i sees pixels 2 i - 5 to 2 i + 10: three kernels of 4, of which the first has
         # stride 2, each padded by 1.
         first = 2 * (side // 2) - 5 - 0.5

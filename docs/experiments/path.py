@@ -1,6 +1,6 @@
 """One picture carried through every stage, and one that was never there, as pictures of tensors.
 
-    python docs/one_picture.py
+    python docs/experiments/path.py
 
 Needs no run and no data: the pictures are drawn, and the tokenizer and transformer come with the
 package. Writes, in docs/results/path/:
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _common import frame, results_of, write_metrics
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
@@ -23,16 +24,17 @@ from torch import Tensor
 from vqgan import metrics
 from vqgan.data import from_uint8, load_dataset, to_uint8, to_unit
 from vqgan.loading import load_pair
-from vqgan.training import Stopwatch, describe_device, run_script, versions, write_json
+from vqgan.training import Stopwatch, run_script
 from vqgan.vqvae import VQAutoencoder
 
-OUT = Path("docs/results/path")
+OUT = results_of(__file__)
 TEST_IMAGE = 6  # a large shape, and a texture behind it
 NUM_CHANNELS = 4  # of z_e and z_q that are shown
 CLASS, GUIDANCE, SEEDS = "ring", 3.0, (0, 1, 2)
 WRITTEN = (1, 28, 64)  # codes on the page when a picture of it is taken
 COLUMNS = 3
 DOTS_PER_INCH = 110
+FRAME = "0.6"  # grey
 ARROW = {"arrowstyle": "-|>", "color": "0.35", "linewidth": 1.5, "mutation_scale": 16}
 
 
@@ -62,12 +64,7 @@ def main() -> None:
     K = tokenizer.quantizer.num_embeddings
     bits = metrics.code_bits(*indices.shape[1:], K)
     quality = metrics.reconstruction_quality(x, x_hat, 1.0)
-    content = {
-        "command": "python docs/one_picture.py",
-        "data": {"source": "shapes", "test_image": TEST_IMAGE},
-        "device": describe_device(torch.device("cpu"), torch.float32),
-        "versions": versions(),
-        "seconds": round(watch.seconds, 1),
+    results = {
         "caption": data.test_captions[TEST_IMAGE],
         "tensors": {
             name: about(tensor)
@@ -93,7 +90,7 @@ def main() -> None:
         "psnr": quality["psnr"].item(),
         "sampled": {"class": CLASS, "guidance": GUIDANCE, "seeds": list(SEEDS)},
     }
-    write_json(OUT / "metrics.json", content)
+    write_metrics(OUT, watch, {"source": "shapes", "test_image": TEST_IMAGE}, results)
     print(f"one_picture.png, new_pictures.png and metrics.json are in {OUT}")
 
 
@@ -116,14 +113,7 @@ def colours_of_codes(tokenizer: VQAutoencoder) -> Tensor:
 def show_image(axes: Axes, unit: Tensor) -> None:
     """(3, H, W) in [0, 1], every pixel a square."""
     axes.imshow(unit.permute(1, 2, 0).numpy(), interpolation="nearest")
-    plain(axes)
-
-
-def plain(axes: Axes) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color("0.6")
+    frame(axes, FRAME)
 
 
 def show_codes(axes: Axes, indices: Tensor, colours: Tensor, written: int | None = None) -> None:
@@ -141,7 +131,7 @@ def show_codes(axes: Axes, indices: Tensor, colours: Tensor, written: int | None
             fontsize=8.5, color="black" if brightness > 0.5 else "white",
         )  # fmt: skip
     axes.imshow(shown.numpy(), interpolation="nearest")
-    plain(axes)
+    frame(axes, FRAME)
     axes.set_xticks(np.arange(w + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(h + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="0.75", linewidth=0.6)
@@ -157,7 +147,7 @@ def show_channels(page: "Page", z: Tensor, limit: float) -> None:
         corner = (left + column * (width - w), bottom + (1 - row) * (height - h))
         axes = page.figure.add_axes((*corner, w, h))
         axes.imshow(z[i].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        plain(axes)
+        frame(axes, FRAME)
 
 
 class Page:

@@ -1,6 +1,6 @@
 """What guides get wrong, measured: each mistake beside the line that has it right.
 
-    python docs/what_guides_get_wrong.py
+    python docs/experiments/mistakes.py
 
 Needs no run and no data: the pictures are drawn, and the tokenizer and transformer come with the
 package. Two transformers of the smallest size are trained for a few seconds each. Writes, in
@@ -14,11 +14,10 @@ import copy
 import json
 import math
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sampling_pictures import draw_rows
+from _common import draw_rows, results_of, write_metrics
 from torch import Tensor, nn
 
 from vqgan import metrics
@@ -32,12 +31,12 @@ from vqgan.discriminator import (
 )
 from vqgan.loading import Pair, load_pair
 from vqgan.quantizer import EMAVectorQuantizer, nearest_codes, straight_through
-from vqgan.training import Stopwatch, describe_device, run_script, versions, write_json
+from vqgan.training import Stopwatch, run_script
 from vqgan.transformer import GPT
 from vqgan.vqgan import group_norm
 from vqgan.vqvae import ResidualBlock, VQAutoencoder, residual_stack
 
-OUT = Path("docs/results/mistakes")
+OUT = results_of(__file__)
 IMAGES = 500  # test images that most is measured on
 PICTURES = 12  # in a row of noise.png
 STEPS, BATCH, TRAINED_ON = 300, 32, 2000  # of the smallest transformers
@@ -53,11 +52,7 @@ def main() -> None:
         z_e = torch.cat([pair.tokenizer.encoder(part) for part in x.split(100)])
         codes = torch.cat([pair.tokenizer.quantizer(part).indices for part in z_e.split(100)])
     variance = pixel_variance(data.train_images)
-    content = {
-        "command": "python docs/what_guides_get_wrong.py",
-        "data": {"source": "shapes", "test_images": len(x)},
-        "device": describe_device(torch.device("cpu"), torch.float32),
-        "versions": versions(),
+    results = {
         "noise": noise(pair, codes[:IMAGES], tokens[:IMAGES]),
         "straight_through": gradients_of_the_encoder(pair.tokenizer, x[:32]),
         "beta": gradients_of_beta(pair.tokenizer, z_e[:32]),
@@ -78,9 +73,9 @@ def main() -> None:
         "off_by_one": off_by_one(pair, data),
         "resume": resume(tokens[:IMAGES], codes[:IMAGES].flatten(1)),
     }
-    seconds = {"seconds": round(watch.seconds, 1), "cpu_seconds": round(time.process_time(), 1)}
-    write_json(OUT / "metrics.json", content | seconds)
-    print(json.dumps(content, indent=2))
+    results["cpu_seconds"] = round(time.process_time(), 1)
+    write_metrics(OUT, watch, {"source": "shapes", "test_images": len(x)}, results)
+    print(json.dumps(results, indent=2))
 
 
 # --- the idea ------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ The run stands outside of the plain suite, for it needs Jupyter's kernel, and tr
 unless TUTORIAL_STEPS says how long the two trainings shall be (the notebook reads it too):
 
     pip install -e '.[test,notebook]'
-    TUTORIAL_STEPS=20 python -m pytest tests/test_tutorial.py
+    TUTORIAL_STEPS=20 python -m pytest tests/docs/test_tutorial.py
 
 A minute or two with 20 steps; the reader's have 2,000 and 3,500.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
 LARGEST = 1_200_000  # bytes, pictures included
 

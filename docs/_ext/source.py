@@ -17,7 +17,7 @@ from typing import NamedTuple
 from pygments.lexers import PythonLexer
 from pygments.token import STANDARD_TYPES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DIVIDER = re.compile(r"# --- (.*?) -+$")  # "# --- losses -----": the heading of a part
 Definition = ast.ClassDef | ast.FunctionDef
 # A place that a name leads to: ("vqgan.quantizer", "Quantizer.forward"); "" for the module.

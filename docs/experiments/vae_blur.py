@@ -1,9 +1,9 @@
 """Why a VAE blurs, in three pictures.
 
-    python docs/why_a_vae_blurs.py --data data/cifar10-images
+    python docs/experiments/vae_blur.py --data data/cifar10-images
 
 reads the two VAEs of the study (runs/study and runs/study-fixed: docs/results/README.md has their
-commands) and writes, in docs/results/vae-blur/:
+commands) and writes, in docs/results/vae_blur/:
 
     average.png        a star that may be in any of several places, and the best single answer
     reconstructions.png  test images through both VAEs, from the mean and from a sampled latent
@@ -11,12 +11,11 @@ commands) and writes, in docs/results/vae-blur/:
     metrics.json       the numbers in these pictures, and what a perfect Bernoulli decoder pays
 """
 
-import argparse
 import json
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _common import draw_rows, parse, results_of, show, write_metrics
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -24,10 +23,10 @@ from vqgan import figures
 from vqgan.data import batches_in_order, from_uint8, load_dataset, to_unit
 from vqgan.loading import load_model
 from vqgan.metrics import nats_to_bits
-from vqgan.training import Stopwatch, describe_device, run_script, versions, write_json
+from vqgan.training import Stopwatch, run_script
 from vqgan.vae import VAE, reparameterise
 
-OUT = Path("docs/results/vae-blur")
+OUT = results_of(__file__)
 RUNS = {"study-fixed": "VAE, squared error", "study": "VAE, optimal scale"}
 PICTURES = (1, 4, 5, 7, 8, 9)  # test images
 AT_ONCE = 500
@@ -39,10 +38,7 @@ USED_ABOVE = 0.1  # bits that a dimension carries on average to be called used
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw why a VAE blurs.")
-    parser.add_argument("--data", required=True, help="the data of the runs, as train_vqvae.py's")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
-    args = parser.parse_args()
+    args = parse("Draw why a VAE blurs.")
 
     watch = Stopwatch()
     shapes = load_dataset("shapes")
@@ -65,23 +61,19 @@ def main() -> None:
             "dimensions_used": int((bits[title] > USED_ABOVE).sum()),
             "most_bits_in_a_dimension": bits[title].max().item(),
         }
-    draw_rows(rows)
+    draw_rows(OUT / "reconstructions.png", rows, side=1.2, label=1.5)
     draw_dimensions(bits)
-    content = {
-        "command": f"python docs/why_a_vae_blurs.py --data {args.data}",
-        "data": {"source": args.data, "test_images": len(data.test_images)},
-        "device": describe_device(torch.device("cpu"), torch.float32),
-        "versions": versions(),
-        "seconds": round(watch.seconds, 1),
+    results = {
         "used_above_bits": USED_ABOVE,
         "average": average,
         "perfect_bernoulli_nats": {
             args.data: perfect_bernoulli(data.test_images),
             "shapes": perfect_bernoulli(shapes.test_images),
         },
+        "models": models,
     }
-    write_json(OUT / "metrics.json", content | {"models": models})
-    print(json.dumps(content | {"models": models}, indent=2))
+    write_metrics(OUT, watch, {"source": args.data, "test_images": len(data.test_images)}, results)
+    print(json.dumps(results, indent=2))
 
 
 def bits_by_dimension(model: VAE, images: Tensor) -> Tensor:
@@ -128,33 +120,13 @@ def draw_average(image: Tensor) -> dict:
         is_mean = i == len(SHOWN)
         left = 0.005 + i * (size + gap) + (0.03 if is_mean else 0)
         axes = figure.add_axes((left, 0.13, size, size * 9.6 / 2.15))
-        axes.imshow(to_unit(picture)[0].permute(1, 2, 0).numpy(), interpolation="nearest")
-        axes.set_axis_off()
+        show(axes, to_unit(picture)[0])
         if is_mean:
             axes.set_title(f"the mean of all {len(copies)}", fontsize=12)
         elif i == 2:
             axes.set_title(f"what could have been: 5 of {len(copies)} pictures", fontsize=12)
     figure.savefig(OUT / "average.png", dpi=figures.DOTS_PER_INCH)
     return result
-
-
-def draw_rows(rows: list[tuple[str, Tensor]]) -> None:
-    """Rows of images (N, 3, H, W) in [0, 1], with their labels on the left."""
-    label, side, gap = 1.45, 1.2, 0.06  # inches
-    width = label + len(PICTURES) * (side + gap)
-    height = len(rows) * (side + gap) + gap
-    figure = Figure(figsize=(width, height))
-    for row, (text, images) in enumerate(rows):
-        bottom = height - (row + 1) * (side + gap)
-        middle = (bottom + side / 2) / height
-        figure.text((label - 0.1) / width, middle, text, ha="right", va="center", fontsize=12)
-        for column, image in enumerate(images):
-            left = label + column * (side + gap)
-            box = (left / width, bottom / height, side / width, side / height)
-            axes = figure.add_axes(box)
-            axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes.set_axis_off()
-    figure.savefig(OUT / "reconstructions.png", dpi=figures.DOTS_PER_INCH)
 
 
 def draw_dimensions(bits: dict[str, Tensor]) -> None:

@@ -2,12 +2,16 @@
 
 import json
 import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RECIPES = sorted((ROOT / "docs" / "results").glob("*/run.sh"))  # commands too long for a page
 # Headings of tables, and the keys of metrics.json that stand below them.
 KEYS = {
     "bits per image": "bits_per_image",
@@ -89,15 +93,72 @@ def test_links_to_files_lead_somewhere(document):
             assert (document.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+# --- commands ------------------------------------------------------------------------------------
+
+
+def joined(path):
+    """The text, with commands that go on in the next line in one."""
+    return re.sub(r"\\\n\s*", "", path.read_text())
+
+
+def flags_of(path):
+    """The source of a script, and of what it imports of ours: there its flags are."""
+    texts = [path.read_text()]
+    for module in re.findall(r"^from ([\w.]+) import", texts[0], re.MULTILINE):
+        files = (ROOT / f"{module.replace('.', '/')}.py", path.parent / f"{module}.py")
+        texts += [file.read_text() for file in files if file.exists()]
+    return "\n".join(texts)
+
+
+@pytest.mark.parametrize(
+    "document", DOCUMENTS + RECIPES, ids=lambda path: str(path.relative_to(ROOT))
+)
 def test_flags_in_commands_exist(document):
     scripts = r"(?:python ([\w/]+\.py)|python -m vqgan|(?<=`)vqgan|^vqgan)([^`\n]*)"
-    text = re.sub(r"\\\n\s*", "", document.read_text())  # commands that go on in the next line
-    for script, flags in re.findall(scripts, text, re.MULTILINE):
-        path = script or "vqgan/__main__.py"
-        known = (ROOT / path).read_text() + (ROOT / "vqgan" / "training.py").read_text()
+    for script, flags in re.findall(scripts, joined(document), re.MULTILINE):
+        known = flags_of(ROOT / (script or "vqgan/__main__.py"))
         for flag in re.findall(r"--[\w-]+", flags):
             assert f'"{flag.replace("--no-", "--")}"' in known or flag == "--help", (
                 script,
                 flag,
             )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_long_commands_stand_in_files_of_their_own(document):
+    for command in re.findall(r"python [\w/]+\.py[^`\n]*", document.read_text()):
+        assert len(command) <= 120, command
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.parent.name)
+def test_a_recipe_is_a_shell_script(recipe):
+    if shutil.which("bash") is None:
+        pytest.skip("bash is not installed")
+    done = subprocess.run(["bash", "-n", recipe], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def parsed(command):
+    """A script and {flag: its values}, whatever the order of the flags."""
+    script, *words = shlex.split(command.removeprefix("python "))
+    flags = {}
+    for word in words:
+        if word.startswith("--"):
+            flags[word] = values = []
+        else:
+            values.append(word)
+    return script, flags
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [path for path in RECIPES if (path.parent / "metrics.json").exists()],
+    ids=lambda path: path.parent.name,
+)
+def test_a_recipe_is_the_command_that_was_run(recipe):
+    """The last ones of metrics.json: a copy of a run has those of the run before its own."""
+    text = joined(recipe).replace("$data", "--data data/cifar10-images")
+    commands = re.findall(r"^python train_.*", text, re.MULTILINE)
+    run = json.loads((recipe.parent / "metrics.json").read_text())["command"].split(" && ")
+    assert commands
+    assert [parsed(command) for command in commands] == [parsed(c) for c in run[-len(commands) :]]

@@ -1,23 +1,20 @@
 """The two pictures that compare several runs of train_vqvae.py on the same test images.
 
-    python docs/make_figures.py --data data/cifar10-images
+    python docs/experiments/rate_distortion.py --data data/cifar10-images
 
 reads the run folders below runs/ that `RUNS` names (docs/results/README.md has their commands) and
-writes, in docs/results/rate-distortion/:
+writes, in docs/results/rate_distortion/:
 
     ladder.png            the same images through each model, from the fewest bits to the most
     rate_distortion.png   bits per image against error and SSIM, with JPEG as the landmark
     points.json           the numbers of the chart, and of docs/ssim.md
 """
 
-import argparse
-import io
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from _common import parse, read_metrics, results_of, scan_bytes, through_jpeg
 
 from vqgan import figures, metrics
 from vqgan.data import batches_in_order, from_uint8, load_dataset, to_unit
@@ -25,7 +22,7 @@ from vqgan.training import load_checkpoint, run_script, write_json
 from vqgan.vae import VAE
 from vqgan.vqvae import VQVAE
 
-OUT = Path("docs/results/rate-distortion")
+OUT = results_of(__file__)
 JPEG_QUALITIES = (10, 20, 30, 40, 50)
 NUM_PICTURES = 12
 
@@ -51,7 +48,7 @@ LADDER = {
 
 
 def measured(folder: Path, name: str) -> dict:
-    return json.loads((folder / "metrics.json").read_text())["models"][name]
+    return read_metrics(folder)["models"][name]
 
 
 def point(result: dict, label: str) -> dict:
@@ -62,27 +59,6 @@ def point(result: dict, label: str) -> dict:
         "nmse": result["nmse_sampled"],
         "ssim": result["ssim_sampled"],
     }
-
-
-def scan_bytes(jpeg: bytes) -> int:
-    """Bytes of a JPEG file's image data: what follows the start-of-scan header, without headers.
-
-    (The headers, some 600 bytes of tables, are the same for every image of a quality.)
-    """
-    start = jpeg.index(b"\xff\xda")
-    header = int.from_bytes(jpeg[start + 2 : start + 4], "big")
-    return len(jpeg) - (start + 2 + header) - 2  # the last two are the end-of-image marker
-
-
-def through_jpeg(images: torch.Tensor, quality: int) -> tuple[torch.Tensor, list[bytes]]:
-    """What JPEG (Pillow's, colour at half resolution) keeps of uint8 images (N, 3, H, W); files."""
-    decoded, files = torch.empty_like(images), []
-    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=quality)
-        files.append(file.getvalue())
-        decoded[i] = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
-    return decoded, files
 
 
 def jpeg_point(images: torch.Tensor, quality: int, variance: float) -> dict:
@@ -129,13 +105,10 @@ def draw_ladder(runs: Path, images: torch.Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the pictures that compare several runs.")
-    parser.add_argument("--data", required=True, help="the data of the runs, as train_vqvae.py's")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
-    args = parser.parse_args()
+    args = parse("Draw the pictures that compare several runs.")
 
     data = load_dataset(args.data)
-    variance = json.loads((args.runs / "study" / "metrics.json").read_text())["data"]["variance"]
+    variance = read_metrics(args.runs / "study")["data"]["variance"]
     curves = {
         label: [point(measured(args.runs / f, name), text) for text, (f, name) in runs.items()]
         for label, runs in RUNS.items()
@@ -152,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, resumable=False)

@@ -71,7 +71,7 @@ def render(translator, node: nodes.Element, display: str) -> None:
     try:
         html = to_mathml(node.astext(), display)
     except ValueError as error:
-        text = "equation %r: %s (docs/mathml.py says what works)"
+        text = "equation %r: %s (docs/_ext/mathml.py says what works)"
         logger.warning(text, node.astext(), error, location=node)
         raise nodes.SkipNode from error
     if display == "block":

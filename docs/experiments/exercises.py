@@ -1,7 +1,7 @@
 """The answers to the exercises of the lab (docs/lab.md), measured.
 
-    python docs/exercises.py                    those that are not finished yet
-    python docs/exercises.py greedy ssim        these, again
+    python docs/experiments/exercises.py                those that are not finished yet
+    python docs/experiments/exercises.py greedy ssim    these, again
 
 One function an exercise. Where it trains, it calls the script itself with the flags that the
 exercise gives; where the exercise edits the source, it makes the same edit in memory, and says
@@ -12,7 +12,6 @@ docs/results/shapes-tokenizer, which is trained again, for some minutes, if its 
 """
 
 import functools
-import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,21 +21,19 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from _common import CPU, read_metrics, results_of
 from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # the scripts
-
-import train_transformer  # noqa: E402
-import train_vqgan  # noqa: E402
-import train_vqvae  # noqa: E402
-from vqgan import figures, metrics  # noqa: E402
-from vqgan.classifier import Classifier, features_of, load_classifier, make_yardstick  # noqa: E402
-from vqgan.data import batches_in_order, from_uint8, load_dataset, to_unit  # noqa: E402
-from vqgan.errors import InputError  # noqa: E402
-from vqgan.loading import load_model, load_pair, load_tokenizer  # noqa: E402
-from vqgan.shapes import CLASSES, draw_shapes  # noqa: E402
-from vqgan.training import (  # noqa: E402
+import train_transformer
+import train_vqgan
+import train_vqvae
+from vqgan import figures, metrics
+from vqgan.classifier import Classifier, features_of, load_classifier, make_yardstick
+from vqgan.data import batches_in_order, from_uint8, load_dataset, to_unit
+from vqgan.errors import InputError
+from vqgan.loading import load_model, load_pair, load_tokenizer
+from vqgan.shapes import CLASSES, draw_shapes
+from vqgan.training import (
     Run,
     Stopwatch,
     choose_precision,
@@ -45,11 +42,10 @@ from vqgan.training import (  # noqa: E402
     versions,
     write_json,
 )
-from vqgan.vqvae import VQVAE  # noqa: E402
+from vqgan.vqvae import VQVAE
 
-OUT = ROOT / "docs" / "results" / "exercises"
+OUT = results_of(__file__)
 RUNS = Path("runs/exercises")
-CPU = torch.device("cpu")
 NUM_SAMPLES = 1000
 SHIPPED = "vqgan/pretrained/shapes/tokenizer.pt"
 SMALL_VQVAE = "--data shapes --epochs 3 --models vqvae"
@@ -75,7 +71,7 @@ def train(
         command += ["--resume"] if (folder / "config.json").exists() else []
         with patch.object(sys, "argv", command), edit or nullcontext():
             script.main()
-    content = json.loads((folder / "metrics.json").read_text())
+    content = read_metrics(folder)
     (result,) = content["models"].values()
     about = {key: content[key] for key in ("command", "data", "device")}
     for key in ("baselines", "validation"):
@@ -386,8 +382,9 @@ EXERCISES: dict[str, Callable[[], dict]] = {
 }
 
 
-def read_results(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {"finished": {}, "models": {}}
+def read_results() -> dict:
+    is_there = (OUT / "metrics.json").exists()
+    return read_metrics(OUT) if is_there else {"finished": {}, "models": {}}
 
 
 def main() -> None:
@@ -396,24 +393,23 @@ def main() -> None:
             raise InputError(f"there is no exercise {name!r}: there are {', '.join(EXERCISES)}")
     OUT.mkdir(parents=True, exist_ok=True)
     drawn_once = functools.cache(draw_shapes)  # for all of them
-    path = OUT / "metrics.json"
     for name, exercise in EXERCISES.items():
-        content = read_results(path)
+        content = read_results()
         if name not in sys.argv[1:] and (len(sys.argv) > 1 or name in content["finished"]):
             continue
         print(f"--- {name}", flush=True)
         with patch("vqgan.data.draw_shapes", drawn_once):
             models = exercise()
-        content = read_results(path)  # again: another process may have done another exercise
+        content = read_results()  # again: another process may have done another exercise
         content = {
-            "command": "python docs/exercises.py",
+            "command": "python docs/experiments/exercises.py",
             "device": describe_device(CPU, choose_precision("auto", CPU)),
             "versions": versions(),
             "finished": content["finished"] | {name: list(models)},
             "models": content["models"] | models,
         }
-        write_json(path, content)
-    print(f"metrics.json and the pictures are in {OUT.relative_to(ROOT)}")
+        write_json(OUT / "metrics.json", content)
+    print(f"metrics.json and the pictures are in {OUT}")
 
 
 if __name__ == "__main__":

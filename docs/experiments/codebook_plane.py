@@ -1,10 +1,10 @@
 """A codebook that can be seen: 16 codes of two dimensions, and points that move.
 
-    python docs/codebook_in_the_plane.py
+    python docs/experiments/codebook_plane.py
 
 The points stand for what an encoder puts out: four clusters, of which one ends after a while, and
 another begins far away. The quantizers are the package's own. Writes, in
-docs/results/codebook-plane/:
+docs/results/codebook_plane/:
 
     guarded.png     EMA: codes start from data, dead ones are restarted
     unguarded.png   EMA: neither
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _common import frame, results_of, write_metrics
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -25,9 +26,9 @@ from torch import Tensor
 from vqgan.figures import COLOURS
 from vqgan.metrics import CodebookUsage
 from vqgan.quantizer import EMAVectorQuantizer, Quantizer, VectorQuantizer, nearest_codes
-from vqgan.training import Stopwatch, describe_device, run_script, versions, write_json
+from vqgan.training import Stopwatch, run_script
 
-OUT = Path("docs/results/codebook-plane")
+OUT = results_of(__file__)
 K, D = 16, 2
 STEPS, POINTS = 800, 256  # points in a batch
 MOVE_AT = 300  # step at which one cluster ends and another begins
@@ -123,16 +124,9 @@ def main() -> None:
         if name in PICTURES:
             file, title = PICTURES[name]
             draw(OUT / file, codes, restarts, starts_from_data=make().waits_for_data, title=title)
-    content = {
-        "command": "python docs/codebook_in_the_plane.py",
-        "data": {"source": "points in the plane", "steps": STEPS, "points_a_step": POINTS},
-        "device": describe_device(torch.device("cpu"), torch.float32),
-        "versions": versions(),
-        "seconds": round(watch.seconds, 1),
-        "num_embeddings": K,
-        "gradient_learning_rate": LEARNING_RATE,
-    }
-    write_json(OUT / "metrics.json", content | {"models": models})
+    data = {"source": "points in the plane", "steps": STEPS, "points_a_step": POINTS}
+    results = {"num_embeddings": K, "gradient_learning_rate": LEARNING_RATE, "models": models}
+    write_metrics(OUT, watch, data, results)
     print(f"three pictures and metrics.json are in {OUT}")
 
 
@@ -204,10 +198,7 @@ def draw_panel(
     axes.set_xlim(left, right)
     axes.set_ylim(bottom, top)
     axes.set_aspect("equal")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_color("0.8")
+    frame(axes, "0.8")
     axes.set_title(f"step {step}: {int(is_used.sum())} of {K} codes used", fontsize=11.5, pad=4)
 
 

@@ -1,6 +1,6 @@
 """What a classifier learns from pictures that a transformer wrote, and what from real ones.
 
-    python docs/synthetic_data.py --data data/cifar10-images
+    python docs/experiments/synthetic.py --data data/cifar10-images
 
 The same small classifier is trained on each set, until it has seen 200,000 images, and tested on
 the real test images. The sets: real images, many and few; the tokenizer's reconstructions of
@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from _common import CPU, results_of, write_metrics
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,17 +23,9 @@ from vqgan.classifier import accuracy, train_classifier
 from vqgan.data import batches_in_order, load_dataset, to_uint8
 from vqgan.errors import InputError
 from vqgan.loading import Pair, fingerprint, load_pair
-from vqgan.training import (
-    Stopwatch,
-    choose_precision,
-    describe_device,
-    run_script,
-    save_plain,
-    versions,
-    write_json,
-)
+from vqgan.training import Stopwatch, choose_precision, run_script, save_plain
 
-OUT = Path("docs/results/synthetic")
+OUT = results_of(__file__)
 CHECKPOINT = Path("runs/transformer/checkpoint.pt")
 SAMPLES = Path("runs/synthetic")
 FEW = (1_000, 5_000)
@@ -40,7 +33,6 @@ GUIDANCE = (1.0, 2.0)
 IMAGES_SEEN = 200_000  # by each classifier: four epochs of CIFAR-10's 50,000
 WIDTH = 16  # of the classifier's first stage, as in train_vqgan.py
 AT_ONCE = 500
-DEVICE = torch.device("cpu")
 
 
 def main() -> None:
@@ -50,7 +42,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="the data of the run")
     args = parser.parse_args()
 
-    watch, dtype = Stopwatch(), choose_precision("auto", DEVICE)
+    watch, dtype = Stopwatch(), choose_precision("auto", CPU)
     data, pair = load_dataset(args.data), load_pair(CHECKPOINT)
     if tuple(pair.condition.names) != tuple(data.class_names):
         raise InputError(
@@ -73,23 +65,17 @@ def main() -> None:
             width=WIDTH,
             epochs=IMAGES_SEEN // len(images),
             seed=0,
-            device=DEVICE,
+            device=CPU,
             dtype=dtype,
             flip=True,
             name=name,
         )
-        share = accuracy(classifier, data, DEVICE)
+        share = accuracy(classifier, data, CPU)
         models[name] = {"training_images": len(images), "accuracy": share}
         print(f"{name}: {share:.1%} of the test images")
-    content = {
-        "command": f"python docs/synthetic_data.py --data {args.data}",
-        "data": {"source": args.data, "test_images": len(data.test_images)},
-        "device": describe_device(DEVICE, dtype),
-        "versions": versions(),
-        "seconds": round(watch.seconds, 1),
-        "images_seen": IMAGES_SEEN,
-    }
-    write_json(OUT / "metrics.json", content | {"models": models})
+    about_data = {"source": args.data, "test_images": len(data.test_images)}
+    results = {"images_seen": IMAGES_SEEN, "models": models}
+    write_metrics(OUT, watch, about_data, results, dtype=dtype)
     print(json.dumps(models, indent=2))
 
 

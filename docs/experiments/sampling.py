@@ -1,12 +1,12 @@
 """What each way to sample does to the pictures, drawn with the same random numbers every time.
 
-    python docs/sampling_pictures.py --data data/cifar10-images
+    python docs/experiments/sampling.py --data data/cifar10-images
 
 needs a class-conditional transformer beside its tokenizer and a yardstick: those of the runs
 runs/transformer and runs/vqgan (docs/results/README.md has their commands). Every reader has
 another pair:
 
-    python docs/sampling_pictures.py --checkpoint shapes --data shapes --classes ring star
+    python docs/experiments/sampling.py --checkpoint shapes --data shapes --classes ring star
 
 Writes, in docs/results/sampling/:
 
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _common import CPU, DOTS_PER_INCH, draw_rows, results_of, write_metrics
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
@@ -34,10 +35,10 @@ from vqgan.conditions import PICTURES
 from vqgan.data import from_uint8, load_dataset, read_image, to_unit
 from vqgan.loading import Pair, load_pair
 from vqgan.metrics import CodebookUsage, psnr
-from vqgan.training import Stopwatch, describe_device, run_script, versions, write_json
+from vqgan.training import Stopwatch, run_script
 from vqgan.vqvae import VQAutoencoder
 
-OUT = Path("docs/results/sampling")
+OUT = results_of(__file__)
 FAMILIES = {  # of settings: the file's name, and the values of its rows (None: all codes)
     "temperature": (0.0, 0.5, 0.8, 1.0, 1.2),
     "top_k": (10, 50, 100, 300, None),
@@ -52,7 +53,6 @@ TOP_K, TOP_P = 100, 0.9  # in next_code.png
 SURE, UNSURE = 0.02, 0.9  # which places it shows, as quantiles of the entropy
 TIMED = 16  # grids that are written with the cache and without
 AT_ONCE = 100
-DOTS_PER_INCH = 130
 
 
 @torch.no_grad()
@@ -64,10 +64,9 @@ def main() -> None:
     parser.add_argument("--classes", nargs=2, default=["horse", "ship"], help="that are drawn")
     args = parser.parse_args()
 
-    watch, cpu = Stopwatch(), torch.device("cpu")
-    pair, yardstick, accuracy = load_pair(args.checkpoint), None, None
+    watch, pair, yardstick, accuracy = Stopwatch(), load_pair(args.checkpoint), None, None
     if args.checkpoint == parser.get_default("checkpoint"):
-        yardstick, accuracy = load_classifier(args.yardstick, cpu)
+        yardstick, accuracy = load_classifier(args.yardstick, CPU)
     images, labels = test_images(args.data, pair)
     x = from_uint8(images)  # (M, 3, H, W)
     codes = torch.cat([pair.tokenizer.encode(part).indices for part in x.split(AT_ONCE)])
@@ -76,11 +75,7 @@ def main() -> None:
         family: draw_family(pair, family, values, args.classes, yardstick)
         for family, values in FAMILIES.items()
     }
-    content = {
-        "command": f"python docs/sampling_pictures.py {flags(args, parser)}",
-        "data": {"source": args.data, "test_images": len(images)},
-        "device": describe_device(cpu, torch.float32),
-        "versions": versions(),
+    results = {
         "yardstick": {"accuracy": accuracy},
         "codes": pair.transformer.num_embeddings,
         "test_perplexity": usage(pair, codes).perplexity,
@@ -92,18 +87,9 @@ def main() -> None:
         "cache": time_the_cache(pair),
     }
     draw_conditions(pair, x)
-    seconds = {"seconds": round(watch.seconds, 1), "cpu_seconds": round(time.process_time(), 1)}
-    write_json(OUT / "metrics.json", content | seconds)
-    print(json.dumps(content, indent=2))
-
-
-def flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
-    """Those that are not the default, as they were given."""
-    given = {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
-    parts = []
-    for name, value in given.items():
-        parts += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return " ".join(parts)
+    results["cpu_seconds"] = round(time.process_time(), 1)
+    write_metrics(OUT, watch, {"source": args.data, "test_images": len(images)}, results)
+    print(json.dumps(results, indent=2))
 
 
 def test_images(source: str, pair: Pair) -> tuple[Tensor, Tensor]:
@@ -147,35 +133,6 @@ def nats(pair: Pair, tokens: Tensor, codes: Tensor) -> Tensor:
     return torch.cat(costs)
 
 
-# --- rows of pictures ----------------------------------------------------------------------------
-
-
-def draw_rows(
-    path: Path, rows: list[tuple[str, Tensor]], *, heads: tuple[str, ...] = (), side: float = 0.6
-) -> None:
-    """Rows of images (N, 3, H, W) in [0, 1], labels on the left; heads share the columns evenly."""
-    gap, label, head = 0.05, 1.7, 0.3 if heads else 0.0  # inches
-    columns = len(rows[0][1])
-    width = label + columns * (side + gap)
-    height = head + len(rows) * (side + gap)
-    figure = Figure(figsize=(width, height))
-    for i, text in enumerate(heads):
-        middle = label + (i + 0.5) / len(heads) * columns * (side + gap)
-        figure.text(middle / width, 1 - 0.2 / height, text, ha="center", fontsize=13)
-    for row, (text, images) in enumerate(rows):
-        bottom = height - head - (row + 1) * (side + gap) + gap
-        middle = (bottom + side / 2) / height
-        figure.text((label - 0.12) / width, middle, text, ha="right", va="center", fontsize=12)
-        for column, image in enumerate(images):
-            left = label + column * (side + gap)
-            box = (left / width, bottom / height, side / width, side / height)
-            axes = figure.add_axes(box)
-            axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axes.set_axis_off()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DOTS_PER_INCH)
-
-
 # --- a row for each value ------------------------------------------------------------------------
 
 
@@ -187,6 +144,8 @@ def draw_family(
     shown = pair.condition.of_classes([name for name in classes for _ in range(DRAWN)])
     measured = pair.condition.of_classes([name for name in names for _ in range(MEASURED)])
     rows, results = [], []
+    K = pair.transformer.num_embeddings
+    values = [value for value in values if family != "top_k" or value is None or value <= K]
     for value in values:
         setting = {family: value}
         codes = pair.transformer.sample(

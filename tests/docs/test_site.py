@@ -17,9 +17,9 @@ import pytest
 for package in ("sphinx", "myst_parser", "furo", "latex2mathml"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[docs]'")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-sys.path.append(str(DOCS))  # the site's own extensions
+sys.path.append(str(DOCS / "_ext"))  # the site's own extensions
 
 from mathml import to_mathml  # noqa: E402
 from prose import to_html, typeset  # noqa: E402

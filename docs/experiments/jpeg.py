@@ -1,6 +1,6 @@
 """Bytes an image: codes beside JPEG, at the same size and at the same quality.
 
-    python docs/compression.py --data data/cifar10-images
+    python docs/experiments/jpeg.py --data data/cifar10-images
 
 needs the runs study, vqgan, transformer and transformer-vqvae (docs/results/README.md has their
 commands). Every fifth test image goes through the VQ-VAE, the VQGAN and JPEG at many qualities. Of
@@ -8,19 +8,26 @@ these, three are kept: the one whose size is nearest to the VQGAN's codes, and t
 reaches its SSIM, and the share of images that the yardstick still recognises. JPEG's sizes are
 without the file's headers, which are the same for all images.
 
-Writes, in docs/results/compression/:
+Writes, in docs/results/jpeg/:
 
-    compression.png   ten test images through each
+    jpeg.png          ten test images through each
     metrics.json      bytes, PSNR, SSIM, Frechet distance, recognised; of JPEG at each quality
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from make_figures import scan_bytes, through_jpeg
+from _common import (
+    CPU,
+    parse,
+    read_metrics,
+    results_of,
+    scan_bytes,
+    through_jpeg,
+    write_metrics,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,9 +35,9 @@ from vqgan import figures, metrics
 from vqgan.classifier import Classifier, features_of, load_classifier
 from vqgan.data import batches_in_order, from_uint8, load_dataset, to_uint8, to_unit
 from vqgan.loading import load_model
-from vqgan.training import Stopwatch, describe_device, run_script, versions, write_json
+from vqgan.training import Stopwatch, run_script
 
-OUT = Path("docs/results/compression")
+OUT = results_of(__file__)
 TOKENIZERS = {  # name: its run, and the transformer's that writes its codes
     "vqvae": (Path("study/vqvae"), Path("transformer-vqvae")),
     "vqgan": (Path("vqgan/vqgan"), Path("transformer")),
@@ -47,15 +54,11 @@ EVERY = 5  # test images: 2,000 of CIFAR-10's, of all classes
 QUALITIES = range(1, 51)
 NUM_PICTURES = 10
 AT_ONCE = 500
-CPU = torch.device("cpu")
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare codes with JPEG.")
-    parser.add_argument("--data", required=True, help="the data of the runs")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
-    args = parser.parse_args()
+    args = parse("Compare codes with JPEG.")
 
     watch, data = Stopwatch(), load_dataset(args.data)
     images, labels = data.test_images[::EVERY], data.test_labels[::EVERY]
@@ -69,7 +72,7 @@ def main() -> None:
         pictures[name] = torch.cat([to_uint8(model(x).reconstruction) for x in batches])
         plain = model.encode(from_uint8(images[:1])).indices[0]  # (h, w)
         bits = metrics.code_bits(*plain.shape, model.quantizer.num_embeddings)
-        written = json.loads((args.runs / writer / "metrics.json").read_text())
+        written = read_metrics(args.runs / writer)
         results[name] = {
             "bytes": bits / 8,
             "bytes_with_transformer": written["models"]["transformer"]["bits_per_image"] / 8,
@@ -95,15 +98,9 @@ def main() -> None:
     pictures |= {name: pictures[quality] for name, quality in chosen.items()}
 
     draw(images, results, pictures)
-    content = {
-        "command": f"python docs/compression.py --data {args.data}",
-        "data": {"source": args.data, "test_images": len(images)},
-        "device": describe_device(CPU, torch.float32),
-        "versions": versions(),
-        "seconds": round(watch.seconds, 1),
-        "yardstick": {"accuracy": accuracy},
-    }
-    write_json(OUT / "metrics.json", content | {"models": results, "jpeg": list(jpeg.values())})
+    about_data = {"source": args.data, "test_images": len(images)}
+    content = {"yardstick": {"accuracy": accuracy}, "models": results, "jpeg": list(jpeg.values())}
+    write_metrics(OUT, watch, about_data, content)
     print(json.dumps(results, indent=2))
 
 
@@ -134,7 +131,7 @@ def draw(images: Tensor, results: dict, pictures: dict) -> None:
     for name, title in TITLES.items():
         label = f"{title}\n{results[name]['bytes']:.0f} bytes"
         rows.append((label, to_unit(from_uint8(pictures[name][chosen]))))
-    figures.image_rows(OUT / "compression.png", rows, title="The same test images, and their bytes")
+    figures.image_rows(OUT / "jpeg.png", rows, title="The same test images, and their bytes")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,143 @@
+"""What the experiments share: their flags, metrics.json, rows of pictures, and what JPEG keeps.
+
+Experiments are run from the root of the repository, and docs/experiments/NAME.py writes
+docs/results/NAME/.
+"""
+
+import argparse
+import io
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout: scripts and package
+
+from vqgan.training import Stopwatch, describe_device, versions, write_json
+
+CPU = torch.device("cpu")
+DOTS_PER_INCH = 130  # of rows of pictures, whose sides are half an inch or so
+
+
+# --- what is read and written --------------------------------------------------------------------
+
+
+def results_of(file: str) -> Path:
+    """Where the experiment in a file, its `__file__`, writes."""
+    return Path("docs/results") / Path(file).stem
+
+
+def parse(description: str) -> argparse.Namespace:
+    """The flags of an experiment that reads finished runs."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", required=True, help="the data of the runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
+    return parser.parse_args()
+
+
+def read_metrics(folder: Path) -> dict:
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def write_metrics(
+    out: Path, watch: Stopwatch, data: dict, results: dict, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """metrics.json: the results, below what every experiment says of itself.
+
+    Args:
+        watch: started when the experiment was.
+        data: the source, and which part of it was used.
+        dtype: in which it computed, on the CPU.
+    """
+    about = {
+        "command": shlex.join(["python", f"docs/experiments/{out.name}.py", *sys.argv[1:]]),
+        "data": data,
+        "device": describe_device(CPU, dtype),
+        "versions": versions(),
+        "seconds": round(watch.seconds, 1),
+    }
+    write_json(out / "metrics.json", about | results)
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def show(axes: Axes, image: Tensor) -> None:
+    """An image (3, H, W) in [0, 1] without axes, every pixel a square."""
+    axes.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set_axis_off()
+
+
+def frame(axes: Axes, colour: str) -> None:
+    """Only a thin line around a picture: no ticks."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color(colour)
+
+
+def draw_rows(
+    path: Path,
+    rows: Sequence[tuple[str, Tensor]],
+    *,
+    heads: Sequence[str] = (),
+    side: float = 0.6,
+    label: float = 1.7,
+) -> None:
+    """Rows of images (N, 3, H, W) in [0, 1], with labels on the left.
+
+    Args:
+        heads: titles above the columns, which share them evenly.
+        side: of an image, in inches.
+        label: width of the labels, in inches.
+    """
+    gap, head = 0.05, 0.3 if heads else 0.0  # inches
+    columns = len(rows[0][1])
+    width = label + columns * (side + gap)
+    height = head + len(rows) * (side + gap)
+    figure = Figure(figsize=(width, height))
+    for i, text in enumerate(heads):
+        middle = label + (i + 0.5) / len(heads) * columns * (side + gap)
+        figure.text(middle / width, 1 - 0.2 / height, text, ha="center", fontsize=13)
+    for row, (text, images) in enumerate(rows):
+        bottom = height - head - (row + 1) * (side + gap) + gap
+        middle = (bottom + side / 2) / height
+        figure.text((label - 0.12) / width, middle, text, ha="right", va="center", fontsize=12)
+        for column, image in enumerate(images):
+            left = label + column * (side + gap)
+            box = (left / width, bottom / height, side / width, side / height)
+            show(figure.add_axes(box), image)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DOTS_PER_INCH)
+
+
+# --- JPEG ----------------------------------------------------------------------------------------
+
+
+def scan_bytes(jpeg: bytes) -> int:
+    """Bytes of a JPEG file's image data: what follows the start-of-scan header, without headers.
+
+    (The headers, some 600 bytes of tables, are the same for every image of a quality.)
+    """
+    start = jpeg.index(b"\xff\xda")
+    header = int.from_bytes(jpeg[start + 2 : start + 4], "big")
+    return len(jpeg) - (start + 2 + header) - 2  # the last two are the end-of-image marker
+
+
+def through_jpeg(images: Tensor, quality: int) -> tuple[Tensor, list[bytes]]:
+    """What JPEG (Pillow's, colour at half resolution) keeps of uint8 images (N, 3, H, W); files."""
+    decoded, files = torch.empty_like(images), []
+    for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        files.append(file.getvalue())
+        decoded[i] = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
+    return decoded, files
