@@ -1,15 +1,10 @@
 import pytest
 import torch
 
-from vqgan.classifier import (
-    Classifier,
-    accuracy,
-    load_classifier,
-    save_classifier,
-    train_classifier,
-)
+from vqgan.classifier import Classifier, load_classifier, save_classifier, train_classifier
 from vqgan.data import ImageDataset
 from vqgan.errors import InputError
+from vqgan.eval_networks import accuracy
 
 CPU = torch.device("cpu")
 

@@ -4,17 +4,10 @@ import torch
 from PIL import Image
 
 from vqgan import data
-from vqgan.data import (
-    Batches,
-    ImageFiles,
-    batches_in_order,
-    from_uint8,
-    load_dataset,
-    pixel_variance,
-    read_image,
-    to_unit,
-)
+from vqgan.data import Batches, batches_in_order, load_dataset, pixel_variance
 from vqgan.errors import InputError
+from vqgan.image_folder import ImageFiles, read_image
+from vqgan.images import from_uint8, to_unit
 
 
 def test_ranges_and_their_inverse():
@@ -180,7 +173,7 @@ def test_a_streamed_image_owns_its_memory(image_folder, recwarn):
 @pytest.mark.parametrize("limit", [data.MEMORY_LIMIT, 0], ids=["held", "streamed"])
 def test_unreadable_files_are_named_skipped_and_counted(image_folder, capsys, monkeypatch, limit):
     monkeypatch.setattr(data, "MEMORY_LIMIT", limit)
-    monkeypatch.setattr(data, "MOST_NAMED", 2)
+    monkeypatch.setattr(data, "MAX_NAMED", 2)
     truncated = image_folder / "dogs" / "00.png"
     truncated.write_bytes(truncated.read_bytes()[:200])
     (image_folder / "cats" / "broken.png").write_bytes(b"not an image")

@@ -7,12 +7,7 @@ import torch.nn.functional as F
 from vector_quantize_pytorch import VectorQuantize
 
 from vqgan import quantizer as quantizer_module
-from vqgan.quantizer import (
-    EMAVectorQuantizer,
-    VectorQuantizer,
-    nearest_codes,
-    straight_through,
-)
+from vqgan.quantizer import EMAVectorQuantizer, VectorQuantizer, nearest_codes, straight_through
 
 BOTH = pytest.mark.parametrize("kind", [VectorQuantizer, EMAVectorQuantizer])
 

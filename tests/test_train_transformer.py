@@ -25,13 +25,16 @@ from scripts import (
 )
 
 import train_transformer
-from train_transformer import CodeBatches, learning_rate
+from train_transformer import learning_rate
+from vqgan.checkpoint import fingerprint, save_checkpoint
 from vqgan.classifier import Classifier, save_classifier
 from vqgan.conditions import NO_CONDITION, PICTURES, caption_condition, class_condition
 from vqgan.conditions import image_condition as condition_of_image
-from vqgan.data import Batches, from_uint8, load_dataset
-from vqgan.loading import fingerprint, load_model, load_pair
-from vqgan.training import Run, read_log, save_checkpoint
+from vqgan.data import Batches, load_dataset
+from vqgan.images import from_uint8
+from vqgan.pretrained import load_model, load_pair
+from vqgan.tokens import TokenLoader
+from vqgan.training import Run, read_log
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
 from vqgan.vqvae import VQVAE
@@ -426,7 +429,7 @@ VIEWS = (torch.arange(40)[:, None] + torch.tensor([0, 100]))[..., None].expand(-
 
 
 def test_a_batch_has_one_of_the_two_views_of_each_image():
-    given = torch.cat(list(CodeBatches(VIEWS, 8)))
+    given = torch.cat(list(TokenLoader(VIEWS, 8)))
     assert given.dtype == torch.int64 and given.shape == (40, 3)
     assert sorted((given[:, 0] % 100).tolist()) == list(range(40))
     assert 5 < (given[:, 0] >= 100).sum() < 35
@@ -434,16 +437,16 @@ def test_a_batch_has_one_of_the_two_views_of_each_image():
 
 
 def test_without_flip_a_batch_has_the_first_view():
-    assert torch.cat(list(CodeBatches(VIEWS, 8, flip=False))).max() < 40
+    assert torch.cat(list(TokenLoader(VIEWS, 8, flip=False))).max() < 40
 
 
 def test_batches_go_on_where_they_were():
-    batches = CodeBatches(VIEWS, 8)
+    batches = TokenLoader(VIEWS, 8)
     epoch = iter(batches)
     next(epoch), next(epoch)
     state = batches.state_dict()
     rest = [*epoch, *batches]
-    other = CodeBatches(VIEWS, 8, seed=5)
+    other = TokenLoader(VIEWS, 8, seed=5)
     other.load_state_dict(state)
     again = [*other, *other]
     assert len(rest) == 3 + 5 and torch.equal(torch.cat(rest), torch.cat(again))

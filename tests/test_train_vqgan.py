@@ -21,7 +21,7 @@ from scripts import (
 
 import train_vqgan
 from vqgan.discriminator import PatchDiscriminator
-from vqgan.loading import load_model
+from vqgan.pretrained import load_model
 from vqgan.training import read_log
 
 run = functools.partial(run_in_process, train_vqgan)

@@ -20,7 +20,8 @@ from scripts import (
 )
 
 import train_vqvae
-from vqgan.training import choose_precision, read_log
+from vqgan.device import choose_precision
+from vqgan.training import read_log
 from vqgan.vae import VAE
 from vqgan.vqvae import VQVAE
 

@@ -9,20 +9,11 @@ import torch
 from torch import nn
 
 from vqgan import training
+from vqgan.checkpoint import load_checkpoint, restore, save_checkpoint, save_model, write_atomically
 from vqgan.data import Batches
+from vqgan.device import choose_device, choose_precision
 from vqgan.errors import InputError
-from vqgan.training import (
-    Log,
-    WeightAverage,
-    choose_device,
-    choose_precision,
-    load_checkpoint,
-    read_log,
-    restore,
-    save_checkpoint,
-    save_model,
-    write_atomically,
-)
+from vqgan.training import Log, ModelEMA, read_log
 
 CPU = torch.device("cpu")
 
@@ -128,7 +119,7 @@ def test_companions_are_saved_and_restored(tmp_path):
 def test_average_of_weights_by_hand():
     """Buffers too; early steps weigh little; the model is left alone."""
     model = nn.BatchNorm1d(1)
-    average = WeightAverage(model, decay=0.9)
+    average = ModelEMA(model, decay=0.9)
     weight, mean = 1.0, 0.0
     for step in range(1, 200):
         with torch.no_grad():

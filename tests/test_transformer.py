@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -8,16 +9,17 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from vqgan.errors import InputError
-from vqgan.transformer import GPT, _uniform, draw, keep_likely
+from vqgan.sampling import filter_top_k_top_p, sample_sliding_window, sample_token, uniform_numbers
+from vqgan.transformer import GPT
 
-K, GRID, CONDITIONS = 11, (3, 4), 5
+K, GRID, N, CONDITIONS = 11, (3, 4), 12, 5
+TOKENIZER = SimpleNamespace(grids=[GRID])  # what a sliding window asks of one
 
 
 def make(C=1, dtype=torch.float64, **sizes):
     """A tiny transformer in eval mode, far enough from its start that everything has an effect."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.0} | sizes
-    model = GPT(K, GRID, CONDITIONS, C, **sizes)
+    model = GPT(K, N, CONDITIONS, C, **sizes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -32,17 +34,17 @@ def seeded(seed=7):
     return torch.Generator().manual_seed(seed)
 
 
-def sample_plainly(condition, next_logits, seed=7, known=None, **filters):
+def sample_plainly(condition, next_logits, seed=7, given=None, **filters):
     """Twelve codes without a cache: next_logits(indices so far) gives the logits of the next."""
-    uniform = _uniform(12, len(condition), seeded(seed))
+    uniform = uniform_numbers(12, len(condition), seeded(seed))
     indices = torch.zeros(len(condition), 0, dtype=torch.int64)
     for i in range(12):
         settings = {"temperature": 1.0, "top_k": None, "top_p": None} | filters
-        code = draw(next_logits(indices), uniform[i], **settings)
-        if known is not None:
-            code = torch.where(known[:, i] < 0, code, known[:, i])
+        code = sample_token(next_logits(indices), uniform[i], **settings)
+        if given is not None:
+            code = torch.where(given[:, i] < 0, code, given[:, i])
         indices = torch.cat([indices, code[:, None]], dim=1)
-    return indices.view(-1, *GRID)
+    return indices
 
 
 def from_forward(model, condition):
@@ -112,7 +114,7 @@ def test_same_logits_as_gpt2_of_transformers():
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, initializer_range=0.3,
     )  # fmt: skip
     theirs = GPT2LMHeadModel(config).eval()
-    ours = GPT(K, GRID, K, 1, n_layer=2, n_head=2, n_embd=16).eval()
+    ours = GPT(K, N, K, 1, n_layer=2, n_head=2, n_embd=16).eval()
     body = theirs.transformer
     norms, pairs = [(ours.norm, body.ln_f)], []
     for block, h in zip(ours.blocks, body.h, strict=True):
@@ -178,13 +180,13 @@ def test_tokens_attention_and_branches_are_dropped_in_training_only():
         assert torch.equal(model(condition, indices), expected), part
         model.train()
         assert not torch.allclose(model(condition, indices), expected), part
-    model = GPT(K, GRID, CONDITIONS, 1, n_layer=1, dropout=0.3)
+    model = GPT(K, N, CONDITIONS, 1, n_layer=1, dropout=0.3)
     block = model.blocks[0]
     assert model.dropout.p == block.dropout.p == block.attention.dropout == 0.3
 
 
 def test_it_starts_as_gpt2():
-    model = GPT(64, (8, 8), 64, 1, n_layer=8, n_head=4, n_embd=64)
+    model = GPT(64, 64, 64, 1, n_layer=8, n_head=4, n_embd=64)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert (parameter == 0).all(), name
@@ -224,7 +226,7 @@ def test_a_copy_is_independent_of_the_original():
 
 
 def test_the_head_has_the_codes_alone():
-    model = GPT(4, GRID, 1000, 2, n_layer=1, n_head=1, n_embd=8)
+    model = GPT(4, N, 1000, 2, n_layer=1, n_head=1, n_embd=8)
     assert model.head.weight.shape == (4, 8) and model.head.bias is None
     indices = model.sample(torch.randint(1000, (200, 2)), temperature=5.0, generator=seeded())
     assert indices.unique().tolist() == [0, 1, 2, 3]
@@ -254,7 +256,7 @@ def likely_plainly(logits, top_k, top_p):
 @pytest.mark.parametrize("top_p", [None, 1e-9, 0.35, 0.8, 1.0])
 def test_the_likely_codes_by_a_sorted_list(top_k, top_p):
     logits = 2 * torch.randn(2, 10, 30, dtype=torch.float64)
-    kept = keep_likely(logits, top_k, top_p)
+    kept = filter_top_k_top_p(logits, top_k, top_p)
     assert kept.shape == logits.shape
     for row, kept_row in zip(logits.flatten(0, 1), kept.flatten(0, 1), strict=True):
         expected = likely_plainly(row.tolist(), top_k, top_p)
@@ -264,18 +266,18 @@ def test_the_likely_codes_by_a_sorted_list(top_k, top_p):
 
 def test_of_ties_as_many_are_kept_as_are_needed():
     logits = torch.zeros(1, 8)
-    assert keep_likely(logits, 3, None).isfinite().sum() == 3
-    assert keep_likely(logits, None, 0.5).isfinite().sum() == 4
-    assert keep_likely(logits, 4, 0.5).isfinite().sum() == 2  # half of the four
+    assert filter_top_k_top_p(logits, 3, None).isfinite().sum() == 3
+    assert filter_top_k_top_p(logits, None, 0.5).isfinite().sum() == 4
+    assert filter_top_k_top_p(logits, 4, 0.5).isfinite().sum() == 2  # half of the four
     logits[0, 5] = 1.0
-    assert keep_likely(logits, 2, None).isfinite()[0, 5]
+    assert filter_top_k_top_p(logits, 2, None).isfinite()[0, 5]
 
 
 def test_codes_are_drawn_as_often_as_the_softmax_says():
     logits, n = torch.randn(K, dtype=torch.float64), 200_000
     for temperature in (1.0, 0.5):
-        uniform = _uniform(n, 1, seeded()).flatten()
-        codes = draw(logits.expand(n, K), uniform, temperature, None, None)
+        uniform = uniform_numbers(n, 1, seeded()).flatten()
+        codes = sample_token(logits.expand(n, K), uniform, temperature, None, None)
         p = (logits / temperature).softmax(dim=0)
         share = codes.bincount(minlength=K) / n
         assert ((share - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all()
@@ -284,7 +286,7 @@ def test_codes_are_drawn_as_often_as_the_softmax_says():
 def test_each_code_has_its_stretch_of_the_line():
     logits = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
     for u, code in ((0.01, 0), (0.199, 0), (0.201, 1), (0.699, 1), (0.701, 2), (1.0, 2)):
-        assert draw(logits[None], torch.tensor([u]), 1.0, None, None).item() == code
+        assert sample_token(logits[None], torch.tensor([u]), 1.0, None, None).item() == code
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -292,7 +294,7 @@ def test_an_impossible_code_is_never_drawn(dtype):
     """Neither the first nor the last on the line, at either end of what is drawn."""
     logits = torch.full((2, 300), -math.inf, dtype=dtype)
     logits[:, [7, 8, 200]] = torch.tensor([0.1, 0.7, 0.3], dtype=dtype)
-    codes = draw(logits, torch.tensor([2.0**-24, 1.0]), 1.0, None, None)
+    codes = sample_token(logits, torch.tensor([2.0**-24, 1.0]), 1.0, None, None)
     assert codes.tolist() == [7, 200]
 
 
@@ -301,29 +303,31 @@ def test_what_is_impossible_is_not_drawn_where_sums_are_rounded_up():
     logits = torch.tensor([[0.0, -math.inf, 1.0, -math.inf]])
     rounded = torch.tensor([[0.26, 0.28, 0.99, 1.0]])
     with mock.patch.object(torch.Tensor, "cumsum", lambda *args, **kwargs: rounded):
-        codes = [draw(logits, torch.tensor([u]), 1.0, None, None).item() for u in (0.27, 1.0)]
+        codes = [
+            sample_token(logits, torch.tensor([u]), 1.0, None, None).item() for u in (0.27, 1.0)
+        ]
     assert codes == [2, 2]
 
 
 def test_a_temperature_that_float32_cannot_divide_by_is_greedy():
     logits = torch.randn(5, K)
     for temperature in (1e-7, 1e-40, 1e-300):
-        codes = draw(logits, torch.full((5,), 0.5), temperature, None, None)
+        codes = sample_token(logits, torch.full((5,), 0.5), temperature, None, None)
         assert torch.equal(codes, logits.argmax(dim=-1))
 
 
 def test_half_precision_logits_are_drawn_from_in_float32():
     """In bfloat16 the line of 2,000 equally likely codes would have a few hundred stretches."""
     logits, uniform = torch.zeros(500, 2000, dtype=torch.bfloat16), torch.rand(500)
-    codes = draw(logits, uniform, 1.0, None, 0.999)
-    assert torch.equal(codes, draw(logits.float(), uniform, 1.0, None, 0.999))
+    codes = sample_token(logits, uniform, 1.0, None, 0.999)
+    assert torch.equal(codes, sample_token(logits.float(), uniform, 1.0, None, 0.999))
 
 
 def test_uniform_numbers_leave_out_zero_and_have_one():
     zeros = mock.Mock(return_value=torch.zeros(2, 3))
-    with mock.patch("vqgan.transformer.torch.rand", zeros):
-        assert (_uniform(2, 3, seeded()) == 1).all()
-    uniform = _uniform(1000, 100, seeded())
+    with mock.patch("vqgan.sampling.torch.rand", zeros):
+        assert (uniform_numbers(2, 3, seeded()) == 1).all()
+    uniform = uniform_numbers(1000, 100, seeded())
     assert uniform.min() > 0 and uniform.max() <= 1
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.005)
 
@@ -331,18 +335,18 @@ def test_uniform_numbers_leave_out_zero_and_have_one():
 def test_greedy_by_temperature_top_k_and_top_p():
     logits, uniform = torch.randn(50, K), torch.rand(50)
     likeliest = logits.argmax(dim=-1)
-    assert torch.equal(draw(logits, uniform, 0, None, None), likeliest)
-    assert torch.equal(draw(logits, uniform, 1.0, 1, None), likeliest)
-    assert torch.equal(draw(logits, uniform, 1.0, None, 1e-6), likeliest)
-    assert torch.equal(draw(logits, uniform, 1e-4, None, None), likeliest)
-    assert not torch.equal(draw(logits, uniform, 1.0, None, None), likeliest)
+    assert torch.equal(sample_token(logits, uniform, 0, None, None), likeliest)
+    assert torch.equal(sample_token(logits, uniform, 1.0, 1, None), likeliest)
+    assert torch.equal(sample_token(logits, uniform, 1.0, None, 1e-6), likeliest)
+    assert torch.equal(sample_token(logits, uniform, 1e-4, None, None), likeliest)
+    assert not torch.equal(sample_token(logits, uniform, 1.0, None, None), likeliest)
 
 
 def test_the_temperature_comes_before_top_p():
     """At 0.5 the probabilities 0.6, 0.4 become 0.69, 0.31: one code has 0.65 of them."""
     logits = torch.tensor([[0.6, 0.4]]).log()
-    assert draw(logits, torch.ones(1), 1.0, None, 0.65).item() == 1
-    assert draw(logits, torch.ones(1), 0.5, None, 0.65).item() == 0
+    assert sample_token(logits, torch.ones(1), 1.0, None, 0.65).item() == 1
+    assert sample_token(logits, torch.ones(1), 0.5, None, 0.65).item() == 0
 
 
 # --- sampling ----------------------------------------------------------------------------------
@@ -369,35 +373,35 @@ def test_logits_with_the_cache_are_those_without(C):
 def test_sampling_with_the_cache_draws_what_a_plain_loop_draws(C, filters):
     model, (condition, _) = make(C), data(C)
     indices = model.sample(condition, generator=seeded(), **filters)
-    assert indices.shape == (3, *GRID) and indices.dtype == torch.int64
+    assert indices.shape == (3, N) and indices.dtype == torch.int64
     plain = sample_plainly(condition, from_forward(model, condition), **filters)
     assert torch.equal(indices, plain)
 
 
-def test_known_codes_are_kept_and_the_others_written_around_them():
+def test_given_tokens_are_kept_and_the_others_written_around_them():
     model, (condition, indices) = make(), data()
-    known = torch.where(torch.rand(3, *GRID) < 0.5, indices.view(3, *GRID), -1)
-    written = model.sample(condition, known=known, generator=seeded())
-    assert torch.equal(written[known >= 0], known[known >= 0])
+    given = torch.where(torch.rand(3, N) < 0.5, indices, -1)
+    written = model.sample(condition, given=given, generator=seeded())
+    assert torch.equal(written[given >= 0], given[given >= 0])
     assert (written >= 0).all()
-    plain = sample_plainly(condition, from_forward(model, condition), known=known.flatten(1))
+    plain = sample_plainly(condition, from_forward(model, condition), given=given)
     assert torch.equal(written, plain)
 
 
-def test_what_is_known_does_not_shift_what_is_drawn():
+def test_what_is_given_does_not_shift_what_is_drawn():
     model, (condition, _) = make(), data()
     plain = model.sample(condition, generator=seeded())
-    nothing_known = torch.full((3, *GRID), -1)
-    assert torch.equal(model.sample(condition, known=nothing_known, generator=seeded()), plain)
-    top = nothing_known.clone()
-    top[:, 0] = plain[:, 0]
-    assert torch.equal(model.sample(condition, known=top, generator=seeded()), plain)
+    nothing_given = torch.full((3, N), -1)
+    assert torch.equal(model.sample(condition, given=nothing_given, generator=seeded()), plain)
+    top = nothing_given.clone()
+    top[:, :4] = plain[:, :4]
+    assert torch.equal(model.sample(condition, given=top, generator=seeded()), plain)
 
 
 def test_guidance_1_is_none_and_0_leaves_the_condition_out():
     model, (condition, _) = make(3), data(3)
     nothing = torch.full_like(condition, model.nothing)
-    for sample in (model.sample, lambda *args, **kwargs: model.sample_large(*args, 3, 5, **kwargs)):
+    for sample in (model.sample, lambda *args, **kwargs: large(model, *args, 3, 5, **kwargs)):
         plain = sample(condition, generator=seeded())
         without = sample(nothing, generator=seeded())
         assert torch.equal(sample(condition, guidance=1.0, generator=seeded()), plain)
@@ -413,14 +417,18 @@ def test_guidance_goes_beyond_the_condition():
     plain = sample_plainly(condition, lambda s: 3 * told(s) - 2 * untold(s), top_k=5)
     settings = {"guidance": 3.0, "top_k": 5}
     assert torch.equal(model.sample(condition, generator=seeded(), **settings), plain)
-    large = model.sample_large(condition, *GRID, generator=seeded(), **settings)
-    assert torch.equal(large, plain)
+    grid = large(model, condition, *GRID, generator=seeded(), **settings)
+    assert torch.equal(grid.flatten(1), plain)
+
+
+def large(model, condition, height, width, **settings):
+    return sample_sliding_window(model, TOKENIZER, condition, height, width, **settings)
 
 
 def samplers(model, condition):
     return (
         lambda **settings: model.sample(condition, **settings),
-        lambda **settings: model.sample_large(condition, 4, 4, **settings),
+        lambda **settings: large(model, condition, 4, 4, **settings),
     )
 
 
@@ -456,7 +464,7 @@ def test_progress_is_called_after_every_code():
 def test_an_overfitted_transformer_writes_its_grids_back():
     condition = torch.tensor([[0], [1]])
     grids = torch.randint(K, (2, 12))
-    model = GPT(K, GRID, 2, 1, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
+    model = GPT(K, N, 2, 1, n_layer=2, n_head=2, n_embd=32, dropout=0.0)
     optimizer = torch.optim.AdamW(model.parameter_groups(0.01), lr=1e-2)
     for _ in range(200):
         optimizer.zero_grad()
@@ -465,7 +473,7 @@ def test_an_overfitted_transformer_writes_its_grids_back():
         optimizer.step()
     assert loss < 0.003  # four times what it is, of other seeds too
     for settings in ({"temperature": 0}, {"generator": seeded()}):
-        assert torch.equal(model.sample(condition, **settings).flatten(1), grids)
+        assert torch.equal(model.sample(condition, **settings), grids)
 
 
 # --- larger grids ------------------------------------------------------------------------------
@@ -474,23 +482,24 @@ def test_an_overfitted_transformer_writes_its_grids_back():
 def test_a_large_grid_of_the_blocks_size_is_that_of_sample():
     model, (condition, _) = make(3), data(3)
     for filters in ({}, {"temperature": 0.7, "top_k": 6, "top_p": 0.9}):
-        large = model.sample_large(condition, *GRID, generator=seeded(), **filters)
-        assert torch.equal(large, model.sample(condition, generator=seeded(), **filters))
+        grid = large(model, condition, *GRID, generator=seeded(), **filters)
+        plain = model.sample(condition, generator=seeded(), **filters)
+        assert torch.equal(grid.flatten(1), plain)
 
 
 def test_each_code_of_a_large_grid_is_drawn_with_its_own_number():
     """Of a model to which all codes are equally likely, code k has the stretch k/K to (k + 1)/K."""
     model, (condition, _) = make(), data()
     nn.init.zeros_(model.head.weight)
-    large = model.sample_large(condition, 5, 6, generator=seeded())
-    uniform = _uniform(30, 3, seeded()).T.reshape(3, 5, 6)
-    assert torch.equal(large, (uniform * K).ceil().long() - 1)
+    grid = large(model, condition, 5, 6, generator=seeded())
+    uniform = uniform_numbers(30, 3, seeded()).T.reshape(3, 5, 6)
+    assert torch.equal(grid, (uniform * K).ceil().long() - 1)
 
 
 @pytest.mark.parametrize(("height", "width"), [(7, 9), (3, 6), (5, 4)])
 def test_each_code_is_predicted_in_a_window_around_it(height, width):
     """Every code that is written is told apart by where it stands; K has to be large enough."""
-    (h, w), model = GRID, GPT(100, GRID, CONDITIONS, 1, n_layer=1, n_head=1, n_embd=8)
+    (h, w), model = GRID, GPT(100, N, CONDITIONS, 1, n_layer=1, n_head=1, n_embd=8)
     seen = []
 
     def read(condition, indices):
@@ -500,8 +509,8 @@ def test_each_code_is_predicted_in_a_window_around_it(height, width):
 
     condition = torch.zeros(1, 1, dtype=torch.int64)
     model.head = nn.Identity()
-    with mock.patch.object(model, "_read", read):
-        grid = model.sample_large(condition, height, width, temperature=0)
+    with mock.patch.object(model, "forward_features", read):
+        grid = large(model, condition, height, width, temperature=0)
     assert torch.equal(grid, torch.arange(height * width).view(1, height, width))
     for code, window in enumerate(seen):
         row, column = divmod(code, width)
@@ -527,12 +536,12 @@ def filled(tensor, value, shape=None):
 @pytest.mark.parametrize(
     ("indices", "expected"),
     [
-        (filled(INDICES, K), "indices from 11 to 11 were given: give 0 to 10"),
-        (filled(INDICES, -1), "indices from -1 to -1 were given: give 0 to 10"),
-        (filled(INDICES, 0, (2, 13)), r"13 codes .* block holds 1 to 12 \(3x4\)"),
-        (filled(INDICES, 0, (2, 0)), "0 codes were given"),
-        (filled(INDICES, 0, (3, 12)), r"shape \(2, N\) were expected, not \(3, 12\)"),
-        (filled(INDICES, 0, (2, 3, 4)), r"shape \(2, N\) were expected, not \(2, 3, 4\)"),
+        (filled(INDICES, K), "tokens must lie in 0 to 10, but reach 11 to 11"),
+        (filled(INDICES, -1), "tokens must lie in 0 to 10, but reach -1 to -1"),
+        (filled(INDICES, 0, (2, 13)), "13 tokens were given: give 1 to 12"),
+        (filled(INDICES, 0, (2, 0)), "0 tokens were given"),
+        (filled(INDICES, 0, (3, 12)), r"tokens must be \(2, T\), not \(3, 12\)"),
+        (filled(INDICES, 0, (2, 3, 4)), r"tokens must be \(2, T\), not \(2, 3, 4\)"),
     ],
 )
 def test_indices_that_do_not_fit_are_refused(indices, expected):
@@ -544,10 +553,10 @@ def test_indices_that_do_not_fit_are_refused(indices, expected):
 @pytest.mark.parametrize(
     ("condition", "expected"),
     [
-        (filled(CONDITION, 0, (2, 2)), r"shape \(B, 1\) was expected, not \(2, 2\)"),
-        (filled(CONDITION, 0, (2,)), r"shape \(B, 1\) was expected, not \(2,\)"),
-        (filled(CONDITION, 6), "tokens of a condition from 6 to 6 were given: give 0 to 5"),
-        (filled(CONDITION, -1), "tokens of a condition from -1 to -1"),
+        (filled(CONDITION, 0, (2, 2)), r"condition must be \(B, 1\), not \(2, 2\)"),
+        (filled(CONDITION, 0, (2,)), r"condition must be \(B, 1\), not \(2,\)"),
+        (filled(CONDITION, 6), "tokens of a condition must lie in 0 to 5, but reach 6 to 6"),
+        (filled(CONDITION, -1), "tokens of a condition must lie in 0 to 5, but reach -1 to -1"),
     ],
 )
 def test_conditions_that_do_not_fit_are_refused(condition, expected):
@@ -558,67 +567,72 @@ def test_conditions_that_do_not_fit_are_refused(condition, expected):
 
 
 @pytest.mark.parametrize(
-    ("known", "expected"),
+    ("given", "expected"),
     [
-        (filled(INDICES, 0), r"known of shape \(2, 3, 4\) was expected"),
-        (filled(INDICES, 0, (1, 3, 4)), r"known of shape \(2, 3, 4\) was expected"),
-        (filled(INDICES, -2, (2, 3, 4)), "known codes from -2 to -2 were given: give -1 to 10"),
-        (filled(INDICES, K, (2, 3, 4)), "known codes from 11 to 11"),
+        (filled(INDICES, 0, (2, 3, 4)), r"given must be \(2, 12\), not \(2, 3, 4\)"),
+        (filled(INDICES, 0, (1, 12)), r"given must be \(2, 12\), not \(1, 12\)"),
+        (filled(INDICES, -2), "given tokens must lie in -1 to 10, but reach -2 to -2"),
+        (filled(INDICES, K), "given tokens must lie in -1 to 10, but reach 11 to 11"),
     ],
 )
-def test_known_codes_that_do_not_fit_are_refused(known, expected):
+def test_given_tokens_that_do_not_fit_are_refused(given, expected):
     with pytest.raises(ValueError, match=expected):
-        make().sample(CONDITION, known=known)
+        make().sample(CONDITION, given=given)
 
 
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ({"temperature": -1.0}, "temperature -1.0 was given"),
-        ({"temperature": math.nan}, "temperature nan"),
-        ({"temperature": math.inf}, "temperature inf"),
-        ({"top_k": 0}, "top-k 0 was given, but there are 11 codes"),
-        ({"top_k": K + 1}, "top-k 12"),
-        ({"top_p": 0.0}, "top-p 0.0"),
-        ({"top_p": 1.5}, "top-p 1.5"),
-        ({"top_p": math.nan}, "top-p nan"),
-        ({"guidance": -1.0}, "guidance -1.0"),
-        ({"guidance": math.nan}, "guidance nan"),
-        ({"guidance": math.inf}, "guidance inf"),
-        ({"guidance": 1e39}, "give 1 \\(none\\) to 100"),
+        ({"temperature": -1.0}, "temperature=-1.0: give"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"temperature": math.inf}, "temperature=inf"),
+        ({"top_k": 0}, "top_k=0: give 1 to 11"),
+        ({"top_k": K + 1}, "top_k=12"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_p": math.nan}, "top_p=nan"),
+        ({"guidance": -1.0}, "guidance=-1.0"),
+        ({"guidance": math.nan}, "guidance=nan"),
+        ({"guidance": math.inf}, "guidance=inf"),
+        ({"guidance": 1e39}, "1 \\(none\\), or up to 100"),
     ],
 )
 def test_settings_out_of_range_are_named(setting, expected):
     for sample in samplers(make(), CONDITION):
-        with pytest.raises(InputError, match=expected):
+        with pytest.raises(ValueError, match=expected):
             sample(**setting)
 
 
 @pytest.mark.parametrize(("height", "width"), [(2, 40), (30, 3)])
 def test_a_large_grid_smaller_than_the_window_is_refused(height, width):
-    with pytest.raises(InputError, match=f"{height}x{width} codes .* the window has 3x4"):
-        make().sample_large(CONDITION, height, width)
+    with pytest.raises(ValueError, match=f"{height}x{width} tokens are smaller than .* 3x4"):
+        large(make(), CONDITION, height, width)
+
+
+def test_a_sliding_window_takes_one_grid():
+    tokenizer = SimpleNamespace(grids=[(4, 4), (8, 8)])
+    with pytest.raises(ValueError, match="takes one grid, and there are 2"):
+        sample_sliding_window(make(), tokenizer, CONDITION, 16, 16)
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
         ({"num_embeddings": 0}, "num_embeddings must be at least 1, not 0"),
-        ({"grid_size": (0, 4)}, "height of the grid must be at least 1"),
-        ({"grid_size": (3, -1)}, "width of the grid must be at least 1, not -1"),
+        ({"seq_len": 0}, "seq_len must be at least 1, not 0"),
         ({"condition_vocabulary": 0}, "condition_vocabulary must"),
         ({"condition_length": 0}, "condition_length must"),
         ({"n_layer": 0}, "n_layer must"),
         ({"n_head": 0}, "n_head must"),
-        ({"n_embd": 0}, "a width of 0"),
-        ({"n_embd": 18}, "a width of 18 cannot be shared by 4 heads"),
+        ({"n_embd": 0}, "n_embd must"),
+        ({"n_embd": 18}, "n_head=4 must divide n_embd=18"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), not 1.0"),
         ({"dropout": math.nan}, "dropout must lie in"),
     ],
 )
 def test_sizes_that_make_no_transformer_are_named(change, expected):
-    sizes = {"num_embeddings": 8, "grid_size": (3, 4), "condition_vocabulary": 2, "n_layer": 1}
+    sizes = {"num_embeddings": 8, "seq_len": 12, "condition_vocabulary": 2, "n_layer": 1}
     sizes |= {"condition_length": 1, "n_head": 4, "n_embd": 16, "dropout": 0.0}
     assert isinstance(GPT(**sizes), nn.Module)
-    with pytest.raises(InputError, match=expected):
+    with pytest.raises(ValueError, match=expected):
         GPT(**sizes | change)

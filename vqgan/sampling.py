@@ -80,7 +80,10 @@ def sample_token(
 
 
 def uniform_numbers(
-    seq_len: int, batch_size: int, generator: torch.Generator | None, device: torch.device
+    seq_len: int,
+    batch_size: int,
+    generator: torch.Generator | None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """All numbers that a sequence is sampled with, (seq_len, B) in (0, 1].
 

@@ -114,9 +114,12 @@ class GPT(nn.Module):
         dropout: float = 0.1,
     ):
         super().__init__()
-        sizes = (num_embeddings, seq_len, condition_vocabulary, condition_length, n_layer)
-        if min(*sizes, n_head, n_embd) < 1:
-            raise ValueError(f"sizes of a GPT start at 1, but {(*sizes, n_head, n_embd)} was given")
+        sizes = {"num_embeddings": num_embeddings, "seq_len": seq_len, "n_layer": n_layer}
+        sizes |= {"condition_vocabulary": condition_vocabulary, "n_head": n_head, "n_embd": n_embd}
+        sizes |= {"condition_length": condition_length}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, not {size}")
         if n_embd % n_head:
             raise ValueError(f"n_head={n_head} must divide n_embd={n_embd}")
         if not 0 <= dropout < 1:

@@ -21,7 +21,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout: scripts and package
 
-from vqgan.training import Stopwatch, describe_device, versions, write_json
+from vqgan.checkpoint import write_json
+from vqgan.device import describe_device
+from vqgan.training import Stopwatch, versions
 
 CPU = torch.device("cpu")
 DOTS_PER_INCH = 130  # of rows of pictures, whose sides are half an inch or so

@@ -23,10 +23,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
+from vqgan.arguments import run_script
 from vqgan.figures import COLOURS
 from vqgan.metrics import CodebookUsage
 from vqgan.quantizer import EMAVectorQuantizer, Quantizer, VectorQuantizer, nearest_codes
-from vqgan.training import Stopwatch, run_script
+from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)
 K, D = 16, 2

@@ -28,20 +28,17 @@ import train_transformer
 import train_vqgan
 import train_vqvae
 from vqgan import figures, metrics
-from vqgan.classifier import Classifier, features_of, load_classifier, make_yardstick
-from vqgan.data import batches_in_order, from_uint8, load_dataset, to_unit
+from vqgan.arguments import run_script
+from vqgan.checkpoint import write_json
+from vqgan.classifier import Classifier, load_classifier
+from vqgan.data import batches_in_order, load_dataset
+from vqgan.device import choose_precision, describe_device
 from vqgan.errors import InputError
-from vqgan.loading import load_model, load_pair, load_tokenizer
+from vqgan.eval_networks import features_of, make_yardstick
+from vqgan.images import from_uint8, to_unit
+from vqgan.pretrained import load_model, load_pair, load_tokenizer
 from vqgan.shapes import CLASSES, draw_shapes
-from vqgan.training import (
-    Run,
-    Stopwatch,
-    choose_precision,
-    describe_device,
-    run_script,
-    versions,
-    write_json,
-)
+from vqgan.training import Run, Stopwatch, versions
 from vqgan.vqvae import VQVAE
 
 OUT = results_of(__file__)

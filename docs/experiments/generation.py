@@ -20,11 +20,15 @@ import torch
 from _common import CPU, parse, read_metrics, results_of, write_metrics
 
 from vqgan import figures, metrics
-from vqgan.classifier import features_of, load_classifier
-from vqgan.data import batches_in_order, load_dataset, to_unit
+from vqgan.arguments import run_script
+from vqgan.checkpoint import fingerprint
+from vqgan.classifier import load_classifier
+from vqgan.data import batches_in_order, load_dataset
 from vqgan.errors import InputError
-from vqgan.loading import fingerprint, load_model, load_pair
-from vqgan.training import Stopwatch, run_script
+from vqgan.eval_networks import features_of
+from vqgan.images import to_unit
+from vqgan.pretrained import load_model, load_pair
+from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)
 YARDSTICK = Path("vqgan/yardstick.pt")

@@ -32,10 +32,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgan import figures, metrics
-from vqgan.classifier import Classifier, features_of, load_classifier
-from vqgan.data import batches_in_order, from_uint8, load_dataset, to_uint8, to_unit
-from vqgan.loading import load_model
-from vqgan.training import Stopwatch, run_script
+from vqgan.arguments import run_script
+from vqgan.classifier import Classifier, load_classifier
+from vqgan.data import batches_in_order, load_dataset
+from vqgan.eval_networks import features_of
+from vqgan.images import from_uint8, to_uint8, to_unit
+from vqgan.pretrained import load_model
+from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)
 TOKENIZERS = {  # name: its run, and the transformer's that writes its codes

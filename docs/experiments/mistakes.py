@@ -21,7 +21,8 @@ from _common import draw_rows, results_of, write_metrics
 from torch import Tensor, nn
 
 from vqgan import metrics
-from vqgan.data import from_uint8, load_dataset, pixel_variance, to_unit
+from vqgan.arguments import run_script
+from vqgan.data import load_dataset, pixel_variance
 from vqgan.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
@@ -29,9 +30,10 @@ from vqgan.discriminator import (
     generator_loss,
     receptive_field,
 )
-from vqgan.loading import Pair, load_pair
+from vqgan.images import from_uint8, to_unit
+from vqgan.pretrained import Pair, load_pair
 from vqgan.quantizer import EMAVectorQuantizer, nearest_codes, straight_through
-from vqgan.training import Stopwatch, run_script
+from vqgan.training import Stopwatch
 from vqgan.transformer import GPT
 from vqgan.vqgan import group_norm
 from vqgan.vqvae import ResidualBlock, VQAutoencoder, residual_stack

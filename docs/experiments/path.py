@@ -22,9 +22,11 @@ from matplotlib.patches import FancyArrowPatch
 from torch import Tensor
 
 from vqgan import metrics
-from vqgan.data import from_uint8, load_dataset, to_uint8, to_unit
-from vqgan.loading import load_pair
-from vqgan.training import Stopwatch, run_script
+from vqgan.arguments import run_script
+from vqgan.data import load_dataset
+from vqgan.images import from_uint8, to_uint8, to_unit
+from vqgan.pretrained import load_pair
+from vqgan.training import Stopwatch
 from vqgan.vqvae import VQAutoencoder
 
 OUT = results_of(__file__)

@@ -17,8 +17,10 @@ import torch
 from _common import parse, read_metrics, results_of, scan_bytes, through_jpeg
 
 from vqgan import figures, metrics
-from vqgan.data import batches_in_order, from_uint8, load_dataset, to_unit
-from vqgan.training import load_checkpoint, run_script, write_json
+from vqgan.arguments import run_script
+from vqgan.checkpoint import load_checkpoint, write_json
+from vqgan.data import batches_in_order, load_dataset
+from vqgan.images import from_uint8, to_unit
 from vqgan.vae import VAE
 from vqgan.vqvae import VQVAE
 

@@ -30,12 +30,15 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 
+from vqgan.arguments import run_script
 from vqgan.classifier import Classifier, load_classifier
 from vqgan.conditions import PICTURES
-from vqgan.data import from_uint8, load_dataset, read_image, to_unit
-from vqgan.loading import Pair, load_pair
+from vqgan.data import load_dataset
+from vqgan.image_folder import read_image
+from vqgan.images import from_uint8, to_unit
 from vqgan.metrics import CodebookUsage, psnr
-from vqgan.training import Stopwatch, run_script
+from vqgan.pretrained import Pair, load_pair
+from vqgan.training import Stopwatch
 from vqgan.vqvae import VQAutoencoder
 
 OUT = results_of(__file__)

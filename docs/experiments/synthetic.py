@@ -19,11 +19,16 @@ from _common import CPU, results_of, write_metrics
 from torch import Tensor
 from tqdm import tqdm
 
-from vqgan.classifier import accuracy, train_classifier
-from vqgan.data import batches_in_order, load_dataset, to_uint8
+from vqgan.arguments import run_script
+from vqgan.checkpoint import fingerprint, save_plain
+from vqgan.classifier import train_classifier
+from vqgan.data import batches_in_order, load_dataset
+from vqgan.device import choose_precision
 from vqgan.errors import InputError
-from vqgan.loading import Pair, fingerprint, load_pair
-from vqgan.training import Stopwatch, choose_precision, run_script, save_plain
+from vqgan.eval_networks import accuracy
+from vqgan.images import to_uint8
+from vqgan.pretrained import Pair, load_pair
+from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)
 CHECKPOINT = Path("runs/transformer/checkpoint.pt")

@@ -20,10 +20,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vqgan import figures
-from vqgan.data import batches_in_order, from_uint8, load_dataset, to_unit
-from vqgan.loading import load_model
+from vqgan.arguments import run_script
+from vqgan.data import batches_in_order, load_dataset
+from vqgan.images import from_uint8, to_unit
 from vqgan.metrics import nats_to_bits
-from vqgan.training import Stopwatch, run_script
+from vqgan.pretrained import load_model
+from vqgan.training import Stopwatch
 from vqgan.vae import VAE, reparameterise
 
 OUT = results_of(__file__)

@@ -21,14 +21,17 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
+from vqgan.arguments import run_script
+from vqgan.checkpoint import load_checkpoint
 from vqgan.classifier import load_classifier
-from vqgan.data import from_uint8, load_dataset, to_unit
+from vqgan.data import load_dataset
 from vqgan.discriminator import PatchDiscriminator, receptive_field
 from vqgan.figures import DOTS_PER_INCH
-from vqgan.loading import load_model
+from vqgan.images import from_uint8, to_unit
 from vqgan.metrics import normalised_mse
 from vqgan.perceptual import ClassifierDistance
-from vqgan.training import Stopwatch, load_checkpoint, run_script
+from vqgan.pretrained import load_model
+from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)
 COLUMNS = {  # of the close-up: title, run folder and model

@@ -18,7 +18,7 @@ import torch
 from timing import environment, median_seconds
 from transformers import GPT2Config, GPT2LMHeadModel, __version__
 
-from vqgan.training import choose_device
+from vqgan.device import choose_device
 from vqgan.transformer import GPT
 
 BATCH_SIZE = 16

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from timing import environment, median_seconds
 from torch import nn
 
-from vqgan.training import autocast, choose_device, choose_precision, prepare_model
+from vqgan.device import autocast, choose_device, choose_precision, prepare_model
 from vqgan.vqvae import VQVAE
 
 BATCH_SIZE = 256

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import VQModel, __version__
 from timing import environment, median_seconds, peak_extra_mebibytes
 
-from vqgan.training import autocast, choose_device, choose_precision, prepare_model
+from vqgan.device import autocast, choose_device, choose_precision, prepare_model
 from vqgan.vqgan import VQGAN
 
 BATCH_SIZE = 64

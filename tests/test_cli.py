@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from vqgan.loading import image_size_of
 
+from vqgan.checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_model
 from vqgan.conditions import (
     NO_CONDITION,
     PICTURES,
@@ -22,10 +24,11 @@ from vqgan.conditions import (
     class_condition,
     image_condition,
 )
-from vqgan.data import Batches, from_uint8, read_image, to_uint8
+from vqgan.data import Batches
 from vqgan.errors import InputError
-from vqgan.loading import fingerprint, image_size_of, load_model, load_pair
-from vqgan.training import load_checkpoint, save_checkpoint, save_model
+from vqgan.image_folder import read_image
+from vqgan.images import from_uint8, to_uint8
+from vqgan.pretrained import load_model, load_pair
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
 from vqgan.vqgan import VQGAN

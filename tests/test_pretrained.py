@@ -7,18 +7,12 @@ import pytest
 import torch
 
 from vqgan import loading
+from vqgan.checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_model, save_plain
 from vqgan.conditions import class_condition
-from vqgan.data import Batches, from_uint8
+from vqgan.data import Batches
 from vqgan.errors import InputError
-from vqgan.loading import (
-    SHIPPED,
-    fingerprint,
-    load_model,
-    load_pair,
-    load_tokenizer,
-    read_checkpoint,
-)
-from vqgan.training import load_checkpoint, save_checkpoint, save_model, save_plain
+from vqgan.images import from_uint8
+from vqgan.pretrained import SHIPPED, load_model, load_pair, load_tokenizer, read_checkpoint
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
 from vqgan.vqgan import VQGAN
