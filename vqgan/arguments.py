@@ -59,7 +59,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Every default in the help, but "None", which says nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default is None else super()._get_help_string(action)
+        text = action.help if action.default is None else super()._get_help_string(action)
+        return text or ""
 
 
 def common_parser(

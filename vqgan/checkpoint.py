@@ -12,6 +12,7 @@ import io
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def save_checkpoint(
     *,
     model: nn.Module,
     arguments: dict,
-    optimizers: dict[str, torch.optim.Optimizer],
+    optimizers: Mapping[str, torch.optim.Optimizer],
     batches,
     step: int,
     seconds: float,
@@ -201,7 +202,7 @@ def restore(
     state: dict,
     *,
     model: nn.Module,
-    optimizers: dict[str, torch.optim.Optimizer],
+    optimizers: Mapping[str, torch.optim.Optimizer],
     batches,
     companions: dict | None = None,
 ) -> None:

@@ -114,7 +114,7 @@ def parse() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for function, add_flags in COMMANDS.items():
-        name, help = function.__name__, function.__doc__.splitlines()[0].rstrip(".")
+        name, help = function.__name__, (function.__doc__ or "").splitlines()[0].rstrip(".")
         subparser = commands.add_parser(
             name, help=help, description=help, formatter_class=HelpFormatter, allow_abbrev=False
         )

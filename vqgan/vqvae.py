@@ -15,7 +15,7 @@ Data flow, for 32 pixels and two downsamplings:
     z_q (B, 64, 8, 8) -> decoder -> reconstruction (B, 3, 32, 32)
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class VQAutoencoder(nn.Module):
 
     encoder: nn.Module
     quantizer: Quantizer
-    decoder: nn.Module
+    decoder: Any  # a Sequential
 
     def __init__(self, image_size: int, num_downsamples: int):
         super().__init__()
