@@ -215,7 +215,8 @@ def restore(
             optimizer.load_state_dict(state["optimizers"][name])
     except (KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"the checkpoint does not fit {state['model']} ({reason})") from error
+        advice = "put the right one back, or start in another folder"
+        raise InputError(f"the checkpoint does not fit this run ({reason}): {advice}") from error
     batches.load_state_dict(state["batches"])
     set_random_state(state["random"])
     if state["threads"] != torch.get_num_threads():

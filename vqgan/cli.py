@@ -79,9 +79,8 @@ def export(args: argparse.Namespace) -> None:
     if (out / "checkpoint.pt").exists():
         raise InputError(f"--out {out} holds a checkpoint.pt already: name another folder")
     state = pretrained.read_checkpoint(path)
-    save_model(
-        out / "tokenizer.pt", pretrained.read_checkpoint(path.with_name("tokenizer.pt")), half=True
-    )
+    tokenizer_state = pretrained.read_checkpoint(path.with_name("tokenizer.pt"))
+    save_model(out / "tokenizer.pt", tokenizer_state, half=True)
     tokenizer, _ = pretrained.load_tokenizer(
         out / "tokenizer.pt"
     )  # rounded: other weights, another hash

@@ -134,10 +134,8 @@ def decode(args: argparse.Namespace) -> None:
         raise InputError(f"{args.codes} is not a file of `encode` ({reason})") from error
     model = _tokenizer(args.checkpoint or path)
     if (fingerprint(model), model.num_embeddings) != (encoder, K):
-        raise InputError(
-            f"{args.checkpoint or path} is not the model that encoded {args.codes} ({path}): name "
-            "that one with --checkpoint"
-        )
+        wrong = args.checkpoint or path
+        raise InputError(f"{wrong} did not encode {args.codes}: give --checkpoint {path}")
     model, parts = model.to(device), indices.to(device).split(64)
     images = torch.cat([to_uint8(model.decode_indices(part)) for part in parts]).cpu()
     width = len(str(len(images)))

@@ -27,10 +27,8 @@ def choose_device(name: str) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # whose random state is saved, and precision asked for
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise InputError(
-            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): "
-            "give auto, cpu, cuda or mps"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device={name}: {reason}; give auto, cpu, cuda or mps") from error
     return device
 
 

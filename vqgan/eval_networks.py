@@ -94,10 +94,8 @@ def load_yardstick(
         return trained_classifier(path, run, width=width, epochs=epochs, seed=YARDSTICK_SEED)
     yardstick, share = load_classifier(Path(file), run.device)
     if yardstick.head.out_features != num_classes:
-        raise InputError(
-            f"{file} tells {yardstick.head.out_features} classes apart, not {num_classes}: give "
-            "another yardstick=FILE"
-        )
+        known = yardstick.head.out_features
+        raise InputError(f"yardstick={file} knows {known} classes, not {num_classes}: give another")
     return yardstick, share
 
 

@@ -121,10 +121,8 @@ def reference_frechet(
     reconstructed = features_of(yardstick, reconstructions)
     train = run.data.train_images[: len(test)]
     real = features_of(yardstick, batches_in_order(train, device=device))
-    return features, {
-        "reconstructions": metrics.frechet_distance(reconstructed, features),
-        "training images": metrics.frechet_distance(real, features),
-    }
+    compared = {"reconstructions": reconstructed, "training images": real}
+    return features, {n: metrics.frechet_distance(f, features) for n, f in compared.items()}
 
 
 @torch.no_grad()

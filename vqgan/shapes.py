@@ -32,12 +32,8 @@ SUPERSAMPLING = 2  # each pixel's coverage is the mean of 2x2 points, so that ed
 # Outward normals of the sides of a regular triangle and pentagon, first one pointing down
 # (y grows downwards). Decimals, not np.cos: see the module's word on sines.
 TRIANGLE = ((0.0, 1.0), (0.8660254, -0.5), (-0.8660254, -0.5))
-PENTAGON: tuple[tuple[float, float], ...] = (
-    (0.0, 1.0),
-    (0.9510565, 0.3090170),
-    (0.5877853, -0.8090170),
-)
-PENTAGON += ((-0.5877853, -0.8090170), (-0.9510565, 0.3090170))
+PENTAGON = [(0.0, 1.0), (0.9510565, 0.3090170), (0.5877853, -0.8090170)]
+PENTAGON += [(-0.5877853, -0.8090170), (-0.9510565, 0.3090170)]
 
 
 def draw_shapes(
@@ -90,10 +86,8 @@ def draw_shapes(
         images[part] = np.clip(pixels + np.float32(0.5), 0, 255)
 
     names = list(COLOURS)
-    captions = [
-        f"{SIZES[s]} {names[c]} {CLASSES[k]} on {names[b]}"
-        for s, c, k, b in zip(size, colour, labels, background, strict=True)
-    ]
+    traits = zip(size, colour, labels, background, strict=True)
+    captions = [f"{SIZES[s]} {names[c]} {CLASSES[k]} on {names[b]}" for s, c, k, b in traits]
     return images, labels.astype(np.int64), captions, CLASSES
 
 

@@ -114,11 +114,9 @@ def load_tokens(run: Run, tokenizer: VQAutoencoder, condition: Condition) -> Tok
     if not is_current:
         transform = conditions.PICTURES.get(condition.picture)
         shared: dict[str, Any] = {"transform": transform, "device": run.device}
-        cached = {
-            "key": key.hexdigest(),
-            "train": tokenize(data.train_images, tokenizer, flip=run.flip, **shared),
-            "test": tokenize(data.test_images, tokenizer, flip=False, **shared),
-        }
+        train = tokenize(data.train_images, tokenizer, flip=run.flip, **shared)
+        test = tokenize(data.test_images, tokenizer, flip=False, **shared)
+        cached = {"key": key.hexdigest(), "train": train, "test": test}
         save_plain(path, cached)
     train, test = cached["train"], cached["test"]
     if condition.kind != "image":  # whose tokens stand before those of the image already

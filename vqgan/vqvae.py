@@ -174,8 +174,9 @@ class VQVAE(VQAutoencoder):
         )
 
         guards = {"data_start": data_start, "restart_dead": restart_dead}
-        sizes = (num_embeddings, embedding_dim)
-        self.quantizer = make_quantizer(quantizer, *sizes, beta=beta, **guards)
+        self.quantizer = make_quantizer(
+            quantizer, num_embeddings, embedding_dim, beta=beta, **guards
+        )
 
         # The mirror image: transposed convolutions double the side.
         layers, channels = [], num_hiddens
