@@ -173,10 +173,8 @@ class VQVAE(VQAutoencoder):
             nn.Conv2d(num_hiddens, embedding_dim, kernel_size=1),  # to the codebook's dimensions
         )
 
-        guards = {"data_start": data_start, "restart_dead": restart_dead}
-        self.quantizer = make_quantizer(
-            quantizer, num_embeddings, embedding_dim, beta=beta, **guards
-        )
+        options: dict = {"beta": beta, "data_start": data_start, "restart_dead": restart_dead}
+        self.quantizer = make_quantizer(quantizer, num_embeddings, embedding_dim, **options)
 
         # The mirror image: transposed convolutions double the side.
         layers, channels = [], num_hiddens
