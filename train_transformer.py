@@ -1,6 +1,6 @@
 """Stage two: a transformer learns to write the codes of a trained VQ-VAE or VQGAN.
 
-    python train_transformer.py --tokenizer runs/vqgan/vqgan/checkpoint.pt      by class
+    python train_transformer.py --tokenizer runs/vqgan/checkpoint.pt      by class
     python train_transformer.py --tokenizer ... --condition caption             by words
     python train_transformer.py --tokenizer ... --condition image --condition-image edges
     python train_transformer.py --resume                                        go on
@@ -37,14 +37,14 @@ from vqgan.arguments import (
     sampling_settings,
 )
 from vqgan.checkpoint import fingerprint, save_model
-from vqgan.conditions import KINDS, PICTURES
+from vqgan.conditions import KINDS, TRANSFORMS
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
 from vqgan.errors import user_input
-from vqgan.eval_networks import load_yardstick
+from vqgan.eval_networks import load_eval_classifier
 from vqgan.evaluation import decode_tokens, evaluate_samples
 from vqgan.images import to_uint8
 from vqgan.sampling import eval_mode
-from vqgan.tokens import TokenDataset, TokenLoader, condition_on, load_tokens
+from vqgan.tokens import TokenDataset, TokenLoader, build_condition, load_tokens
 from vqgan.training import Run, Session, evenly_spaced
 from vqgan.transformer import GPT
 from vqgan.vqvae import VQAutoencoder
@@ -57,21 +57,21 @@ MAX_LOGITS = 2**26  # in validation, 256 MiB
 
 def train(
     model: GPT,
-    arguments: dict,
+    model_args: dict,
     tokenizer: VQAutoencoder,
     dataset: TokenDataset,
-    about: dict,
+    metadata: dict,
     *,
     run: Run,
     args: argparse.Namespace,
 ) -> Session:
     """Train to the last epoch, from the checkpoint if there is one.
 
-    Returns the session, whose `kept` is the model of the epoch with the lowest validation loss.
+    Returns the session, whose `eval_model` is that of the epoch with the lowest validation loss.
 
     Args:
-        arguments: the model's constructor arguments.
-        about: what the checkpoint says of the model.
+        model_args: the model's constructor arguments.
+        metadata: what the checkpoint says of the model.
     """
     device = run.device
     loader = TokenLoader(dataset, args.batch_size, device=device, seed=run.seed, flip=run.flip)
@@ -85,25 +85,25 @@ def train(
     best = copy.deepcopy(model).requires_grad_(False).eval()
     session = Session(
         run,
-        "",
+        run.out,
         model=model,
-        arguments=arguments,
+        model_args=model_args,
         optimizers={"adamw": optimizer},
         loader=loader,
-        kept=best,
+        eval_model=best,
         state={"validation": [], "progress": []},  # {"epoch", "loss"}; epoch and samples
-        about=about,
+        metadata=metadata,
     )
     validation, progress = session.state["validation"], session.state["progress"]
-    progress_steps = evenly_spaced(session.total_steps, args.pictures)
-    shown = dataset.test_conditions[: report.NUM_PICTURES].to(device)
+    progress_steps = evenly_spaced(session.total_steps, args.progress_rows)
+    shown = dataset.test_conditions[: report.NUM_SHOWN].to(device)
     # A start token says nothing that could be left out.
     drop = 0.0 if dataset.condition.kind == "none" else args.condition_drop
 
     for step, (condition, tokens) in session:  # resumes, shows the bar, saves when due
         # Some conditions are dropped: p(s) is learned beside p(s | c), which guidance needs.
         dropped = torch.rand(len(condition), 1, device=device) < drop
-        condition = condition.masked_fill(dropped, model.nothing)
+        condition = condition.masked_fill(dropped, model.null_token)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 step, highest=args.lr, warmup=args.warmup, total=session.total_steps
@@ -130,7 +130,7 @@ def train(
             samples = model.sample(shown, generator=torch.Generator().manual_seed(0))
             progress.append((session.epoch, to_uint8(decode_tokens(tokenizer, samples))))
             title = "Samples while it learns: the same conditions, the same random numbers"
-            report.draw_progress(run.out / "progress.png", progress, title)
+            report.save_progress_figure(run.out / "progress.png", progress, title)
     return session
 
 
@@ -181,9 +181,9 @@ def main(args: argparse.Namespace) -> None:
     tokenizer, tokenizer_state = open_tokenizer(args)
     settings = sampling_settings(args, tokenizer.num_embeddings)
     run = open_run(args, batch_sizes=[args.batch_size])
-    condition = condition_on(args.condition, run.data, tokenizer, picture=args.condition_image)
+    condition = build_condition(args.condition, run.data, tokenizer, transform=args.condition_image)
     grid = tokenizer.grids[0]
-    arguments = {
+    model_args = {
         "num_embeddings": tokenizer.num_embeddings,
         "seq_len": math.prod(grid),
         "condition_vocabulary": condition.vocabulary,
@@ -194,54 +194,54 @@ def main(args: argparse.Namespace) -> None:
         "dropout": args.dropout,
     }
     with user_input(), torch.device("meta"):  # sizes that do not fit stop here
-        GPT(**arguments)
+        GPT(**model_args)
     save_model(run.out / "tokenizer.pt", tokenizer_state)  # what the checkpoint cannot do without
     prepare_model(tokenizer, run.device, compile=False)
     beside = None if args.other_data else Path(args.tokenizer).parent
-    yardstick, yardstick_accuracy = load_yardstick(
-        run, epochs=args.yardstick_epochs, file=args.yardstick, folder=beside
+    eval_classifier, eval_accuracy = load_eval_classifier(
+        run, epochs=args.eval_classifier_epochs, file=args.eval_classifier, folder=beside
     )
     dataset = load_tokens(run, tokenizer, condition)
     train_tokens = dataset.train[..., condition.length :].reshape(-1, *grid).long()
     test_tokens = dataset.test_tokens.view(-1, *grid)
-    baselines = metrics.code_baselines(train_tokens, test_tokens, tokenizer.num_embeddings)
+    baselines = metrics.token_baselines(train_tokens, test_tokens, tokenizer.num_embeddings)
     report.print_baselines(baselines)
 
     torch.manual_seed(args.seed)
-    model = prepare_model(GPT(**arguments), run.device, compile=args.compile)
-    about = {
+    model = prepare_model(GPT(**model_args), run.device, compile=args.compile)
+    metadata = {
         "condition": condition.to_dict(),
         "condition_drop": args.condition_drop,
         "tokenizer": str(args.tokenizer),
         "tokenizer_fingerprint": fingerprint(tokenizer),
     }
-    session = train(model, arguments, tokenizer, dataset, about, run=run, args=args)
-    prior, validation = session.kept, session.state["validation"]
+    session = train(model, model_args, tokenizer, dataset, metadata, run=run, args=args)
+    prior, validation = session.eval_model, session.state["validation"]
 
     # In float32, under the condition, after the epoch that was best on these same test images: so
     # the price is selected on them, and slightly optimistic.
     nats = validation_loss(prior, dataset, run.device, torch.float32)
     samples, references = evaluate_samples(
-        prior, tokenizer, dataset, settings, yardstick, num_samples=args.num_samples, run=run
+        prior, tokenizer, dataset, settings, eval_classifier, num_samples=args.num_samples, run=run
     )
     result = report.price(nats, prior, args.image_size) | session.summary
     result["best_epoch"] = best_epoch(validation)["epoch"]
-    result |= {key: samples[0][key] if samples else None for key in ("frechet", "recognised")}
+    result |= {key: samples[0][key] if samples else None for key in ("frechet", "class_accuracy")}
     run.write_metrics(
         {"transformer": result},
         condition=condition.to_dict(),
         baselines=baselines,
         validation=validation,
-        frechet_floors=references,
-        yardstick={
-            "accuracy": yardstick_accuracy,
-            "fingerprint": None if yardstick is None else fingerprint(yardstick),
+        reference_frechet=references,
+        eval_classifier={
+            "accuracy": eval_accuracy,
+            "fingerprint": None if eval_classifier is None else fingerprint(eval_classifier),
         },
         samples=samples,
     )
     report.print_transformer(result, samples, references)
-    report.print_yardstick(yardstick_accuracy, len(run.data.class_names))
-    report.draw_transformer(run, session, tokenizer, dataset, settings[0], baselines)
+    report.print_eval_classifier(eval_accuracy, len(run.data.class_names))
+    report.save_transformer_figures(run, session, tokenizer, dataset, settings[0], baselines)
     print(f"metrics.json, log, checkpoint and pictures are in {run.out}")
 
 
@@ -265,15 +265,17 @@ def parse() -> argparse.Namespace:
     add("--batch-size", type=positive_int, default=64, help="images in a step")
     add("--warmup", type=non_negative_int, default=100, help="steps to the full learning rate")
     add("--weight-decay", type=non_negative_float, default=0.1, help="of matrices")
-    add("--pictures", type=positive_int, default=6, help="rows of progress.png")
+    add("--progress-rows", type=positive_int, default=6, help="rows of progress.png")
     add(
-        "--yardstick", metavar="FILE", help="of another run; default: the tokenizer's, or a new one"
+        "--eval-classifier",
+        metavar="FILE",
+        help="of another run; default: the tokenizer's, or a new one",
     )
-    add("--yardstick-epochs", type=positive_int, default=6, help="of a new one")
+    add("--eval-classifier-epochs", type=positive_int, default=6, help="of a new one")
 
     add = parser.add_argument_group("condition").add_argument
     add("--condition", choices=KINDS, default="class", help="what the codes depend on")
-    add("--condition-image", choices=PICTURES, default="edges", help="for --condition image")
+    add("--condition-image", choices=TRANSFORMS, default="edges", help="for --condition image")
     add("--condition-drop", type=fraction, default=0.1, help="share dropped, for guidance")
 
     add = parser.add_argument_group("network").add_argument

@@ -54,7 +54,7 @@ from vqgan.discriminator import (
     generator_loss,
 )
 from vqgan.errors import InputError, user_input
-from vqgan.eval_networks import inception_distance, load_yardstick, perceptual_distance
+from vqgan.eval_networks import inception_distance, load_eval_classifier, perceptual_distance
 from vqgan.evaluation import evaluate_autoencoder
 from vqgan.images import to_uint8
 from vqgan.perceptual import PerceptualDistance
@@ -81,7 +81,7 @@ def reconstruction_terms(
 
 def train(
     model: VQGAN,
-    arguments: dict,
+    model_args: dict,
     objective: str,
     distance: PerceptualDistance | None,
     *,
@@ -90,48 +90,46 @@ def train(
 ) -> Session:
     """Train to the last epoch, from the checkpoint if there is one.
 
-    Returns the session, whose `kept` is the model to use: the averaged one, if weights are
+    Returns the session, whose `eval_model` is the model to use: the averaged one, if weights are
     averaged.
     """
     device, fused = run.device, has_fused_optimizers(run.device)
     loader = run.loader(args.batch_size)
     total_steps = run.epochs * len(loader)
-    disc_start = round(args.adversarial_start * total_steps)
+    disc_start = round(args.disc_start * total_steps)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=ADAM_BETAS, fused=fused)
-    optimizers, companions = {"generator": optimizer}, {}
+    optimizers, extra_state = {"generator": optimizer}, {}
     # The discriminator: a network and an optimizer of its own.
     if objective == "vqgan":
         if args.compile:
             # A compiled backward may reuse its buffers, but lambda goes through the graph first.
             torch._functorch.config.donated_buffer = False
         with torch.random.fork_rng(devices=[]):  # codes start alike with it and without
-            discriminator = PatchDiscriminator(
-                args.image_size, args.discriminator_channels, args.discriminator_norm
-            )
+            discriminator = PatchDiscriminator(args.image_size, args.disc_channels, args.disc_norm)
         prepare_model(discriminator, device, compile=False)  # small, and switched twice a step
         discriminator_optimizer = torch.optim.Adam(
-            discriminator.parameters(), lr=args.discriminator_lr, betas=ADAM_BETAS, fused=fused
+            discriminator.parameters(), lr=args.disc_lr, betas=ADAM_BETAS, fused=fused
         )
         optimizers["discriminator"] = discriminator_optimizer
-        companions["discriminator"] = discriminator
+        extra_state["discriminator"] = discriminator
     # Training wanders about in its last steps: the average of the weights is the better network.
     session = Session(
         run,
-        objective,
+        run.out if len(args.objectives) == 1 else run.out / objective,  # one model: no subfolder
         model=model,
-        arguments=arguments,
+        model_args=model_args,
         optimizers=optimizers,
         loader=loader,
-        companions=companions,
-        ema_decay=args.average_decay,
+        extra_state=extra_state,
+        model_ema_decay=args.model_ema_decay,
         state={
             "disc_start": disc_start,  # step from which on D learns
-            "gan_start": disc_start + args.discriminator_warmup,  # and is used
+            "gan_start": disc_start + args.disc_warmup,  # and is used
             "progress": [],  # epoch, reconstructions
         },
     )
     state = session.state  # of a resumed run: epochs that are added later do not move the start
-    progress_steps = evenly_spaced(total_steps, args.pictures)
+    progress_steps = evenly_spaced(total_steps, args.progress_rows)
     shown = report.shown_images(run)
     zero = torch.zeros((), device=device)  # logged for the game before it starts
     rows_at_clamp = 0
@@ -192,54 +190,58 @@ def train(
                 session.bar.write(
                     f"warning: lambda stays at its clamp of {args.max_lambda:g} (step {step + 1}): "
                     "has the discriminator stopped learning? 'real' and 'fake' in log.csv tell;"
-                    " try a higher --discriminator-lr, or --discriminator-norm spectral"
+                    " try a higher --disc-lr, or --disc-norm spectral"
                 )
         if session.step in progress_steps:
-            x_hat = report.reconstruct(session.kept, shown)
+            x_hat = report.reconstruct(session.eval_model, shown)
             state["progress"].append((session.epoch, to_uint8(x_hat)))
             title = f"{report.OBJECTIVES[objective]}: the same test images while it learns"
-            path = run.out / objective / "progress.png"
-            report.draw_progress(path, state["progress"], title, original=shown)
+            path = session.folder / "progress.png"
+            report.save_progress_figure(path, state["progress"], title, original=shown)
             model.train()
     return session
 
 
 def main(args: argparse.Namespace) -> None:
     """Train the network once for each objective, and measure all by the same distances."""
-    arguments = network_arguments(args)
+    model_args = network_args(args)
     run = open_run(args, batch_sizes=[args.batch_size])
     check_adversary(run, args)
     inception = inception_distance(run.device) if args.rfid else None
     distance, perceptual_accuracy = perceptual_distance(
         run, args.perceptual, epochs=args.classifier_epochs
     )
-    yardstick, yardstick_accuracy = load_yardstick(run, epochs=args.yardstick_epochs)
+    eval_classifier, eval_accuracy = load_eval_classifier(run, epochs=args.eval_classifier_epochs)
 
     sessions, results, counts = {}, {}, {}
     for objective in dict.fromkeys(args.objectives):  # each once
         torch.manual_seed(args.seed)  # each its own start, and all the same network
-        model = prepare_model(VQGAN(**arguments), run.device, compile=args.compile)
-        session = train(model, arguments, objective, distance, run=run, args=args)
+        model = prepare_model(VQGAN(**model_args), run.device, compile=args.compile)
+        session = train(model, model_args, objective, distance, run=run, args=args)
         sessions[objective] = session
         results[objective], counts[objective] = evaluate_autoencoder(
-            session.kept, run, distance=distance, yardstick=yardstick, inception=inception
+            session.eval_model,
+            run,
+            distance=distance,
+            eval_classifier=eval_classifier,
+            inception=inception,
         )
         results[objective] |= session.summary
 
     run.write_metrics(
         results,
         perceptual={"network": args.perceptual, "accuracy": perceptual_accuracy},
-        yardstick={"accuracy": yardstick_accuracy},
+        eval_classifier={"accuracy": eval_accuracy},
     )
     columns = report.VQGAN_COLUMNS + (["rfid"] if args.rfid else [])
     titled = {report.OBJECTIVES[name]: result for name, result in results.items()}
     report.print_table(titled, columns)
-    report.print_yardstick(yardstick_accuracy, len(run.data.class_names))
-    report.draw_vqgan(run, sessions, results, counts)
+    report.print_eval_classifier(eval_accuracy, len(run.data.class_names))
+    report.save_vqgan_figures(run, sessions, results, counts)
     print(f"metrics.json, logs, checkpoints and pictures are in {run.out}")
 
 
-def network_arguments(args: argparse.Namespace) -> dict:
+def network_args(args: argparse.Namespace) -> dict:
     """The constructor arguments: the named network, the image size, and what flags change.
 
     Builds the network once, so that sizes that do not fit stop before anything is written.
@@ -247,9 +249,9 @@ def network_arguments(args: argparse.Namespace) -> dict:
     names = ["channels", "channel_multipliers", "num_residual_blocks", "attention_resolutions"]
     names += ["latent_channels", "embedding_dim", "num_embeddings", "quantizer"]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    arguments = NETWORKS[args.network] | {"resolution": args.image_size} | given
+    model_args = NETWORKS[args.network] | {"resolution": args.image_size} | given
     with user_input(), torch.device("meta"):  # shapes only
-        VQGAN(**arguments)
+        VQGAN(**model_args)
     if args.image_size < metrics.SSIM_WINDOW:
         raise InputError(
             f"--image-size {args.image_size} does not fit: SSIM needs {metrics.SSIM_WINDOW} or more"
@@ -259,17 +261,17 @@ def network_arguments(args: argparse.Namespace) -> dict:
             "--perceptual none leaves nothing of the objective 'perceptual': "
             "choose classifier or lpips, or leave that objective out"
         )
-    return arguments
+    return model_args
 
 
 def check_adversary(run: Run, args: argparse.Namespace) -> None:
     """Refuse a training too short for its adversary: it would be called VQGAN and be none."""
     steps = args.epochs * (len(run.data.train_images) // args.batch_size)
-    start = round(args.adversarial_start * steps) + args.discriminator_warmup
+    start = round(args.disc_start * steps) + args.disc_warmup
     if "vqgan" in args.objectives and start >= steps:
         raise InputError(
             f"the discriminator would be used from step {start} on, but the training has {steps} "
-            "steps: give more --epochs, a smaller --discriminator-warmup or --adversarial-start"
+            "steps: give more --epochs, a smaller --disc-warmup or --disc-start"
         )
 
 
@@ -290,8 +292,8 @@ def parse() -> argparse.Namespace:
         default=["vqgan"],
         help="what to train; several train one network for each, and compare them",
     )
-    add("--average-decay", type=fraction, default=0.999, help="of the weights' average; 0: none")
-    add("--pictures", type=positive_int, default=8, help="rows of progress.png")
+    add("--model-ema-decay", type=fraction, default=0.999, help="of the weights' average; 0: none")
+    add("--progress-rows", type=positive_int, default=8, help="rows of progress.png")
     add("--rfid", action="store_true", help="also true rFID: Inception, needs the extra 'fid'")
 
     network = parser.add_argument_group("network (what is not given is the named network's)")
@@ -310,17 +312,22 @@ def parse() -> argparse.Namespace:
     add("--perceptual", choices=("classifier", "lpips", "none"), default="classifier", help="whose")
     add("--perceptual-weight", type=non_negative_float, default=1.0, help="beside |x - x_hat|")
     add("--classifier-epochs", type=positive_int, default=3, help="of the perceptual network")
-    add("--yardstick-epochs", type=positive_int, default=6, help="of the network that measures")
+    add(
+        "--eval-classifier-epochs",
+        type=positive_int,
+        default=6,
+        help="of the one that measures",
+    )
 
     add = parser.add_argument_group("adversary").add_argument
     add("--gan-loss", choices=GAN_LOSSES, default="hinge", help="see vqgan/discriminator.py")
     add("--adversarial-weight", type=non_negative_float, default=0.3, help="beside lambda")
     add("--max-lambda", type=positive_float, default=5.0, help="clamp of the adaptive weight")
-    add("--adversarial-start", type=fraction, default=0.25, help="share of training before it")
-    add("--discriminator-warmup", type=non_negative_int, default=100, help="steps it learns first")
-    add("--discriminator-lr", type=positive_float, default=1e-3, help="its own learning rate")
-    add("--discriminator-channels", type=positive_int, default=64, help="of its first layer")
-    add("--discriminator-norm", choices=NORMS, default="spectral", help="what holds it in bounds")
+    add("--disc-start", type=fraction, default=0.25, help="share of training before it")
+    add("--disc-warmup", type=non_negative_int, default=100, help="steps it learns first")
+    add("--disc-lr", type=positive_float, default=1e-3, help="its own learning rate")
+    add("--disc-channels", type=positive_int, default=64, help="of its first layer")
+    add("--disc-norm", choices=NORMS, default="spectral", help="what holds it in bounds")
     return parse_arguments(parser)
 
 

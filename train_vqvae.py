@@ -10,6 +10,7 @@ models with Adam, learning rate 5e-4, 40 epochs. The loss and the loop come firs
 """
 
 import argparse
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -52,20 +53,20 @@ def training_losses(model: nn.Module, x: Tensor, variance: float) -> dict[str, T
 
 
 def train(
-    model: nn.Module, arguments: dict, name: str, *, run: Run, batch_size: int, lr: float
+    model: nn.Module, model_args: dict, folder: Path, *, run: Run, batch_size: int, lr: float
 ) -> Session:
     """Train to the last epoch, from the checkpoint if there is one.
 
     Args:
-        arguments: the model's constructor arguments.
-        name: the subfolder of the run.
+        model_args: the model's constructor arguments.
+        folder: where checkpoint.pt and log.csv go.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=has_fused_optimizers(run.device))
     session = Session(
         run,
-        name,
+        folder,
         model=model,
-        arguments=arguments,
+        model_args=model_args,
         optimizers={"adam": optimizer},
         loader=run.loader(batch_size),
     )
@@ -89,9 +90,12 @@ def main(args: argparse.Namespace) -> None:
             several = len(args.batch_sizes) > 1
             name = f"{model_name}-batch{batch_size}" if several else model_name
             torch.manual_seed(args.seed)  # each model's own start, whatever was trained before it
-            model, arguments = build_model(model_name, args)
+            model, model_args = build_model(model_name, args)
             prepare_model(model, run.device, compile=args.compile)
-            session = train(model, arguments, name, run=run, batch_size=batch_size, lr=args.lr)
+            # A run of one model has no subfolder.
+            is_single = len(args.models) * len(args.batch_sizes) == 1
+            folder = run.out if is_single else run.out / name
+            session = train(model, model_args, folder, run=run, batch_size=batch_size, lr=args.lr)
             results[name], counts[name] = evaluate_autoencoder(model, run)
             results[name] |= session.summary
             sessions[name] = session
@@ -99,7 +103,7 @@ def main(args: argparse.Namespace) -> None:
     run.write_metrics(results)
     titled = {report.study_title(name): result for name, result in results.items()}
     report.print_table(titled, report.STUDY_COLUMNS)
-    report.draw_study(run, sessions, results, counts)
+    report.save_study_figures(run, sessions, results, counts)
     print(f"metrics.json, logs, checkpoints and pictures are in {run.out}")
 
 
@@ -113,31 +117,28 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--image-size {args.image_size} does not fit: the models need a multiple of {factor}, "
             f"and SSIM at least {metrics.SSIM_WINDOW}"
         )
-    if args.quantizer == "gradient" and not args.restart_dead:
-        raise InputError(
-            "--no-restart-dead is for --quantizer ema, the only one that restarts dead codes: "
-            "leave it out"
-        )
+    if args.quantizer == "gradient" and not args.restart_dead_codes:
+        raise InputError("--no-restart-dead-codes is for --quantizer ema only: leave it out")
 
 
 def build_model(name: str, args: argparse.Namespace) -> tuple[VAE | VQVAE, dict]:
-    """The model and its constructor arguments, which its checkpoint keeps."""
+    """The model and its constructor model_args, which its checkpoint keeps."""
     if name == "vae":
-        arguments = {
+        model_args = {
             "image_size": args.image_size,
             "likelihood": args.likelihood,
             "kl_weight": args.kl_weight,
         }
-        return VAE(**arguments), arguments
-    arguments = {
+        return VAE(**model_args), model_args
+    model_args = {
         "image_size": args.image_size,
         "num_embeddings": args.num_embeddings,
         "num_downsamples": args.num_downsamples,
         "quantizer": args.quantizer,
-        "data_start": args.data_start,
-        "restart_dead": args.restart_dead,
+        "data_init": args.data_init,
+        "restart_dead_codes": args.restart_dead_codes,
     }
-    return VQVAE(**arguments), arguments
+    return VQVAE(**model_args), model_args
 
 
 def parse() -> argparse.Namespace:
@@ -176,8 +177,10 @@ def parse() -> argparse.Namespace:
     vqvae("--quantizer", choices=("ema", "gradient"), default="ema", help="what moves the codes")
     vqvae("--num-embeddings", type=positive_int, default=512, help="K, codes in the codebook")
     vqvae("--num-downsamples", type=positive_int, default=2, help="2: 8x8 codes of 32x32; 1: 16x16")
-    vqvae("--data-start", action=on_off, default=True, help="codes start from the first batch")
-    vqvae("--restart-dead", action=on_off, default=True, help="codes nobody chooses move (ema)")
+    vqvae("--data-init", action=on_off, default=True, help="codes start from the first batch")
+    vqvae(
+        "--restart-dead-codes", action=on_off, default=True, help="codes that nobody chooses move"
+    )
     return parse_arguments(parser)
 
 

@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"  # before the imports: checkpoint.py writes it
 
-from vqgan.pretrained import load_model, load_pair
+from vqgan.pretrained import load_model, load_pipeline
 from vqgan.quantizer import EMAVectorQuantizer, VectorQuantizer
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
@@ -10,4 +10,4 @@ from vqgan.vqgan import VQGAN
 from vqgan.vqvae import VQVAE
 
 __all__ = ["VAE", "VQVAE", "VQGAN", "GPT", "VectorQuantizer", "EMAVectorQuantizer"]
-__all__ += ["load_model", "load_pair", "__version__"]
+__all__ += ["load_model", "load_pipeline", "__version__"]

@@ -1,6 +1,6 @@
 """The flags of the scripts and the command: what a user writes, checked where it enters.
 
-Library functions name their arguments, as in `image_size=30`; on the way out to a user,
+Library functions name their model_args, as in `image_size=30`; on the way out to a user,
 `run_script` writes `--image-size 30` instead.
 """
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from vqgan.checkpoint import write_json
-from vqgan.data import NUM_TRAIN, Batches, load_dataset, pixel_variance
+from vqgan.data import NUM_TRAIN, TrainLoader, load_dataset, pixel_variance
 from vqgan.device import choose_device, choose_precision
 from vqgan.errors import InputError, user_input
 from vqgan.pretrained import load_tokenizer
@@ -78,7 +78,7 @@ def common_parser(
     add("--data-root", default="data", help="where CIFAR-10 is, or is downloaded to")
     add("--image-size", type=positive_int, default=32, help="side in pixels, for a folder")
     add("--limit", type=positive_int, help="only the first N training and test images")
-    add("--num-drawn", type=positive_int, default=NUM_TRAIN, help="training shapes or textures")
+    add("--num-rendered", type=positive_int, default=NUM_TRAIN, help="training shapes or textures")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="random mirror images")
     add("--epochs", type=positive_int, default=epochs, help="passes over the training images")
     add("--lr", type=positive_float, default=lr, help="learning rate of Adam")
@@ -145,30 +145,30 @@ def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
     out = Path(args.out)
     if not args.resume:  # early, so that a run killed while it reads its data can be resumed
         write_json(out / "config.json", config)
-    sizes = {"image_size": args.image_size, "num_drawn": args.num_drawn}
+    sizes = {"image_size": args.image_size, "num_rendered": args.num_rendered}
     data = load_dataset(args.data, root=args.data_root, seed=args.seed, **sizes)
     if args.limit:
         data = data.first(args.limit)
     for batch_size in batch_sizes:  # one that does not fit stops here, not after hours
-        Batches(data.train_images, batch_size)
+        TrainLoader(data.train_images, batch_size)
     if args.resume:  # perhaps with more epochs than before, now that nothing refuses them
         write_json(out / "config.json", config)
     print(f"{len(data.train_images)} training and {len(data.test_images)} test images, {device}")
     flags = ("epochs", "seed", "flip", "checkpoint_every", "resume")
-    about = {name: getattr(args, name) for name in ("data", "image_size", "command")}
+    metadata = {name: getattr(args, name) for name in ("data", "image_size", "command")}
     variance = pixel_variance(data.train_images)
-    return Run(out, data, variance, device, dtype, about, **{f: getattr(args, f) for f in flags})
+    return Run(out, data, variance, device, dtype, metadata, **{f: getattr(args, f) for f in flags})
 
 
 def open_tokenizer(args: argparse.Namespace) -> tuple[VQAutoencoder, dict]:
     """The tokenizer and its checkpoint; sets --data and --image-size to its own if not given."""
     if args.tokenizer is None:
-        raise InputError("--tokenizer is missing: give --tokenizer runs/vqgan/vqgan/checkpoint.pt")
+        raise InputError("--tokenizer is missing: give --tokenizer runs/vqgan/checkpoint.pt")
     own_copy = Path(args.out) / "tokenizer.pt"  # a run that began goes on with the same one
     path = own_copy if args.resume and own_copy.exists() else args.tokenizer
     tokenizer, state = load_tokenizer(path)
     for name, flag in (("data", "--data"), ("image_size", "--image-size")):
-        given, own = getattr(args, name), state["about"].get(name)
+        given, own = getattr(args, name), state["metadata"].get(name)
         if given is None and own is None:
             raise InputError(f"{args.tokenizer} does not say its {name}: give {flag}")
         if given is None:

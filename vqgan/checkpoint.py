@@ -1,7 +1,7 @@
 """Files that are whole or not there: checkpoints, and what else a run writes.
 
 A checkpoint is one file of plain tensors, numbers, strings, lists and dicts: the model's name and
-all of its constructor arguments, its weights, and everything that the next training step depends
+all of its constructor model_args, its weights, and everything that the next training step depends
 on. It is read with `weights_only=True`, so nothing in it is run. A run that was killed and resumed
 ends with the same weights, bit for bit on the same machine, as one that was not.
 """
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import vqgan
 from vqgan.errors import InputError
 
-MODEL_KEYS = {"model", "arguments", "weights"}  # what a model can be used with
+MODEL_KEYS = {"model", "model_args", "weights"}  # what a model can be used with
 RUN_KEYS = {"optimizers", "batches", "step", "seconds", "random", "threads"}  # and a run goes on
 
 # After a loss or a weight that is not finite.
@@ -62,51 +62,51 @@ def save_checkpoint(
     path: Path,
     *,
     model: nn.Module,
-    arguments: dict,
+    model_args: dict,
     optimizers: Mapping[str, torch.optim.Optimizer],
     batches,
     step: int,
     seconds: float,
-    companions: dict | None = None,
-    about: dict | None = None,
+    extra_state: dict | None = None,
+    metadata: dict | None = None,
 ) -> None:
     """Everything that the next step depends on.
 
     Args:
-        arguments: the model's constructor arguments; defaults that are left out are written too.
-        batches: a `data.Batches`, or anything else with a `state_dict`.
+        model_args: the model's constructor arguments; defaults that are left out are written too.
+        batches: a `data.TrainLoader`, or anything else with a `state_dict`.
         step: optimizer steps taken.
         seconds: of training so far.
-        companions: what else training goes on with, by name (a discriminator, say): anything with
+        extra_state: what else training goes on with, by name (a discriminator, say): anything with
             a `state_dict`.
-        about: what else is to be known of the model: its data, image size and command, say.
+        metadata: what else is to be known of the model: its data, image size and command, say.
 
     Raises:
         InputError: a weight is not finite any more; the old checkpoint stays.
     """
-    companions = {name: part.state_dict() for name, part in (companions or {}).items()}
-    weights = [model.state_dict(), *companions.values()]
+    extra_state = {name: part.state_dict() for name, part in (extra_state or {}).items()}
+    weights = [model.state_dict(), *extra_state.values()]
     for name, value in (item for state in weights for item in state.items()):
         if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise InputError(f"{name} is not finite after step {step}: {DIVERGED}")
     state = {
         "model": type(model).__name__,
-        "arguments": all_arguments(type(model), arguments),
+        "model_args": all_model_args(type(model), model_args),
         "weights": model.state_dict(),
-        "companions": companions,
+        "extra_state": extra_state,
         "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
         "batches": batches.state_dict(),
         "step": step,
         "seconds": seconds,
         "random": random_state(),
         "threads": torch.get_num_threads(),
-        "about": about or {},
+        "metadata": metadata or {},
         "code_version": vqgan.__version__,
     }
     save_plain(path, state)
 
 
-def all_arguments(model_class: type[nn.Module], arguments: dict) -> dict:
+def all_model_args(model_class: type[nn.Module], model_args: dict) -> dict:
     """Constructor arguments with the defaults written out.
 
     So a default that changes later does not change a model that was saved before.
@@ -114,7 +114,7 @@ def all_arguments(model_class: type[nn.Module], arguments: dict) -> dict:
     Raises:
         TypeError: an argument that the constructor does not have, or one that it lacks.
     """
-    bound = inspect.signature(model_class).bind(**arguments)
+    bound = inspect.signature(model_class).bind(**model_args)
     bound.apply_defaults()
     return dict(bound.arguments)
 
@@ -127,7 +127,7 @@ def save_model(path: Path, state: dict, *, half: bool = False) -> None:
     weights = dict(state["weights"])
     if half:
         weights |= {name: w.half() for name, w in weights.items() if is_float(w)}
-    keys = ("model", "arguments", "about", "step", "seconds", "code_version")
+    keys = ("model", "model_args", "metadata", "step", "seconds", "code_version")
     save_plain(path, {key: state[key] for key in keys if key in state} | {"weights": weights})
 
 
@@ -143,7 +143,7 @@ def load_checkpoint(
     path: Path,
     *,
     model_class: type[nn.Module] | None = None,
-    arguments: dict | None = None,
+    model_args: dict | None = None,
     remedy: str = "put a copy of it back, or move it away to train this model from the start",
 ) -> dict:
     """Read a checkpoint, on the CPU.
@@ -151,7 +151,7 @@ def load_checkpoint(
     To use a model: `pretrained.load_model`.
 
     Args:
-        model_class, arguments: what the checkpoint must be of for a run to go on with it; if not
+        model_class, model_args: what the checkpoint must be of for a run to go on with it; if not
             given, it may be one that can only be used (`save_model`).
         remedy: what to do when the file is not a checkpoint, for the error.
 
@@ -172,30 +172,18 @@ def load_checkpoint(
     keys = MODEL_KEYS if model_class is None else MODEL_KEYS | RUN_KEYS
     if not isinstance(state, dict) or not keys <= state.keys():
         raise InputError(f"{path} is not a checkpoint of this package: {remedy}")
-    state["arguments"] = _present_arguments(state)
     if model_class is not None:
-        name, wanted = model_class.__name__, all_arguments(model_class, arguments or {})
-        if (state["model"], state["arguments"]) != (name, wanted):
+        name, wanted = model_class.__name__, all_model_args(model_class, model_args or {})
+        if (state["model"], state["model_args"]) != (name, wanted):
             raise InputError(
-                f"{path} is of {state['model']}({_call(state['arguments'])}), but this run trains "
+                f"{path} is of {state['model']}({_call(state['model_args'])}), but this run trains "
                 f"{name}({_call(wanted)}): move it away, or start in another folder"
             )
     return state
 
 
-def _present_arguments(state: dict) -> dict:
-    """The constructor arguments of a file, also of one from before an argument had its name."""
-    arguments = dict(state["arguments"])
-    if state["model"] == "GPT" and "grid_size" in arguments:  # a transformer knew its grid
-        h, w = arguments.pop("grid_size")
-        arguments["seq_len"] = h * w
-    if state["model"] == "VQVAE":  # a VQ-VAE did not know the size of its images
-        arguments.setdefault("image_size", (state.get("about") or {}).get("image_size", 32))
-    return arguments
-
-
-def _call(arguments: dict) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+def _call(model_args: dict) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in model_args.items())
 
 
 def restore(
@@ -204,13 +192,13 @@ def restore(
     model: nn.Module,
     optimizers: Mapping[str, torch.optim.Optimizer],
     batches,
-    companions: dict | None = None,
+    extra_state: dict | None = None,
 ) -> None:
     """Put a checkpoint's state back into what `save_checkpoint` took it from."""
     try:
         model.load_state_dict(state["weights"])
-        for name, part in (companions or {}).items():
-            part.load_state_dict(state["companions"][name])
+        for name, part in (extra_state or {}).items():
+            part.load_state_dict(state["extra_state"][name])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
     except (KeyError, RuntimeError, ValueError) as error:

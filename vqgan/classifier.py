@@ -1,7 +1,7 @@
 """A small residual network that tells the classes of labelled images apart.
 
 One network is trained for its features, which are a perceptual distance that needs no download
-(`perceptual.py`). Another one, of another seed and width, is the yardstick that no model was
+(`perceptual.py`). Another one, of another seed and width, is the eval_classifier that no model was
 trained on: it gives the Frechet distance between two sets of images (`metrics.frechet_distance`),
 and says how many reconstructions it still recognises (`evaluation.py`).
 

@@ -15,7 +15,7 @@ import argparse
 import json
 from pathlib import Path
 
-from vqgan import cli_codes, cli_sample, pretrained
+from vqgan import cli_sample, cli_tokenizer, pretrained
 from vqgan.arguments import HelpFormatter, run_script
 from vqgan.checkpoint import fingerprint, save_model
 from vqgan.errors import InputError
@@ -29,19 +29,21 @@ def info_flags(add) -> None:
 def info(args: argparse.Namespace) -> None:
     """What a checkpoint is, trained on what, for how long, with what result."""
     state = pretrained.read_checkpoint(args.checkpoint)
-    about = state.get("about") or {}
+    metadata = state.get("metadata") or {}
     parameters = sum(p.numel() for p in pretrained.build_model(state, args.checkpoint).parameters())
     print(f"{state['model']}, {parameters:,} parameters")
-    for name, value in state["arguments"].items():
+    for name, value in state["model_args"].items():
         print(f"    {name}: {value}")
-    if "condition" in about:
-        condition = about["condition"]
+    if "condition" in metadata:
+        condition = metadata["condition"]
         names = ", ".join(name for name in condition["names"] if name)
-        what = names or condition["picture"] or "one start token"
+        what = names or condition["transform"] or "one start token"
         print(f"condition: {condition['kind']} ({what})")
-        print(f"tokenizer: {about['tokenizer']}")
-    if about:
-        print(f"trained on {about['data']}, {about['image_size']} pixels: {about['command']}")
+        print(f"tokenizer: {metadata['tokenizer']}")
+    if metadata:
+        print(
+            f"trained on {metadata['data']}, {metadata['image_size']} pixels: {metadata['command']}"
+        )
     if "step" in state:
         print(f"{state['step']:,} steps, {state['seconds'] / 60:.1f} minutes")
     for name, value in _result(args.checkpoint, state).items():
@@ -51,15 +53,13 @@ def info(args: argparse.Namespace) -> None:
 
 def _result(checkpoint: str, state: dict) -> dict:
     """What was measured of a model: in its checkpoint, or in the metrics.json of its run."""
-    if "result" in (state.get("about") or {}):
-        return state["about"]["result"]
-    path = pretrained.checkpoint_path(checkpoint)
-    for metrics_path, name in (
-        (path.parent / "metrics.json", "transformer" if state["model"] == "GPT" else ""),
-        (path.parent.parent / "metrics.json", path.parent.name),
-    ):
+    if "result" in (state.get("metadata") or {}):
+        return state["metadata"]["result"]
+    folder = pretrained.checkpoint_path(checkpoint).parent
+    for path in (folder / "metrics.json", folder.parent / "metrics.json"):
         try:
-            return json.loads(metrics_path.read_text())["models"][name]
+            models = json.loads(path.read_text())["models"]
+            return next(iter(models.values())) if len(models) == 1 else models[folder.name]
         except (OSError, ValueError, KeyError):
             continue
     print("(no metrics.json of it: its run was not finished, or is elsewhere)")
@@ -74,7 +74,7 @@ def export_flags(add) -> None:
 
 def export(args: argparse.Namespace) -> None:
     """A transformer and its tokenizer, to share: half precision, no optimizer."""
-    pair, out = pretrained.load_pair(args.checkpoint), Path(args.out)
+    pipeline, out = pretrained.load_pipeline(args.checkpoint), Path(args.out)
     path = pretrained.checkpoint_path(args.checkpoint)
     if (out / "checkpoint.pt").exists():
         raise InputError(f"--out {out} holds a checkpoint.pt already: name another folder")
@@ -84,11 +84,11 @@ def export(args: argparse.Namespace) -> None:
     tokenizer, _ = pretrained.load_tokenizer(
         out / "tokenizer.pt"
     )  # rounded: other weights, another hash
-    state["about"] |= {"tokenizer_fingerprint": fingerprint(tokenizer)}
-    state["about"] |= {"result": _result(args.checkpoint, state)}
+    state["metadata"] |= {"tokenizer_fingerprint": fingerprint(tokenizer)}
+    state["metadata"] |= {"result": _result(args.checkpoint, state)}
     save_model(out / "checkpoint.pt", state, half=True)
     size = sum((out / name).stat().st_size for name in ("tokenizer.pt", "checkpoint.pt"))
-    print(f"{type(pair.tokenizer).__name__} and transformer, {size / 1e6:.1f} MB: {out}")
+    print(f"{type(pipeline.tokenizer).__name__} and transformer, {size / 1e6:.1f} MB: {out}")
 
 
 # Each command is a function; its name and its docstring's first line are the user's. Beside it,
@@ -96,9 +96,9 @@ def export(args: argparse.Namespace) -> None:
 COMMANDS = {
     cli_sample.sample: cli_sample.sample_flags,
     cli_sample.complete: cli_sample.complete_flags,
-    cli_codes.reconstruct: cli_codes.reconstruct_flags,
-    cli_codes.encode: cli_codes.encode_flags,
-    cli_codes.decode: cli_codes.decode_flags,
+    cli_tokenizer.reconstruct: cli_tokenizer.reconstruct_flags,
+    cli_tokenizer.encode: cli_tokenizer.encode_flags,
+    cli_tokenizer.decode: cli_tokenizer.decode_flags,
     info: info_flags,
     export: export_flags,
 }
@@ -109,7 +109,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="vqgan",
         description="Use trained models. CHECKPOINT: the checkpoint.pt of a run, or one that comes "
-        f"with the package: {', '.join(pretrained.SHIPPED)}.",
+        f"with the package: {', '.join(pretrained.PRETRAINED)}.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for function, add_flags in COMMANDS.items():

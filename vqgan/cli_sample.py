@@ -8,14 +8,14 @@ from tqdm import tqdm
 
 from vqgan import figures
 from vqgan.arguments import non_negative_float, png_path, positive_float, positive_int, seed_int
-from vqgan.conditions import PICTURES
-from vqgan.data import evaluation_batch
+from vqgan.conditions import TRANSFORMS
+from vqgan.data import eval_batch_size
 from vqgan.device import choose_device
 from vqgan.errors import InputError, user_input
 from vqgan.evaluation import decode_tokens
 from vqgan.image_folder import read_images
 from vqgan.images import from_uint8, to_unit
-from vqgan.pretrained import Pair, load_pair
+from vqgan.pretrained import Pipeline, load_pipeline
 from vqgan.sampling import check_sampling, describe_sampling, sample_sliding_window
 
 COLUMNS = 8  # images in a row
@@ -61,20 +61,22 @@ def sample(args: argparse.Namespace) -> None:
     There are --count of each class or caption that is asked for, one after the other.
     """
     out = png_path(args.out, [args.image] if args.image else [])
-    pair, setting, device = _open(args)
+    pipeline, setting, device = _open(args)
     if args.as_is and args.image is None:
         raise InputError("--as-is says something of --image, and none was given: leave it out")
-    size, (h, w) = pair.tokenizer.image_size, pair.tokenizer.grids[0]
-    height, width = _grid_size(args, pair)
-    prompts = _prompts(args, pair)
+    size, (h, w) = pipeline.tokenizer.image_size, pipeline.tokenizer.grids[0]
+    height, width = _grid_size(args, pipeline)
+    prompts = _prompts(args, pipeline)
     rows = []
     if args.image is not None:
         x = from_uint8(read_images([args.image], size)).to(device)
-        picture = x if args.as_is else PICTURES[pair.condition.picture](x)
+        picture = x if args.as_is else TRANSFORMS[pipeline.condition.transform](x)
         rows = [("original", to_unit(x).cpu())] if not args.as_is else []
-        rows.append((pair.condition.picture, to_unit(picture).cpu()))
-        prompts = {"samples": pair.tokenizer.tokens(picture)}
-    chunk_size = min(MAX_CHUNK_SIZE, evaluation_batch(height * 2**pair.tokenizer.num_downsamples))
+        rows.append((pipeline.condition.transform, to_unit(picture).cpu()))
+        prompts = {"samples": pipeline.tokenizer.tokens(picture)}
+    chunk_size = min(
+        MAX_CHUNK_SIZE, eval_batch_size(height * 2**pipeline.tokenizer.num_downsamples)
+    )
     generator = torch.Generator().manual_seed(args.seed)
     total = len(prompts) * args.count * height * width
     with tqdm(desc="sampling", total=total, unit="token", unit_scale=True) as progress:
@@ -83,11 +85,11 @@ def sample(args: argparse.Namespace) -> None:
             images = []
             for part in prompt.to(device).expand(args.count, -1).split(chunk_size):
                 if (height, width) == (h, w):
-                    x = pair.tokenizer.decode_tokens(pair.transformer.sample(part, **more))
+                    x = pipeline.tokenizer.decode_tokens(pipeline.transformer.sample(part, **more))
                 else:
-                    models = (pair.transformer, pair.tokenizer)
+                    models = (pipeline.transformer, pipeline.tokenizer)
                     grid = sample_sliding_window(*models, part, height, width, **more)
-                    x = pair.tokenizer.decode_indices(grid)
+                    x = pipeline.tokenizer.decode_indices(grid)
                 images.append(to_unit(x).cpu())
             chunks = torch.cat(images).split(COLUMNS)
             rows += [(label if i == 0 else "", chunk) for i, chunk in enumerate(chunks)]
@@ -101,73 +103,77 @@ def complete(args: argparse.Namespace) -> None:
     The image becomes tokens; those that --keep names stay, and the others are generated.
     """
     out = png_path(args.out, [args.image])
-    pair, setting, device = _open(args)
-    x = from_uint8(read_images([args.image], pair.tokenizer.image_size)).to(device)  # (1, 3, H, W)
-    tokens = pair.tokenizer.tokens(x)  # (1, N)
-    mask = _mask(args.keep, pair)  # (h, w)
+    pipeline, setting, device = _open(args)
+    x = from_uint8(read_images([args.image], pipeline.tokenizer.image_size)).to(
+        device
+    )  # (1, 3, H, W)
+    tokens = pipeline.tokenizer.tokens(x)  # (1, N)
+    mask = _mask(args.keep, pipeline)  # (h, w)
     if args.classes is not None or args.caption is not None:
-        (condition, *others) = _prompts(args, pair).values()
+        (condition, *others) = _prompts(args, pipeline).values()
         if others:
             raise InputError("a completion is of one class or caption: give one")
-    elif pair.condition.kind == "image":
-        condition = pair.tokenizer.tokens(PICTURES[pair.condition.picture](x))
-    elif pair.condition.kind == "none":
-        condition = pair.condition.of_nothing(1)
-    elif not pair.knows_nothing:
-        raise InputError(f"this model needs to be told a condition: give --{pair.condition.kind}")
+    elif pipeline.condition.kind == "image":
+        condition = pipeline.tokenizer.tokens(TRANSFORMS[pipeline.condition.transform](x))
+    elif pipeline.condition.kind == "none":
+        condition = pipeline.condition.start_tokens(1)
+    elif not pipeline.supports_guidance:
+        raise InputError(
+            f"this model needs to be told a condition: give --{pipeline.condition.kind}"
+        )
     elif args.guidance != 1:
         raise InputError("--guidance exaggerates a condition, and none was given: leave it out")
     else:  # the condition is dropped
-        condition = torch.full((1, pair.condition.length), pair.transformer.nothing)
+        condition = torch.full((1, pipeline.condition.length), pipeline.transformer.null_token)
     given = torch.where(mask.to(device).flatten(), tokens, -1).expand(args.count, -1)
     with tqdm(desc="sampling", total=given.numel(), unit="token", unit_scale=True) as progress:
         generator = torch.Generator().manual_seed(args.seed)
         more = setting | {"generator": generator, "progress": progress.update}
         prompt = condition.to(device).expand(args.count, -1)
-        sampled = pair.transformer.sample(prompt, given=given, **more)
-    completed = to_unit(decode_tokens(pair.tokenizer, sampled))
-    pixels = 2**pair.tokenizer.num_downsamples
+        sampled = pipeline.transformer.sample(prompt, given=given, **more)
+    completed = to_unit(decode_tokens(pipeline.tokenizer, sampled))
+    pixels = 2**pipeline.tokenizer.num_downsamples
     mask = mask.repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
     shown = torch.where(mask, to_unit(x).cpu(), 0.5)
     rows = [("original, and what is kept", torch.cat([to_unit(x).cpu(), shown]))]
     rows += [("completions" if i == 0 else "", c) for i, c in enumerate(completed.split(COLUMNS))]
     figures.image_rows(out, rows, title=describe_sampling(setting))
-    kept = int((given[0] >= 0).sum())
-    print(f"{kept} of {given.shape[1]} codes kept; {args.count} completions: {out}")
+    num_given = int((given[0] >= 0).sum())
+    print(f"{num_given} of {given.shape[1]} codes kept; {args.count} completions: {out}")
 
 
-def _open(args: argparse.Namespace) -> tuple[Pair, dict, torch.device]:
+def _open(args: argparse.Namespace) -> tuple[Pipeline, dict, torch.device]:
     """Transformer and tokenizer on the device, and the keyword arguments of `GPT.sample`."""
     device = choose_device(args.device)
-    pair = load_pair(args.checkpoint, tokenizer=args.tokenizer)
-    pair.transformer.to(device)
-    pair.tokenizer.to(device)
+    pipeline = load_pipeline(args.checkpoint, tokenizer=args.tokenizer)
+    pipeline.transformer.to(device)
+    pipeline.tokenizer.to(device)
     names = ("temperature", "top_k", "top_p", "guidance")
     setting = {name: getattr(args, name) for name in names}
     with user_input():
-        check_sampling(pair.transformer.num_embeddings, **setting)
-    if args.guidance != 1 and pair.condition.kind == "none":
+        check_sampling(pipeline.transformer.num_embeddings, **setting)
+    if args.guidance != 1 and pipeline.condition.kind == "none":
         raise InputError("--guidance strengthens a condition, and this model has none")
-    if args.guidance != 1 and not pair.knows_nothing:
+    if args.guidance != 1 and not pipeline.supports_guidance:
         raise InputError("--guidance needs a model with --condition-drop above 0: leave it out")
-    return pair, setting, device
+    return pipeline, setting, device
 
 
-def _grid_size(args: argparse.Namespace, pair: Pair) -> tuple[int, int]:
+def _grid_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
     """--height and --width in tokens."""
-    pixels = 2**pair.tokenizer.num_downsamples  # of the side that a token stands for
-    size = pair.tokenizer.image_size
+    pixels = 2**pipeline.tokenizer.num_downsamples  # of the side that a token stands for
+    size = pipeline.tokenizer.image_size
     height, width = args.height or size, args.width or size
     if height % pixels or width % pixels or min(height, width) < size:
         raise InputError(f"{height}x{width} pixels: give multiples of {pixels}, {size} or more")
-    if (height, width) != (size, size) and pair.condition.kind == "image":
+    if (height, width) != (size, size) and pipeline.condition.kind == "image":
         raise InputError("a model of pictures has their size only: leave --height, --width out")
     return height // pixels, width // pixels
 
 
-def _prompts(args: argparse.Namespace, pair: Pair) -> dict[str, Tensor]:
+def _prompts(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Tensor]:
     """What is asked for: a label, and tokens (1, C); refused where the model takes another kind."""
-    condition = pair.condition
+    condition = pipeline.condition
     given = {"class": args.classes, "caption": args.caption}
     if args.command == "sample":  # a completion's image is not its condition
         given["image"] = args.image
@@ -177,21 +183,23 @@ def _prompts(args: argparse.Namespace, pair: Pair) -> dict[str, Tensor]:
             raise InputError(f"--{kind}: this model's condition is {condition.kind}; {remedy}")
     if condition.kind == "class":
         names = list(dict.fromkeys(args.classes or condition.names))  # not given: all of them
-        return dict(zip(names, condition.of_classes(names).split(1), strict=True))
+        return dict(zip(names, condition.encode_classes(names).split(1), strict=True))
     if condition.kind == "caption":
         if not args.caption:
             words = ", ".join(word for word in condition.names if word)
             raise InputError(f"this model needs a --caption; the words that it knows: {words}")
-        return dict(zip(args.caption, condition.of_captions(args.caption).split(1), strict=True))
+        return dict(
+            zip(args.caption, condition.encode_captions(args.caption).split(1), strict=True)
+        )
     if condition.kind == "image" and args.image is None:
-        raise InputError(f"this model works from {condition.picture}: name one with --image")
-    return {"samples": condition.of_nothing(1)}
+        raise InputError(f"this model works from {condition.transform}: name one with --image")
+    return {"samples": condition.start_tokens(1)}
 
 
-def _mask(keep: str, pair: Pair) -> Tensor:
+def _mask(keep: str, pipeline: Pipeline) -> Tensor:
     """Which tokens to keep, (h, w) bool: those whose pixels lie all inside of the box."""
-    size, (h, w) = pair.tokenizer.image_size, pair.tokenizer.grids[0]
-    boxes = {"top": (0, 0, size, size // 2), "left": (0, 0, size // 2, size)}
+    size, (h, w) = pipeline.tokenizer.image_size, pipeline.tokenizer.grids[0]
+    boxes = {"top": (0, 0, size, size // 2), "bigram": (0, 0, size // 2, size)}
     try:
         x0, y0, x1, y1 = boxes.get(keep) or (int(number) for number in keep.split(","))
     except ValueError as error:

@@ -60,17 +60,19 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
     if "ddconfig" in config:  # beside it their YAML has more than the network: the loss, say
         outside = {key: config[key] for key in ("embed_dim", "n_embed") if key in config}
         config = config["ddconfig"] | outside
-    arguments = _arguments(config, VQGAN_ARGUMENTS, VQGAN_ONLY_VALUES)
+    model_args = _arguments(config, VQGAN_ARGUMENTS, VQGAN_ONLY_VALUES)
     theirs = read_weights(path)
     _ignore(theirs, "of the training loss", "loss.")
     with _fitting(path):
-        levels = range(len(arguments["channel_multipliers"]))
-        sides = {arguments["resolution"] // 2**level for level in levels}
+        levels = range(len(model_args["channel_multipliers"]))
+        sides = {model_args["resolution"] // 2**level for level in levels}
         # Sides that never occur have no effect in their code.
-        arguments["attention_resolutions"] = sides.intersection(arguments["attention_resolutions"])
-        model = VQGAN(**arguments, quantizer="gradient", norm_groups=32)  # the published ones
+        model_args["attention_resolutions"] = sides.intersection(
+            model_args["attention_resolutions"]
+        )
+        model = VQGAN(**model_args, quantizer="gradient", norm_groups=32)  # the published ones
         _load(model, theirs, {ours: [name] for ours, name in _their_names(model).items()})
-    model.quantizer.waits_for_data = False
+    model.quantizer.initialized = True
     return model.eval()
 
 
@@ -80,7 +82,7 @@ def load_compvis_transformer(
     """Their checkpoint as a transformer in eval mode: the same logits.
 
     A condition consists of ids of their one table: a code, the label of a class, a start token.
-    Token `nothing` has a row of zeros, since they trained none.
+    Token `null_token` has a row of zeros, since they trained none.
 
     Args:
         config: their YAML as a dictionary, or of it only the parameters of `transformer_config`,
@@ -95,22 +97,22 @@ def load_compvis_transformer(
             (those of the autoencoders beside it are named and ignored), or the block is too small.
     """
     config = _innermost(config, "model", "params", "transformer_config", "params")
-    arguments = _arguments(config, GPT_ARGUMENTS, GPT_ONLY_VALUES)
+    model_args = _arguments(config, GPT_ARGUMENTS, GPT_ONLY_VALUES)
     theirs = {k: w for k, w in read_weights(path).items() if not k.endswith(".attn.mask")}
     _ignore(theirs, "beside the transformer", "first_stage_model.", "cond_stage_model.")
     with _fitting(path):
-        block_size = arguments.pop("block_size")
+        block_size = model_args.pop("block_size")
         seq_len = block_size if seq_len is None else seq_len
         length = block_size - seq_len + 1 if condition_length is None else condition_length
         if length + seq_len - 1 > block_size:  # the last token is not read
             raise ValueError(f"{length} + {seq_len} tokens, but their block holds {block_size}")
-        arguments |= {"seq_len": seq_len, "condition_length": length, "dropout": 0.0}
-        model = GPT(**arguments, condition_vocabulary=arguments["num_embeddings"])
+        model_args |= {"seq_len": seq_len, "condition_length": length, "dropout": 0.0}
+        model = GPT(**model_args, condition_vocabulary=model_args["num_embeddings"])
         positions = theirs["transformer.pos_emb"]
-        if positions.shape != (1, block_size, arguments["n_embd"]):
+        if positions.shape != (1, block_size, model_args["n_embd"]):
             raise ValueError(f"transformer.pos_emb has the shape {tuple(positions.shape)}")
         # Rows of positions that are not read, where the block is larger than it had to be, go.
-        theirs["transformer.pos_emb"] = positions[0, : len(model.position_table)]
+        theirs["transformer.pos_emb"] = positions[0, : len(model.pos_emb)]
         codes = theirs["transformer.tok_emb.weight"].float()
         theirs["condition"] = torch.cat([codes, torch.zeros_like(codes[:1])])
         _load(model, theirs, _their_transformer_names(model))
@@ -125,7 +127,7 @@ def _innermost(config: dict, *keys: str) -> dict:
 
 
 def _arguments(config: dict, names: dict[str, str], only_values: dict) -> dict:
-    """Our constructor arguments, of a config that says nothing else which we could not follow."""
+    """Our constructor model_args, of a config that says nothing else which we could not follow."""
     missing = names.keys() - config.keys()
     if missing:
         raise InputError(f"the config lacks {', '.join(sorted(missing))}: give that of the model")
@@ -217,11 +219,11 @@ def _their_transformer_names(model: GPT) -> dict[str, list[str]]:
     """For each of our weights, what they call it, or the parts it is laid together from."""
     renamed = {
         "attention.proj": "attn.proj", "norm1": "ln1", "norm2": "ln2", "norm.": "ln_f.",
-        "code_table": "tok_emb", "position_table": "pos_emb",
+        "tok_emb": "tok_emb", "pos_emb": "pos_emb",
     }  # fmt: skip
     names = {}
     for our_name in model.state_dict():
-        if our_name == "condition_table.weight":
+        if our_name == "cond_emb.weight":
             names[our_name] = ["condition"]  # made of the table of codes
             continue
         name = f"transformer.{our_name}"

@@ -4,11 +4,11 @@
     class     one token, the picture's label
     caption   a token for each word, from the words of the training captions
     image     the codes of another picture, which a function makes of the picture: its edges, its
-              grey copy, its small copy; so one mechanism colours, sharpens, or fills in a sketch
+              grey copy, its small copy; so one mechanism colors, sharpens, or fills in a sketch
 
 The transformer has a table of its own for these tokens, so code 0 and class 0 have nothing in
 common, and no token of a condition can ever be sampled (`transformer.py`). It has one more row for
-a condition that is not told, which guidance needs: `GPT.nothing`.
+a condition that is not told, which guidance needs: `GPT.null_token`.
 """
 
 from collections.abc import Sequence
@@ -33,14 +33,14 @@ class Condition:
         vocabulary: how many different tokens there are.
         length: C, tokens of one condition.
         names: of classes, or words; a token is an index into it. Empty for none and image.
-        picture: of `PICTURES`, for an image.
+        transform: of `TRANSFORMS`, for an image.
     """
 
     kind: str
     vocabulary: int
     length: int
     names: tuple[str, ...] = ()
-    picture: str = ""
+    transform: str = ""
 
     def to_dict(self) -> dict:
         """For a checkpoint: numbers, strings and a list of names."""
@@ -49,21 +49,21 @@ class Condition:
     @staticmethod
     def from_dict(state: dict) -> "Condition":
         """What `to_dict` gave, a condition again."""
-        names, picture = tuple(state["names"]), state["picture"] or ""
-        return Condition(**state | {"names": names, "picture": picture})
+        names, picture = tuple(state["names"]), state["transform"] or ""
+        return Condition(**state | {"names": names, "transform": picture})
 
-    def of_nothing(self, count: int) -> Tensor:
+    def start_tokens(self, count: int) -> Tensor:
         """(count, 1) start tokens, for the kind none."""
         return torch.zeros(count, 1, dtype=torch.int64)
 
-    def of_classes(self, names: Sequence[str]) -> Tensor:
+    def encode_classes(self, names: Sequence[str]) -> Tensor:
         """Names of classes -> (B, 1). Raises InputError for an unknown one, and lists the known."""
         for name in names:
             if name not in self.names:
                 raise InputError(f"there is no class {name!r}: give {', '.join(self.names)}")
         return torch.tensor([[self.names.index(name)] for name in names])
 
-    def of_captions(self, captions: Sequence[str]) -> Tensor:
+    def encode_captions(self, captions: Sequence[str]) -> Tensor:
         """Captions -> (B, C), padded after the last word.
 
         Raises:
@@ -97,9 +97,9 @@ def caption_condition(captions: Sequence[str]) -> Condition:
     return Condition("caption", vocabulary=len(words), length=length, names=words)
 
 
-def image_condition(picture: str, num_embeddings: int, seq_len: int) -> Condition:
+def image_condition(transform: str, num_embeddings: int, seq_len: int) -> Condition:
     """Of a tokenizer with K codes, and `seq_len` tokens per image."""
-    return Condition("image", vocabulary=num_embeddings, length=seq_len, picture=picture)
+    return Condition("image", vocabulary=num_embeddings, length=seq_len, transform=transform)
 
 
 NO_CONDITION = Condition("none", vocabulary=1, length=1)
@@ -114,7 +114,7 @@ LOWRES_FACTOR = 4  # a 32-pixel image keeps 8x8 pixels
 
 
 def gray(x: Tensor) -> Tensor:
-    """x (B, 3, H, W) in [-1, 1] -> the same without its colours."""
+    """x (B, 3, H, W) in [-1, 1] -> the same without its colors."""
     weights = torch.tensor(LUMA, device=x.device).view(1, 3, 1, 1)
     return (x * weights).sum(dim=1, keepdim=True).expand_as(x)
 
@@ -136,4 +136,4 @@ def lowres(x: Tensor) -> Tensor:
     return blocks[..., : x.shape[2], : x.shape[3]]
 
 
-PICTURES = {"edges": edges, "gray": gray, "lowres": lowres}
+TRANSFORMS = {"edges": edges, "gray": gray, "lowres": lowres}

@@ -22,7 +22,7 @@ from torchvision.datasets import CIFAR10
 from vqgan.errors import InputError
 from vqgan.image_folder import ImageFiles, read_folder
 from vqgan.images import from_uint8
-from vqgan.shapes import draw_shapes, draw_textures
+from vqgan.shapes import render_shapes, render_textures
 
 NUM_TRAIN, NUM_TEST = 10_000, 2_000  # drawn for training, unless told otherwise; for testing
 
@@ -58,7 +58,7 @@ def load_dataset(
     root: str | Path = "data",
     image_size: int = 32,
     seed: int = 0,
-    num_drawn: int = NUM_TRAIN,
+    num_rendered: int = NUM_TRAIN,
 ) -> ImageDataset:
     """Load one of the four sources.
 
@@ -68,7 +68,7 @@ def load_dataset(
             <class>/*, or loose images; the last two are split, always in the same way.
         image_size: side of the square images in pixels; folders are resized and cropped to it,
             the other sources have 32.
-        num_drawn: training images of "shapes" and "textures"; their test images stay the same.
+        num_rendered: training images of "shapes" and "textures"; their test images stay the same.
 
     Raises:
         InputError: an unknown source, a folder without readable images, CIFAR-10 out of reach.
@@ -76,7 +76,7 @@ def load_dataset(
     if source in ("cifar10", "shapes", "textures") and image_size != 32:
         raise InputError(f"image_size={image_size}: images of {source} have 32 pixels per side")
     if source in ("shapes", "textures"):
-        return _draw(source, seed, num_drawn)
+        return _draw(source, seed, num_rendered)
     if source == "cifar10":
         return _load_cifar10(Path(root))
     if Path(source).is_dir():
@@ -84,14 +84,14 @@ def load_dataset(
     raise InputError(f"data={source}: give cifar10, shapes, textures, or a folder of images")
 
 
-def _draw(source: str, seed: int, num_drawn: int) -> ImageDataset:
-    """Shapes or textures, drawn: `num_drawn` for training, NUM_TEST for testing."""
-    draw = draw_shapes if source == "shapes" else draw_textures
+def _draw(source: str, seed: int, num_rendered: int) -> ImageDataset:
+    """Shapes or textures, drawn: `num_rendered` for training, NUM_TEST for testing."""
+    draw = render_shapes if source == "shapes" else render_textures
     images, labels, captions, class_names = draw(NUM_TRAIN + NUM_TEST, seed=seed)
     # Images past the usual number are drawn by a stream of their own: the others stay as they are.
-    more = max(0, num_drawn - NUM_TRAIN)
+    more = max(0, num_rendered - NUM_TRAIN)
     more_images, more_labels, more_captions, _ = draw(more, seed=(seed, 1))
-    train = slice(min(num_drawn, NUM_TRAIN))
+    train = slice(min(num_rendered, NUM_TRAIN))
     return ImageDataset(
         train_images=torch.from_numpy(np.concatenate([more_images, images[train]])),
         test_images=torch.from_numpy(images[NUM_TRAIN:]),
@@ -124,7 +124,7 @@ def _load_cifar10(root: Path) -> ImageDataset:
 # --- batches -----------------------------------------------------------------------------------
 
 
-class Batches:
+class TrainLoader:
     """Shuffled training batches: each `for x in batches` is one epoch.
 
     Yields x, float (B, 3, H, W) in [-1, 1] on `device`; given labels (N,), pairs of x and its
@@ -193,7 +193,7 @@ class Batches:
         self.epoch_start, self.position = state["epoch_start"].cpu(), state["position"]
 
 
-def batches_in_order(
+def eval_batches(
     images: Tensor | ImageFiles,
     batch_size: int | None = None,
     *,
@@ -201,10 +201,10 @@ def batches_in_order(
 ) -> Iterator[Tensor]:
     """All images once, in order: float (B, 3, H, W) in [-1, 1]; the last batch may be smaller.
 
-    `batch_size`: None takes what is measured at once (`evaluation_batch`).
+    `batch_size`: None takes what is measured at once (`eval_batch_size`).
     """
     side = images.shape[-1] if isinstance(images, Tensor) else images.image_size
-    batch_size = batch_size or evaluation_batch(side)
+    batch_size = batch_size or eval_batch_size(side)
     for chunk in _fetch(images, torch.arange(len(images)).split(batch_size), torch.device(device)):
         yield from_uint8(chunk)
 
@@ -230,7 +230,7 @@ def _fetch(images, indices, device: torch.device) -> Iterator[Tensor]:
             raise InputError(line.removeprefix(f"{InputError.__module__}.InputError: ")) from None
 
 
-def evaluation_batch(image_size: int) -> int:
+def eval_batch_size(image_size: int) -> int:
     """How many images to measure at once: 500 of 32 pixels a side, fewer of more pixels."""
     return max(1, 500 * 32**2 // image_size**2)
 
@@ -244,7 +244,7 @@ def pixel_variance(images: Tensor | ImageFiles) -> float:
     total, total_squares, count = 0.0, 0.0, 0
     lowest, highest = torch.full((3,), math.inf), torch.full((3,), -math.inf)  # by channel
     part = images if isinstance(images, Tensor) else images[:2000]
-    for x in batches_in_order(part, 1000):
+    for x in eval_batches(part, 1000):
         x = x.double()
         total, total_squares = total + x.sum().item(), total_squares + x.square().sum().item()
         count += x.numel()

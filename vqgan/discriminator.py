@@ -43,7 +43,7 @@ def receptive_field(depth: int) -> int:
     return side
 
 
-def depth_for(image_size: int) -> int:
+def choose_depth(image_size: int) -> int:
     """The largest depth up to the paper's 3 whose patch is at most two thirds of the image's side.
 
     16 of 32 pixels, 34 of 64, 70 of 128 and more: with the usual depth of 3, a small image would be
@@ -60,7 +60,7 @@ class PatchDiscriminator(nn.Module):
     originals and reconstructions in one batch would tell on each other.
 
     Args:
-        image_size: side of the images in pixels, from which the depth follows (`depth_for`).
+        image_size: side of the images in pixels, from which the depth follows (`choose_depth`).
         channels: of the first layer; they double with every layer, up to eight times.
         norm: "spectral" (divides weights by their largest singular value, which keeps D's slope
             and so its gradient in bounds: Miyato et al. 2018, arXiv 1802.05957), "group", "none".
@@ -73,7 +73,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"the discriminator's norm is one of {', '.join(NORMS)}, not {norm!r}")
-        depth = depth_for(image_size)
+        depth = choose_depth(image_size)
         if image_size < receptive_field(depth):
             smallest = receptive_field(depth)
             raise ValueError(f"image_size must be {smallest} or more, not {image_size}")

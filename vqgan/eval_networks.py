@@ -1,7 +1,7 @@
 """The networks that look at images beside the model that is trained.
 
 classifier.pt   a `Classifier` whose features are the perceptual distance of the VQGAN's loss
-yardstick.pt    another `Classifier`, which no model is trained with: a Frechet distance is
+eval_classifier.pt    another `Classifier`, which no model is trained with: a Frechet distance is
                 taken in its features, and it says what it still recognises
 Inception       on request: the Frechet distance in its features is the true FID
 """
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from vqgan.classifier import Classifier, load_classifier, save_classifier, train_classifier
-from vqgan.data import ImageDataset, batches_in_order
+from vqgan.data import ImageDataset, eval_batches
 from vqgan.device import prepare_model
 from vqgan.errors import InputError
 from vqgan.perceptual import ClassifierDistance, PerceptualDistance, load_lpips
 from vqgan.training import Run
 
-# The yardstick is another network than those that models are trained on, and of a fixed seed, so
-# that runs of other seeds are measured by the same.
-YARDSTICK_WIDTH, YARDSTICK_SEED = 24, 1
+# The evaluation classifier is another network than the one that models are trained with, since that
+# one would flatter them; and of a fixed seed, so that runs of other seeds are measured by the same.
+EVAL_WIDTH, EVAL_SEED = 24, 1
 CLASSIFIER_WIDTH, CLASSIFIER_SEED = 16, 0  # of the one whose features are a perceptual distance
 CLASSIFIER_BATCH_SIZE = 128
 
@@ -46,7 +46,7 @@ def trained_classifier(
     where: dict[str, Any] = {"device": run.device, "dtype": run.dtype}
     model = train_classifier(loader, **sizes, epochs=epochs, seed=seed, **where, name=path.stem)
     share = accuracy(model, data, run.device)
-    print(f"{path.stem}: {share:.1%} of the test images recognised")
+    print(f"{path.stem}: {share:.1%} of the test images class_accuracy")
     save_classifier(path, model, share)
     return model, share
 
@@ -69,7 +69,7 @@ def perceptual_distance(
     return ClassifierDistance(classifier), share
 
 
-def load_yardstick(
+def load_eval_classifier(
     run: Run, *, epochs: int, file: str | Path | None = None, folder: Path | None = None
 ) -> tuple[Classifier | None, float | None]:
     """A classifier that no model is trained with, and its accuracy; None for unlabelled images.
@@ -77,30 +77,30 @@ def load_yardstick(
     Args:
         epochs: of a new one.
         file: that of another run, so that both are measured by the same.
-        folder: where to look for yardstick.pt if no file is given, and one level above.
+        folder: where to look for eval_classifier.pt if no file is given, and one level above.
 
     Raises:
         InputError: the file is no classifier, or knows other classes.
     """
     num_classes = 0 if run.data.train_labels is None else len(run.data.class_names)
     if num_classes < 2 or len(run.data.test_images) < 2:
-        print("without two classes and two test images: no yardstick, and no Frechet distance")
+        print("without two classes and two test images: no evaluation classifier")
         return None, None
     if file is None and folder is not None:
-        candidates = (folder / "yardstick.pt", folder.parent / "yardstick.pt")
+        candidates = (folder / "eval_classifier.pt", folder.parent / "eval_classifier.pt")
         file = next((path for path in candidates if path.exists()), None)
     if file is None:
-        path, width = run.out / "yardstick.pt", YARDSTICK_WIDTH
-        return trained_classifier(path, run, width=width, epochs=epochs, seed=YARDSTICK_SEED)
-    yardstick, share = load_classifier(Path(file), run.device)
-    if yardstick.head.out_features != num_classes:
-        known = yardstick.head.out_features
-        raise InputError(f"yardstick={file} knows {known} classes, not {num_classes}: give another")
-    return yardstick, share
+        path, width = run.out / "eval_classifier.pt", EVAL_WIDTH
+        return trained_classifier(path, run, width=width, epochs=epochs, seed=EVAL_SEED)
+    eval_classifier, share = load_classifier(Path(file), run.device)
+    if eval_classifier.head.out_features != num_classes:
+        known = eval_classifier.head.out_features
+        raise InputError(f"eval_classifier={file} is of {known} classes, not {num_classes}")
+    return eval_classifier, share
 
 
 @torch.no_grad()
-def features_of(model: Classifier, batches: Iterable[Tensor]) -> Tensor:
+def extract_features(model: Classifier, batches: Iterable[Tensor]) -> Tensor:
     """Features (N, F) of batches of images (B, 3, H, W) in [-1, 1], on the CPU."""
     device = next(model.parameters()).device
     return torch.cat([model.features(x.to(device)).cpu() for x in batches])
@@ -109,7 +109,7 @@ def features_of(model: Classifier, batches: Iterable[Tensor]) -> Tensor:
 @torch.no_grad()
 def accuracy(model: Classifier, data: ImageDataset, device: torch.device) -> float:
     """Share of the test images that are recognised, 0 to 1."""
-    batches = batches_in_order(data.test_images, device=device)
+    batches = eval_batches(data.test_images, device=device)
     predicted = torch.cat([model(x).argmax(dim=1).cpu() for x in batches])
     return predicted.eq(data.test_labels).double().mean().item()
 

@@ -1,6 +1,6 @@
 """Every picture, with matplotlib. Images come as float (N, 3, H, W) in [0, 1], results as numbers.
 
-Each function writes one PNG. Colours are Okabe and Ito's, which colour-blind readers tell apart.
+Each function writes one PNG. Colours are Okabe and Ito's, which color-blind readers tell apart.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from torch import Tensor
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DOTS_PER_INCH = 110  # sharp enough on a page, and small enough to commit
 ROWS_FONT_SIZE = 13  # points: rows are 10 inches wide and more, and a page shrinks them to 7 or so
 
@@ -127,9 +127,9 @@ def losses(
         # A sweep has too many lines for every term: the whole loss of each model is shown.
         shown = terms if len(names) == 1 else terms[:1]
         curves = [(name, term) for name in names for term in shown]
-        for (name, term), colour in zip(curves, itertools.cycle(COLOURS), strict=False):
+        for (name, term), color in zip(curves, itertools.cycle(COLORS), strict=False):
             label = name if len(shown) == 1 else f"{name}: {term}"
-            _curve(axes, logs[name], term, label=label, color=colour)
+            _curve(axes, logs[name], term, label=label, color=color)
         values = np.array([row[term] for name in names for row in logs[name] for term in shown])
         if (values > 0).all() and values.max() > 20 * np.median(values):
             axes.set_yscale("log")  # the first rows would press the others flat
@@ -137,7 +137,7 @@ def losses(
     save_figure(figure, path)
 
 
-def code_losses(
+def token_losses(
     path: Path,
     rows: Sequence[Mapping[str, float]],
     validation: Sequence[Mapping[str, float]],
@@ -153,11 +153,11 @@ def code_losses(
     """
     figure = new_figure(9.0, 4.2, title)
     axes = plot_axes(figure, xlabel="epoch", ylabel="nats per token")
-    _curve(axes, rows, "loss", label="training", color=COLOURS[0], zorder=3)
+    _curve(axes, rows, "loss", label="training", color=COLORS[0], zorder=3)
     points = {"marker": "o", "markersize": 4, "zorder": 4}
-    _curve(axes, validation, "loss", label="validation", color=COLOURS[1], **points)
-    for (name, value), colour in zip(baselines.items(), COLOURS[2:], strict=False):
-        style: dict[str, Any] = {"color": colour, "linestyle": "--", "linewidth": 1.2}
+    _curve(axes, validation, "loss", label="validation", color=COLORS[1], **points)
+    for (name, value), color in zip(baselines.items(), COLORS[2:], strict=False):
+        style: dict[str, Any] = {"color": color, "linestyle": "--", "linewidth": 1.2}
         axes.axhline(value, label=f"{name}: {value:.2f}", **style)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_figure(figure, path)
@@ -186,9 +186,9 @@ def adversarial(
     for number, (ylabel, terms, start) in enumerate(panels, start=1):
         axes = plot_axes(figure, number, len(panels), xlabel="epoch", ylabel=ylabel)
         shown = [row for row in rows if row["epoch"] > start]
-        for term, colour in zip(terms, COLOURS, strict=False):
+        for term, color in zip(terms, COLORS, strict=False):
             if term in rows[0]:
-                _curve(axes, shown, term, label=term, color=colour)
+                _curve(axes, shown, term, label=term, color=color)
         axes.axvline(disc_start, color="0.4", linestyle=":", label="discriminator starts to learn")
         axes.axvline(gan_start, color="0.4", linestyle="--", label="is used")
         axes.legend(frameon=False, fontsize=9)
@@ -202,10 +202,10 @@ def metric_by_batch_size(
     figure = new_figure(5.6, 3.8, title)
     axes = plot_axes(figure, xlabel="batch size", ylabel=ylabel)
     above: dict[str, Any] = {"xytext": (0, 7), "textcoords": "offset points", "fontsize": 8}
-    for (name, values), colour, marker in zip(results.items(), COLOURS, "os^Dv<>", strict=False):
+    for (name, values), color, marker in zip(results.items(), COLORS, "os^Dv<>", strict=False):
         sizes = sorted(values)
         y = [values[size] for size in sizes]
-        axes.plot(sizes, y, label=name, color=colour, marker=marker)
+        axes.plot(sizes, y, label=name, color=color, marker=marker)
         for size in sizes:
             axes.annotate(f"{values[size]:.3f}", (size, values[size]), ha="center", **above)
     axes.set_xscale("log", base=2)
@@ -225,9 +225,9 @@ def codebook_usage(path: Path, counts: Mapping[str, Tensor], *, title: str) -> N
     """
     figure = new_figure(6.4, 3.8, title)
     axes = plot_axes(figure, xlabel="code, from the most frequent", ylabel="share of all positions")
-    for (name, count), colour in zip(counts.items(), itertools.cycle(COLOURS), strict=False):
+    for (name, count), color in zip(counts.items(), itertools.cycle(COLORS), strict=False):
         share = np.sort((count.double() / count.sum()).numpy())[::-1]
-        axes.plot(np.arange(1, len(share) + 1), share, color=colour, label=name)
+        axes.plot(np.arange(1, len(share) + 1), share, color=color, label=name)
     style: dict[str, Any] = {"color": "0.4", "linestyle": "--", "linewidth": 1}
     axes.axhline(1 / len(share), label="all codes alike (1/K)", **style)
     axes.set_ylim(bottom=0)

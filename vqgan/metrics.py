@@ -27,7 +27,7 @@ def _require_unit_range(*images: Tensor) -> None:
             raise ValueError(f"images must lie in [0, 1], but reach from {low:.3g} to {high:.3g}")
 
 
-def normalised_mse(x: Tensor, reconstruction: Tensor, variance: float) -> Tensor:
+def normalized_mse(x: Tensor, reconstruction: Tensor, variance: float) -> Tensor:
     """MSE of raw model outputs by the variance of the training pixels, per image: (B,).
 
     Any range, as long as all three are in the same. 1 is the error of answering with one
@@ -76,7 +76,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return _ssim_formula(x, y, gaussian_mean)
 
 
-def ssim_whole_image(x: Tensor, y: Tensor) -> Tensor:
+def ssim_global(x: Tensor, y: Tensor) -> Tensor:
     """SSIM with one window, the whole image of a channel, every pixel weighing alike. (B,) float64.
 
     Not the standard definition: it compares mean, contrast and correlation of whole images, which
@@ -108,10 +108,10 @@ def reconstruction_quality(x: Tensor, reconstruction: Tensor, variance: float) -
     x, reconstruction = x.cpu(), reconstruction.cpu()  # float64, which not every device has
     original, unit = to_unit(x), to_unit(reconstruction)
     return {
-        "nmse": normalised_mse(x, reconstruction, variance),
+        "nmse": normalized_mse(x, reconstruction, variance),
         "psnr": psnr(original, unit),
         "ssim": ssim(original, unit),
-        "ssim_whole_image": ssim_whole_image(original, unit),
+        "ssim_global": ssim_global(original, unit),
     }
 
 
@@ -179,20 +179,20 @@ class CodebookUsage:
 # The frequencies of single codes count for as many observations after a code. A code that was seen
 # less often than this is followed by what is frequent anywhere, rather than by what it happened to
 # be followed by.
-BACKOFF = 100
+SMOOTHING = 100
 
 
-def code_baselines(train: Tensor, test: Tensor, num_embeddings: int) -> dict[str, float]:
+def token_baselines(train: Tensor, test: Tensor, num_embeddings: int) -> dict[str, float]:
     """What three simple models of grids need for a code, in nats: a transformer must need less.
 
         uniform   ln K: every code alike
         single    -mean log p(s), by how often each code occurs
         left      -mean log p(s | l), by how often it occurs to the right of code l
 
-    The frequencies are those of the training grids, the mean is over the test grids: like a
-    transformer's validation loss, it charges for what was not seen. (Frequencies p(s) count every
-    code once more than it was seen; p(s | l) counts BACKOFF more, shared as p(s). The first code of
-    a row has none to its left, and costs -log p(s).)
+    The frequencies are those of the training grids, and the mean is over the test grids, so tokens
+    that were not seen are penalized as in a transformer's validation loss. (p(s) counts every token
+    once more than it was seen, and p(s | l) SMOOTHING times more, distributed as p(s). The first
+    token of a row has none to its left, and costs -log p(s).)
 
     Args:
         train, test: (N, h, w) int64, 0 to K - 1.
@@ -209,13 +209,13 @@ def code_baselines(train: Tensor, test: Tensor, num_embeddings: int) -> dict[str
     seen = torch.zeros_like(wanted)
     if len(pairs):
         seen = torch.where(pairs[place] == wanted, pair_counts[place], 0)
-    given_left = (seen + BACKOFF * single[code]) / (left_counts[left] + BACKOFF)  # p(s | l)
+    given_left = (seen + SMOOTHING * single[code]) / (left_counts[left] + SMOOTHING)  # p(s | l)
     first = single[test[..., 0].flatten()]  # of a row
-    nats = {"uniform": math.log(K), "single": -single[test].log().mean().item()}
-    return nats | {"left": -torch.cat([given_left, first]).log().mean().item()}
+    nats = {"uniform": math.log(K), "unigram": -single[test].log().mean().item()}
+    return nats | {"bigram": -torch.cat([given_left, first]).log().mean().item()}
 
 
-def code_bits(seq_len: int, num_embeddings: int) -> float:
+def fixed_length_bits(seq_len: int, num_embeddings: int) -> float:
     """Bits of N tokens sent as plain numbers: N log2 K."""
     return seq_len * math.log2(num_embeddings)
 

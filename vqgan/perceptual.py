@@ -34,10 +34,8 @@ VGG_CHANNELS = (64, 128, 256, 512, 512)
 IMAGENET_MEAN, IMAGENET_STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 # The five linear layers of LPIPS 0.1 for VGG16, as the authors published them.
-HEADS_URL = (
-    "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
-)
-HEADS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
+LINS_URL = "https://github.com/richzhang/PerceptualSimilarity/raw/master/lpips/weights/v0.1/vgg.pth"
+LINS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 
 
 class PerceptualDistance(nn.Module):
@@ -91,7 +89,7 @@ class LPIPS(PerceptualDistance):
 
     Args:
         vgg_weights: state dict of torchvision's `vgg16`.
-        head_weights: state dict of the five linear layers, keys "lin0.model.1.weight" to
+        lin_weights: state dict of the five linear layers, keys "lin0.model.1.weight" to
             "lin4.model.1.weight", each (1, C_l, 1, 1). Loaded strictly: heads whose keys differ
             and stay random give a distance that is wrong without a sign.
 
@@ -102,17 +100,17 @@ class LPIPS(PerceptualDistance):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, vgg_weights: dict[str, Tensor], head_weights: dict[str, Tensor]):
+    def __init__(self, vgg_weights: dict[str, Tensor], lin_weights: dict[str, Tensor]):
         super().__init__()
         expected = {f"lin{i}.model.1.weight": (1, C, 1, 1) for i, C in enumerate(VGG_CHANNELS)}
-        given = {name: tuple(weight.shape) for name, weight in head_weights.items()}
+        given = {name: tuple(weight.shape) for name, weight in lin_weights.items()}
         if given != expected:
-            raise ValueError(f"the LPIPS heads must be {expected}, not {given}: see {HEADS_URL}")
+            raise ValueError(f"the LPIPS heads must be {expected}, not {given}: see {LINS_URL}")
         vgg = vgg16(weights=None)
         vgg.load_state_dict(vgg_weights)
         self.features = vgg.features[: VGG_STAGES[-1] + 1]
         for i in range(len(VGG_STAGES)):
-            weight = head_weights[f"lin{i}.model.1.weight"]
+            weight = lin_weights[f"lin{i}.model.1.weight"]
             self.register_buffer(f"w{i}", weight.flatten().float())  # (C_l,)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
@@ -146,16 +144,16 @@ def load_lpips() -> LPIPS:
     name = Path(url).name
     sha256 = Path(name).stem.partition("-")[2]  # its first digits are in the file's name
     vgg_weights = _read_published("the weights of VGG16 (528 MB)", url, folder / name, sha256)
-    return LPIPS(vgg_weights, load_lpips_heads(folder / "lpips_v0.1_vgg.pth"))
+    return LPIPS(vgg_weights, load_lpips_lins(folder / "lpips_v0.1_vgg.pth"))
 
 
-def load_lpips_heads(path: Path) -> dict[str, Tensor]:
+def load_lpips_lins(path: Path) -> dict[str, Tensor]:
     """The five heads: from `path` if it is there, else the package `lpips`, else downloaded."""
     package = importlib.util.find_spec("lpips")
     packaged = package and Path(package.origin or "").parent / "weights" / "v0.1" / "vgg.pth"
     if not path.exists() and packaged and packaged.exists():
         path = packaged
-    return _read_published("the heads of LPIPS (7 KB)", HEADS_URL, path, HEADS_SHA256)
+    return _read_published("the heads of LPIPS (7 KB)", LINS_URL, path, LINS_SHA256)
 
 
 def _read_published(what: str, url: str, path: Path, sha256: str) -> dict[str, Tensor]:

@@ -15,14 +15,14 @@ from vqgan.vqvae import VQVAE, VQAutoencoder
 
 MODELS = {"VAE": VAE, "VQVAE": VQVAE, "VQGAN": VQGAN, "GPT": GPT}
 # Pairs that come with the package, by name.
-SHIPPED = {"shapes": Path(__file__).parent / "pretrained" / "shapes" / "checkpoint.pt"}
+PRETRAINED = {"shapes": Path(__file__).parent / "pretrained" / "shapes" / "checkpoint.pt"}
 
 
 def load_model(path: str | Path, *, config: dict | None = None) -> VAE | VQVAE | VQGAN | GPT:
     """The model of a checkpoint, on the CPU, in eval mode, its parameters frozen.
 
     Args:
-        path: a file, or the name of one that comes with the package (`SHIPPED`).
+        path: a file, the folder of a run, or the name of one that comes along (`PRETRAINED`).
         config: for a checkpoint of the VQGAN's authors: see `compvis.load_compvis_vqgan`.
 
     Raises:
@@ -45,7 +45,7 @@ def read_checkpoint(path: str | Path) -> dict:
 def build_model(state: dict, path: str | Path) -> VAE | VQVAE | VQGAN | GPT:
     """The model of a checkpoint that was read; `path` is what errors call it."""
     try:
-        model = MODELS[state["model"]](**state["arguments"])
+        model = MODELS[state["model"]](**state["model_args"])
         model.load_state_dict(state["weights"])
     except (TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -54,10 +54,12 @@ def build_model(state: dict, path: str | Path) -> VAE | VQVAE | VQGAN | GPT:
 
 
 def checkpoint_path(path: str | Path) -> Path:
-    """The file that is meant; raises InputError for a folder, or nothing there."""
-    if str(path) in SHIPPED and not Path(path).is_file():
-        path = SHIPPED[str(path)]
+    """The file that is meant; raises InputError for a folder of several, or nothing there."""
+    if str(path) in PRETRAINED and not Path(path).is_file():
+        path = PRETRAINED[str(path)]
     path = Path(path)
+    if (path / "checkpoint.pt").is_file():
+        path = path / "checkpoint.pt"
     if path.is_dir():
         inside = [str(found) for found in sorted(path.rglob("checkpoint.pt"))]
         files = ", or ".join(inside) or "the checkpoint.pt of a run"
@@ -65,7 +67,7 @@ def checkpoint_path(path: str | Path) -> Path:
     if not path.exists():
         raise InputError(
             f"there is no checkpoint {path}: name the checkpoint.pt of a run, as in "
-            f"runs/vqgan/vqgan/checkpoint.pt, or one that comes along: {', '.join(SHIPPED)}"
+            f"runs/vqgan/checkpoint.pt, or one that comes along: {', '.join(PRETRAINED)}"
         )
     return path
 
@@ -73,17 +75,17 @@ def checkpoint_path(path: str | Path) -> Path:
 # --- both stages -----------------------------------------------------------------------------
 
 
-class Pair(NamedTuple):
+class Pipeline(NamedTuple):
     """A transformer, and the tokenizer whose codes it generates."""
 
     transformer: GPT
     tokenizer: VQAutoencoder
     condition: Condition
-    knows_nothing: bool  # trained with conditions dropped: guidance has something to go by
+    supports_guidance: bool  # trained with conditions dropped: guidance has something to go by
 
 
 def load_tokenizer(path: str | Path) -> tuple[VQAutoencoder, dict]:
-    """A VQ-VAE or VQGAN, and its checkpoint's state, whose "about" says what it was trained on.
+    """A VQ-VAE or VQGAN, and its checkpoint's state, whose "metadata" says what it was trained on.
 
     Raises:
         InputError: also for a model that has no codes.
@@ -94,11 +96,11 @@ def load_tokenizer(path: str | Path) -> tuple[VQAutoencoder, dict]:
         beside = checkpoint_path(path).with_name("tokenizer.pt")  # a transformer's
         file = beside if beside.exists() else "the checkpoint.pt of a VQVAE or VQGAN"
         raise InputError(f"{path} is of a {state['model']}, not a tokenizer: name {file}")
-    state["about"] = state.get("about") or _about_from_config(checkpoint_path(path))
+    state["metadata"] = state.get("metadata") or _metadata_from_config(checkpoint_path(path))
     return model, state
 
 
-def _about_from_config(path: Path) -> dict:
+def _metadata_from_config(path: Path) -> dict:
     """What the run folder's config.json says of a checkpoint that does not say it itself."""
     for folder in (path.parent, path.parent.parent):
         try:
@@ -109,7 +111,7 @@ def _about_from_config(path: Path) -> dict:
     return {}
 
 
-def load_pair(path: str | Path, *, tokenizer: str | Path | None = None) -> Pair:
+def load_pipeline(path: str | Path, *, tokenizer: str | Path | None = None) -> Pipeline:
     """A transformer with its tokenizer: the file `tokenizer.pt` beside it, or the one given.
 
     Raises:
@@ -118,17 +120,19 @@ def load_pair(path: str | Path, *, tokenizer: str | Path | None = None) -> Pair:
     """
     state = read_checkpoint(path)
     transformer = build_model(state, path)
-    if not isinstance(transformer, GPT) or "condition" not in state.get("about", {}):
+    if not isinstance(transformer, GPT) or "condition" not in state.get("metadata", {}):
         raise InputError(f"{path} is of a {state['model']}, not a transformer: name one of a run")
-    about = state["about"]
+    metadata = state["metadata"]
     beside = checkpoint_path(path).with_name("tokenizer.pt")
     if tokenizer is None and not beside.exists():
-        raise InputError(f"the tokenizer {about['tokenizer']} of {path} is missing: copy it there")
+        raise InputError(
+            f"the tokenizer {metadata['tokenizer']} of {path} is missing: copy it there"
+        )
     given = tokenizer or beside
     model, _ = load_tokenizer(given)
-    if fingerprint(model) != about["tokenizer_fingerprint"]:
-        name = about["tokenizer"]
+    if fingerprint(model) != metadata["tokenizer_fingerprint"]:
+        name = metadata["tokenizer"]
         raise InputError(f"{given} is not the tokenizer of {path}: name a copy of {name}")
-    model.image_size = about["image_size"]  # of the transformer's images
-    condition = Condition.from_dict(about["condition"])
-    return Pair(transformer, model, condition, knows_nothing=about["condition_drop"] > 0)
+    model.image_size = metadata["image_size"]  # of the transformer's images
+    condition = Condition.from_dict(metadata["condition"])
+    return Pipeline(transformer, model, condition, supports_guidance=metadata["condition_drop"] > 0)

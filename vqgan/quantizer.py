@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 # Distances held at once. 2^22 floats are 16 MiB, in reach of a CPU's cache; a GPU wants more work
 # in a kernel, and has room for 64 MiB.
-DISTANCES_AT_ONCE_CPU, DISTANCES_AT_ONCE_GPU = 2**22, 2**24
+MAX_DISTANCES_CPU, MAX_DISTANCES_GPU = 2**22, 2**24
 
 
 class Quantized(NamedTuple):
@@ -43,8 +43,8 @@ class Quantized(NamedTuple):
 
 
 # An operator of its own, since torch.compile cannot look into the switch of the precision.
-@torch.library.custom_op("vqgan::nearest_codes", mutates_args=())
-def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
+@torch.library.custom_op("vqgan::nearest_indices", mutates_args=())
+def nearest_indices(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code for each vector: (N, D), (K, D) -> (N,) int64.
 
     The squared distance is
@@ -55,7 +55,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     first is taken. Chunks of vectors bound the memory; no matrix of N x K is ever held.
     """
     on_cpu = vectors.device.type == "cpu"
-    chunk = max(1, (DISTANCES_AT_ONCE_CPU if on_cpu else DISTANCES_AT_ONCE_GPU) // len(codebook))
+    chunk = max(1, (MAX_DISTANCES_CPU if on_cpu else MAX_DISTANCES_GPU) // len(codebook))
     squared_norms = codebook.square().sum(dim=1)  # (K,)
     # One buffer for all chunks: a new one for each can fragment memory and pile up to N x K.
     buffer = vectors.new_empty(min(chunk, len(vectors)), len(codebook))
@@ -68,7 +68,7 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat(indices)
 
 
-@nearest_codes.register_fake
+@nearest_indices.register_fake
 def _(vectors: Tensor, codebook: Tensor) -> Tensor:
     return vectors.new_empty(len(vectors), dtype=torch.int64)  # what torch.compile has to know
 
@@ -85,7 +85,7 @@ def as_vectors(z_e: Tensor, embedding_dim: int) -> Tensor:
     return z_e.permute(0, 2, 3, 1).reshape(-1, embedding_dim)
 
 
-def vectors_to_start_from(vectors: Tensor, num_embeddings: int) -> Tensor:
+def init_vectors(vectors: Tensor, num_embeddings: int) -> Tensor:
     """K of the first batch's vectors, to start a codebook from: (N, D) -> (K, D).
 
     With codes of random noise, one code is nearest to all that an untrained encoder puts out, it
@@ -120,16 +120,16 @@ class VectorQuantizer(nn.Module):
         num_embeddings: K, the number of codes.
         embedding_dim: D, their dimensions.
         beta: weight of the commitment; the paper saw no difference from 0.1 to 2.0.
-        data_start: take the codes from the first training batch.
+        data_init: take the codes from the first training batch.
     """
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, beta: float = 0.25, data_start: bool = True
+        self, num_embeddings: int, embedding_dim: int, beta: float = 0.25, data_init: bool = True
     ):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
         # A Python bool, so that asking for it does not wait for the GPU at every step.
-        self.waits_for_data = data_start
+        self.initialized = not data_init
         codes = torch.empty(num_embeddings, embedding_dim)  # small at first, as in their example
         self.codebook = nn.Parameter(codes.uniform_(-1 / num_embeddings, 1 / num_embeddings))
 
@@ -140,9 +140,9 @@ class VectorQuantizer(nn.Module):
             z_e = z_e.float()
             vectors = as_vectors(z_e, self.embedding_dim)  # (N, D), N = B h w
             B, D, h, w = z_e.shape
-            if self.training and self.waits_for_data:
-                self.start_from(vectors)
-            indices = nearest_codes(vectors, self.codebook)  # (N,)                   eq. 1, 2
+            if self.training and not self.initialized:
+                self.init_from_batch(vectors)
+            indices = nearest_indices(vectors, self.codebook)  # (N,)                   eq. 1, 2
             codes = F.embedding(indices, self.codebook)  # (N, D)
 
             # Eq. 3, taken before the straight-through step, which would cut one of the gradients.
@@ -154,22 +154,22 @@ class VectorQuantizer(nn.Module):
             return Quantized(straight_through(z_e, z_q), indices.view(B, h, w), loss)
 
     @torch.no_grad()
-    def start_from(self, vectors: Tensor) -> None:
+    def init_from_batch(self, vectors: Tensor) -> None:
         """Take the codes from the first batch's vectors (N, D)."""
-        self.codebook.copy_(vectors_to_start_from(vectors, self.num_embeddings))
-        self.waits_for_data = False
+        self.codebook.copy_(init_vectors(vectors, self.num_embeddings))
+        self.initialized = True
 
     def lookup(self, indices: Tensor) -> Tensor:
         """indices (B, h, w) int64 -> z_q (B, D, h, w); `ValueError` outside of 0 to K - 1."""
         return lookup(indices, self.codebook)
 
     def get_extra_state(self) -> dict:
-        """`waits_for_data`, for the state dict: or a resumed run would start its codebook again."""
-        return {"waits_for_data": self.waits_for_data}
+        """`initialized`, for the state dict: or a resumed run would start its codebook again."""
+        return {"initialized": self.initialized}
 
     def set_extra_state(self, state: dict) -> None:
         """Take back what `get_extra_state` gave."""
-        self.waits_for_data = state["waits_for_data"]
+        self.initialized = state["initialized"]
 
 
 class EMAVectorQuantizer(nn.Module):
@@ -191,14 +191,16 @@ class EMAVectorQuantizer(nn.Module):
         beta: weight of the commitment, which is the whole loss here.
         decay: gamma; 0.99 averages over the last hundred batches.
         epsilon: of the smoothing.
-        data_start: take the codes from the first training batch.
-        restart_dead: put a code that is hardly chosen any more on a vector of the current batch.
+        data_init: take the codes from the first training batch.
+        restart_dead_codes: put a code that is hardly chosen any more on a vector of the batch.
     """
 
     codebook: Tensor
     ema_counts: Tensor
     ema_sums: Tensor
-    DEAD_BELOW = 0.1  # of the average count: 230 steps after its last choice, at decay 0.99
+    dead_code_threshold = (
+        0.1  # of the average count: 230 steps after its last choice, at decay 0.99
+    )
 
     def __init__(
         self,
@@ -207,13 +209,13 @@ class EMAVectorQuantizer(nn.Module):
         beta: float = 0.25,
         decay: float = 0.99,
         epsilon: float = 1e-5,
-        data_start: bool = True,
-        restart_dead: bool = True,
+        data_init: bool = True,
+        restart_dead_codes: bool = True,
     ):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
-        self.decay, self.epsilon, self.restart_dead = decay, epsilon, restart_dead
-        self.waits_for_data = data_start  # a Python bool: no step waits for the GPU to read it
+        self.decay, self.epsilon, self.restart_dead_codes = decay, epsilon, restart_dead_codes
+        self.initialized = not data_init  # a Python bool: no step waits for the GPU to read it
         # Buffers, not parameters: no optimizer may move them.
         codes = torch.randn(num_embeddings, embedding_dim)  # as in the authors' example
         self.register_buffer("codebook", codes)
@@ -229,9 +231,9 @@ class EMAVectorQuantizer(nn.Module):
             z_e = z_e.float()
             vectors = as_vectors(z_e, self.embedding_dim)  # (N, D), N = B h w
             B, D, h, w = z_e.shape
-            if self.training and self.waits_for_data:
-                self.start_from(vectors)
-            indices = nearest_codes(vectors, self.codebook)  # (N,)                   eq. 1, 2
+            if self.training and not self.initialized:
+                self.init_from_batch(vectors)
+            indices = nearest_indices(vectors, self.codebook)  # (N,)                   eq. 1, 2
             codes = F.embedding(indices, self.codebook)  # (N, D)
 
             # The commitment alone: averages move the codes, no gradient does.
@@ -248,8 +250,8 @@ class EMAVectorQuantizer(nn.Module):
                     gamma = self.decay
                     self.ema_counts.mul_(gamma).add_(counts, alpha=1 - gamma)  # N_i, eq. 6
                     self.ema_sums.mul_(gamma).add_(sums, alpha=1 - gamma)  # m_i, eq. 7
-                    if self.restart_dead:
-                        self._restart_dead(vectors)
+                    if self.restart_dead_codes:
+                        self._restart_dead_codes(vectors)
                     self.codebook.copy_(self.ema_sums / self._smoothed_counts()[:, None])  # eq. 8
 
             z_q = codes.view(B, h, w, D).permute(0, 3, 1, 2)  # (B, D, h, w)
@@ -261,7 +263,7 @@ class EMAVectorQuantizer(nn.Module):
         share = (self.ema_counts + self.epsilon) / (total + self.num_embeddings * self.epsilon)
         return share * total
 
-    def _restart_dead(self, vectors: Tensor) -> None:
+    def _restart_dead_codes(self, vectors: Tensor) -> None:
         """Move dead codes onto random vectors of the batch: code, sum and count together.
 
         The count becomes the average one, as if the code had been chosen as often as the others.
@@ -271,35 +273,35 @@ class EMAVectorQuantizer(nn.Module):
         """
         average = self.ema_counts.mean()
         chosen = torch.randint(len(vectors), (self.num_embeddings,), device=vectors.device)
-        dead = self.ema_counts < self.DEAD_BELOW * average  # (K,)
+        dead = self.ema_counts < self.dead_code_threshold * average  # (K,)
         self.ema_counts.copy_(torch.where(dead, average, self.ema_counts))
         self.ema_sums.copy_(torch.where(dead[:, None], average * vectors[chosen], self.ema_sums))
 
     @torch.no_grad()
-    def start_from(self, vectors: Tensor) -> None:
+    def init_from_batch(self, vectors: Tensor) -> None:
         """Take codes and averages from the first batch's vectors (N, D).
 
         The averages hold one batch so far, with the weight (1 - gamma) that a batch has. Such light
         averages let the codes keep up with an encoder that moves far in its first steps, and a code
         that nobody chooses then falls behind the others soon, and is restarted.
         """
-        self.codebook.copy_(vectors_to_start_from(vectors, self.num_embeddings))
+        self.codebook.copy_(init_vectors(vectors, self.num_embeddings))
         one_batch = (1 - self.decay) * len(vectors) / self.num_embeddings
         self.ema_counts.fill_(one_batch)
         self.ema_sums.copy_(self.codebook * one_batch)
-        self.waits_for_data = False
+        self.initialized = True
 
     def lookup(self, indices: Tensor) -> Tensor:
         """indices (B, h, w) int64 -> z_q (B, D, h, w); `ValueError` outside of 0 to K - 1."""
         return lookup(indices, self.codebook)
 
     def get_extra_state(self) -> dict:
-        """`waits_for_data`, for the state dict: or a resumed run would start its codebook again."""
-        return {"waits_for_data": self.waits_for_data}
+        """`initialized`, for the state dict: or a resumed run would start its codebook again."""
+        return {"initialized": self.initialized}
 
     def set_extra_state(self, state: dict) -> None:
         """Take back what `get_extra_state` gave."""
-        self.waits_for_data = state["waits_for_data"]
+        self.initialized = state["initialized"]
 
 
 Quantizer = VectorQuantizer | EMAVectorQuantizer
@@ -311,15 +313,15 @@ def make_quantizer(
     embedding_dim: int,
     *,
     beta: float = 0.25,
-    data_start: bool = True,
-    restart_dead: bool = True,
+    data_init: bool = True,
+    restart_dead_codes: bool = True,
 ) -> Quantizer:
     """The quantizer that a model names: "ema" or "gradient". Only the first restarts codes."""
     if num_embeddings < 1 or embedding_dim < 1:
         raise ValueError("num_embeddings and embedding_dim must be at least 1")
-    shared: dict[str, Any] = {"beta": beta, "data_start": data_start}
+    shared: dict[str, Any] = {"beta": beta, "data_init": data_init}
     if kind == "ema":
-        shared["restart_dead"] = restart_dead
+        shared["restart_dead_codes"] = restart_dead_codes
         return EMAVectorQuantizer(num_embeddings, embedding_dim, **shared)
     if kind == "gradient":
         return VectorQuantizer(num_embeddings, embedding_dim, **shared)

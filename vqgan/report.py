@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vqgan import figures, metrics
-from vqgan.conditions import PICTURES
-from vqgan.data import batches_in_order
+from vqgan.conditions import TRANSFORMS
+from vqgan.data import eval_batches
 from vqgan.evaluation import decode_tokens
 from vqgan.images import from_uint8, to_unit
 from vqgan.sampling import describe_sampling
@@ -20,31 +20,31 @@ from vqgan.transformer import GPT
 from vqgan.vae import VAE
 from vqgan.vqvae import VQAutoencoder
 
-NUM_PICTURES = 12  # test images in a row
+NUM_SHOWN = 12  # test images in a row
 SAMPLES_PER_ROW = 8  # of one class or caption
 STUDY_TITLES = {"vae": "VAE", "vqvae": "VQ-VAE"}
 OBJECTIVES = {"mse": "MSE", "perceptual": "L1 + perceptual", "vqgan": "VQGAN"}
-BASELINES = {  # titles of `metrics.code_baselines`
+BASELINES = {  # titles of `metrics.token_baselines`
     "uniform": "every code alike (ln K)",
-    "single": "frequencies of codes",
-    "left": "given the code to the left",
+    "unigram": "frequencies of codes",
+    "bigram": "given the code to the left",
 }
 # Of the printed tables: key of metrics.json -> heading, format; and which columns each has.
 FORMATS = {
     "nmse": ("norm. MSE", ".4f"), "psnr": ("PSNR/dB", ".2f"), "ssim": ("SSIM", ".4f"),
-    "ssim_whole_image": ("SSIM whole", ".4f"), "perceptual": ("perceptual", ".3f"),
-    "frechet": ("Frechet", ".3f"), "rfid": ("rFID", ".2f"), "recognised": ("recognised", ".1%"),
-    "prompt_right": ("prompt", ".1%"), "perplexity": ("perplexity", ".1f"),
+    "ssim_global": ("SSIM whole", ".4f"), "perceptual": ("perceptual", ".3f"),
+    "frechet": ("Frechet", ".3f"), "rfid": ("rFID", ".2f"), "class_accuracy": ("class acc.", ".1%"),
+    "prompt_accuracy": ("prompt acc.", ".1%"), "perplexity": ("perplexity", ".1f"),
     "codes_used": ("codes used", "d"), "bits_per_image": ("bits/image", ".0f"),
     "guidance": ("guidance", ".3g"), "temperature": ("temperature", ".3g"),
     "top_k": ("top-k", "d"), "top_p": ("top-p", ".3g"), "seconds": ("seconds", ".0f"),
 }  # fmt: skip
-STUDY_COLUMNS = ["nmse", "psnr", "ssim", "ssim_whole_image", "perplexity", "codes_used"]
+STUDY_COLUMNS = ["nmse", "psnr", "ssim", "ssim_global", "perplexity", "codes_used"]
 STUDY_COLUMNS += ["bits_per_image", "seconds"]
-VQGAN_COLUMNS = ["nmse", "psnr", "ssim", "perceptual", "frechet", "recognised", "codes_used"]
+VQGAN_COLUMNS = ["nmse", "psnr", "ssim", "perceptual", "frechet", "class_accuracy", "codes_used"]
 VQGAN_COLUMNS += ["perplexity", "seconds"]
-SAMPLES_COLUMNS = ["guidance", "temperature", "top_k", "top_p", "frechet", "recognised"]
-SAMPLES_COLUMNS += ["prompt_right", "seconds"]
+SAMPLES_COLUMNS = ["guidance", "temperature", "top_k", "top_p", "frechet", "class_accuracy"]
+SAMPLES_COLUMNS += ["prompt_accuracy", "seconds"]
 
 
 def print_table(results: Mapping[str, dict], columns: Sequence[str]) -> None:
@@ -59,7 +59,7 @@ def print_table(results: Mapping[str, dict], columns: Sequence[str]) -> None:
 
 def shown_images(run: Run, device: torch.device | str = "cpu") -> Tensor:
     """The test images that figures show, (12 or fewer, 3, H, W) in [-1, 1]."""
-    return next(batches_in_order(run.data.test_images[:NUM_PICTURES], NUM_PICTURES, device=device))
+    return next(eval_batches(run.data.test_images[:NUM_SHOWN], NUM_SHOWN, device=device))
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def study_title(name: str) -> str:
     return STUDY_TITLES[model] + (f", batch {batch_size}" if batch_size else "")
 
 
-def draw_study(
+def save_study_figures(
     run: Run,
     sessions: Mapping[str, Session],
     results: Mapping[str, dict],
@@ -103,20 +103,20 @@ def draw_study(
     rows, logs, ylabels = [("original", to_unit(x))], {}, {}
     for name, session in sessions.items():
         label = f"{titles[name]}\n{results[name]['bits_per_image']:.0f} bits"
-        rows.append((label, to_unit(reconstruct(session.kept, x))))
-        is_vae = isinstance(session.kept, VAE)
+        rows.append((label, to_unit(reconstruct(session.eval_model, x))))
+        is_vae = isinstance(session.eval_model, VAE)
         logs[titles[name]] = session.rows
         ylabels[titles[name]] = "nats per image" if is_vae else "mean over all elements"
         if is_vae:
-            _draw_prior(run.out, name, session.kept, x)
+            _save_prior(run.out, name, session.eval_model, x)
     title = "Test images and what each model keeps of them (a VAE: decoded from the mean)"
     figures.image_rows(run.out / "reconstructions.png", rows, title=title)
     figures.losses(run.out / "losses.png", logs, ylabels=ylabels, title="Training losses")
     _usage(run.out, titles, results, counts)
-    _draw_sweep(run.out, results)
+    _save_sweep(run.out, results)
 
 
-def _draw_sweep(out: Path, results: Mapping[str, dict]) -> None:
+def _save_sweep(out: Path, results: Mapping[str, dict]) -> None:
     """SSIM by batch size, one line per model, where several sizes were trained."""
     if len({result["batch_size"] for result in results.values()}) == 1:
         return
@@ -130,7 +130,7 @@ def _draw_sweep(out: Path, results: Mapping[str, dict]) -> None:
     figures.metric_by_batch_size(path, by_model, ylabel=ylabel, title=title)
 
 
-def _draw_prior(out: Path, name: str, model: VAE, x: Tensor) -> None:
+def _save_prior(out: Path, name: str, model: VAE, x: Tensor) -> None:
     """What a VAE can do without a second model: samples of its prior, and mixed latents."""
     samples = to_unit(model.sample(48, generator=torch.Generator().manual_seed(0)))
     figures.image_grid(out / f"{name}_samples.png", samples, title="Samples from the VAE's prior")
@@ -147,7 +147,7 @@ def _draw_prior(out: Path, name: str, model: VAE, x: Tensor) -> None:
 # --- train_vqgan.py ------------------------------------------------------------------------------
 
 
-def draw_progress(
+def save_progress_figure(
     path: Path, progress: list[tuple[float, Tensor]], title: str, original: Tensor | None = None
 ) -> None:
     """A row of images for each time, (epoch, uint8 (N, 3, H, W)); the originals at the bottom."""
@@ -157,17 +157,17 @@ def draw_progress(
     figures.image_rows(path, rows, title=title)
 
 
-def print_yardstick(accuracy: float | None, num_classes: int) -> None:
+def print_eval_classifier(accuracy: float | None, num_classes: int) -> None:
     """How far the network that measures can be trusted."""
     if accuracy is None:
         return
-    print(f"(the yardstick recognises {accuracy:.1%} of the test images)")
+    print(f"(the eval_classifier recognises {accuracy:.1%} of the test images)")
     if accuracy < 2 / num_classes:
         print("warning: that is near chance, so its Frechet distance says little; train it on")
         print("more images, or for more epochs")
 
 
-def draw_vqgan(
+def save_vqgan_figures(
     run: Run,
     sessions: Mapping[str, Session],
     results: Mapping[str, dict],
@@ -177,7 +177,7 @@ def draw_vqgan(
     x = shown_images(run)
     rows = [("original", to_unit(x))]
     for name, session in sessions.items():
-        rows.append((OBJECTIVES[name], to_unit(reconstruct(session.kept, x))))
+        rows.append((OBJECTIVES[name], to_unit(reconstruct(session.eval_model, x))))
     bits = next(iter(results.values()))["bits_per_image"]
     title = f"Test images, and what {bits:.0f} bits keep of them"
     figures.image_rows(run.out / "reconstructions.png", rows, title=title)
@@ -202,36 +202,36 @@ def draw_vqgan(
 
 
 def print_baselines(baselines: Mapping[str, float]) -> None:
-    """What a token costs without a transformer (`metrics.code_baselines`)."""
+    """What a token costs without a transformer (`metrics.token_baselines`)."""
     for name, nats in baselines.items():
         print(f"{nats:.3f} nats per token: {BASELINES[name]}")
 
 
-def price(nats_per_code: float, prior: GPT, image_size: int) -> dict:
+def price(nats_per_token: float, prior: GPT, image_size: int) -> dict:
     """What a transformer's loss means for the size of a file, for metrics.json."""
-    bits = metrics.nats_to_bits(nats_per_code * prior.seq_len)
+    bits, K = metrics.nats_to_bits(nats_per_token * prior.seq_len), prior.num_embeddings
     return {
-        "nats_per_code": nats_per_code,
+        "nats_per_token": nats_per_token,
         "bits_per_image": bits,  # of an ideal arithmetic coder
-        "plain_bits_per_image": metrics.code_bits(prior.seq_len, prior.num_embeddings),
+        "fixed_length_bits_per_image": metrics.fixed_length_bits(prior.seq_len, K),
         "compression": 3 * 8 * image_size**2 / bits,  # of three channels of 8 bits
     }
 
 
-def print_transformer(result: dict, samples: list[dict], floors: Mapping[str, float]) -> None:
+def print_transformer(result: dict, samples: list[dict], references: Mapping[str, float]) -> None:
     """What a token costs, and a table of the samples."""
     print(
-        f"{result['nats_per_code']:.3f} nats per token on the test images (after epoch "
+        f"{result['nats_per_token']:.3f} nats per token on the test images (after epoch "
         f"{result['best_epoch']}): an arithmetic coder would spend {result['bits_per_image']:.0f} "
-        f"bits per image, and plain codes are {result['plain_bits_per_image']:.0f}"
+        f"bits per image, and plain codes are {result['fixed_length_bits_per_image']:.0f}"
     )
     if samples:
         print_table({f"samples {i}": row for i, row in enumerate(samples, 1)}, SAMPLES_COLUMNS)
-    for name, distance in floors.items():
+    for name, distance in references.items():
         print(f"Frechet distance of {name} to the test images: {distance:.3f}")
 
 
-def draw_transformer(
+def save_transformer_figures(
     run: Run,
     session: Session,
     tokenizer: VQAutoencoder,
@@ -243,17 +243,17 @@ def draw_transformer(
 
     Args:
         setting: keyword arguments of `GPT.sample`, for all samples.
-        baselines: of `metrics.code_baselines`.
+        baselines: of `metrics.token_baselines`.
     """
     titled = {BASELINES[name]: value for name, value in baselines.items()}
     title = "What a token costs, and what it would cost without a transformer"
     path = run.out / "losses.png"
-    figures.code_losses(path, session.rows, session.state["validation"], titled, title=title)
+    figures.token_losses(path, session.rows, session.state["validation"], titled, title=title)
     generator, how = torch.Generator().manual_seed(1), describe_sampling(setting)
 
     def sample(conditions: Tensor, given: Tensor | None = None) -> Tensor:
         conditions = conditions.to(run.device)
-        tokens = session.kept.sample(conditions, given=given, generator=generator, **setting)
+        tokens = session.eval_model.sample(conditions, given=given, generator=generator, **setting)
         return to_unit(decode_tokens(tokenizer, tokens))
 
     # samples.png: what is asked for on the left or above, and several samples of it.
@@ -261,16 +261,16 @@ def draw_transformer(
     x = shown_images(run)
     conditions = dataset.test_conditions[: len(x)]
     if condition.kind == "none":
-        images = sample(condition.of_nothing(4 * NUM_PICTURES))
+        images = sample(condition.start_tokens(4 * NUM_SHOWN))
         figures.image_grid(path, images, title=f"Samples ({how})")
     elif condition.kind == "image":
-        picture = PICTURES[condition.picture](x)
-        rows = [("original", to_unit(x)), (condition.picture, to_unit(picture))]
+        picture = TRANSFORMS[condition.transform](x)
+        rows = [("original", to_unit(x)), (condition.transform, to_unit(picture))]
         rows += [(f"sample {i}", sample(conditions)) for i in (1, 2, 3)]
-        figures.image_rows(path, rows, title=f"Samples given {condition.picture} ({how})")
+        figures.image_rows(path, rows, title=f"Samples given {condition.transform} ({how})")
     else:
         names = condition.names if condition.kind == "class" else run.data.test_captions or ()
-        ask = condition.of_classes if condition.kind == "class" else condition.of_captions
+        ask = condition.encode_classes if condition.kind == "class" else condition.encode_captions
         rows = [(name, sample(ask([name] * SAMPLES_PER_ROW))) for name in names[:10]]
         figures.image_rows(path, rows, title=f"Samples by {condition.kind} ({how})")
 

@@ -1,6 +1,6 @@
 """Small pictures drawn from a seed: a data set that needs no download.
 
-Each picture is one of ten shapes with its own colour, size, place and tilt, on a background with a
+Each picture is one of ten shapes with its own color, size, place and tilt, on a background with a
 texture of its own, and has a caption ("small red star on blue"). The edges and textures are what a
 model that blurs will lose.
 
@@ -13,7 +13,7 @@ import numpy as np
 CLASSES = tuple("circle ring square triangle diamond cross star heart crescent hourglass".split())
 TEXTURES = ("stripes", "checks", "bumps", "speckle")
 SIZES = ("small", "medium", "large")
-COLOURS = {
+COLORS = {
     "red": (205, 45, 45),
     "orange": (235, 140, 35),
     "yellow": (235, 220, 60),
@@ -23,10 +23,10 @@ COLOURS = {
     "white": (240, 240, 240),
     "black": (25, 25, 25),
 }
-GREY = 110.0  # in the middle of the palette; textures mix a background with it
+GRAY = 110.0  # in the middle of the palette; textures mix a background with it
 SIZE_IN_PIXELS = 32
-SMALLEST_AREA = 20  # pixels that the smallest shape has at least
-IMAGES_AT_ONCE = 64  # so that their points, 1 MiB in float32, stay in a processor's cache
+MIN_AREA = 20  # pixels that the smallest shape has at least
+CHUNK_SIZE = 64  # so that their points, 1 MiB in float32, stay in a processor's cache
 SUPERSAMPLING = 2  # each pixel's coverage is the mean of 2x2 points, so that edges are smooth
 
 # Outward normals of the sides of a regular triangle and pentagon, first one pointing down
@@ -36,7 +36,7 @@ PENTAGON = [(0.0, 1.0), (0.9510565, 0.3090170), (0.5877853, -0.8090170)]
 PENTAGON += [(-0.5877853, -0.8090170), (-0.9510565, 0.3090170)]
 
 
-def draw_shapes(
+def render_shapes(
     num_images: int, *, seed: int | tuple[int, ...] = 0
 ) -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
     """Draw labelled pictures; the same for the same seed on every machine.
@@ -44,57 +44,57 @@ def draw_shapes(
     Returns:
         images: uint8 (N, 3, 32, 32)
         labels: int64 (N,), the shape's place in the class names
-        captions: N strings, "<size> <colour> <shape> on <background colour>"
+        captions: N strings, "<size> <color> <shape> on <background color>"
         class_names: the ten shapes
     """
     rng = np.random.default_rng(seed)
     labels = rng.integers(len(CLASSES), size=num_images)
     size = rng.integers(len(SIZES), size=num_images)
-    colour = rng.integers(len(COLOURS), size=num_images)
-    # Any other colour than the shape's own: a step of 1 to 7 around the wheel of eight.
-    background = (colour + rng.integers(1, len(COLOURS), size=num_images)) % len(COLOURS)
+    color = rng.integers(len(COLORS), size=num_images)
+    # Any other color than the shape's own: a step of 1 to 7 around the wheel of eight.
+    background = (color + rng.integers(1, len(COLORS), size=num_images)) % len(COLORS)
 
     # Coverage of every pixel by its shape, in [0, 1], (N, 32, 32).
     radius = np.array([0.32, 0.50, 0.72])[size] * rng.uniform(0.9, 1.1, size=num_images)
-    centre = rng.uniform(-1.0, 1.0, size=(2, num_images)) * (0.95 - radius)  # stays inside
+    center = rng.uniform(-1.0, 1.0, size=(2, num_images)) * (0.95 - radius)  # stays inside
     # A rotation without sines: (1 - t^2, 2t) / (1 + t^2); t in +-0.25 is a tilt of +-28 degrees.
     t = rng.uniform(-0.25, 0.25, size=num_images)
     rotation = np.stack([1 - t * t, 2 * t]) / (1 + t * t)
     coverage = np.empty((num_images, SIZE_IN_PIXELS, SIZE_IN_PIXELS), dtype=np.float32)
     for label, name in enumerate(CLASSES):
         places = np.nonzero(labels == label)[0]
-        for chosen in np.split(places, range(IMAGES_AT_ONCE, len(places), IMAGES_AT_ONCE)):
-            x, y = _local_coordinates(centre[:, chosen], radius[chosen], rotation[:, chosen])
+        for chosen in np.split(places, range(CHUNK_SIZE, len(places), CHUNK_SIZE)):
+            x, y = _local_coordinates(center[:, chosen], radius[chosen], rotation[:, chosen])
             coverage[chosen] = _mean_of_blocks(_is_inside(name, x, y))
 
     # Two shades of the background, mixed by the texture; then the shape over it.
-    palette = np.array(list(COLOURS.values()), dtype=np.float32)
+    palette = np.array(list(COLORS.values()), dtype=np.float32)
     jitter = rng.uniform(-18.0, 18.0, size=(2, num_images, 3)).astype(np.float32)
-    foreground = palette[colour] + jitter[0]
+    foreground = palette[color] + jitter[0]
     light = palette[background] + jitter[1]
     contrast = rng.uniform(0.3, 0.6, size=(num_images, 1)).astype(np.float32)
-    # The second shade lies between the colour and a grey.
-    dark = light * (1 - contrast) + np.float32(GREY) * contrast
+    # The second shade lies between the color and a grey.
+    dark = light * (1 - contrast) + np.float32(GRAY) * contrast
     texture, _ = _texture(rng, num_images)
     images = np.empty((num_images, 3, SIZE_IN_PIXELS, SIZE_IN_PIXELS), dtype=np.uint8)
-    for start in range(0, num_images, IMAGES_AT_ONCE):
-        part = slice(start, start + IMAGES_AT_ONCE)
+    for start in range(0, num_images, CHUNK_SIZE):
+        part = slice(start, start + CHUNK_SIZE)
         shape, shade = coverage[part, None], texture[part, None]  # (n, 1, 32, 32)
         light_, dark_, foreground_ = (c[part, :, None, None] for c in (light, dark, foreground))
         pixels = light_ * (1 - shade) + dark_ * shade
         pixels += shape * (foreground_ - pixels)  # (n, 3, 32, 32)
         images[part] = np.clip(pixels + np.float32(0.5), 0, 255)
 
-    names = list(COLOURS)
-    traits = zip(size, colour, labels, background, strict=True)
+    names = list(COLORS)
+    traits = zip(size, color, labels, background, strict=True)
     captions = [f"{SIZES[s]} {names[c]} {CLASSES[k]} on {names[b]}" for s, c, k, b in traits]
     return images, labels.astype(np.int64), captions, CLASSES
 
 
-def draw_textures(
+def render_textures(
     num_images: int, *, seed: int | tuple[int, ...] = 0
 ) -> tuple[np.ndarray, np.ndarray, None, tuple[str, ...]]:
-    """Draw textures without shapes, of two colours each: pictures that look alike everywhere.
+    """Draw textures without shapes, of two colors each: pictures that look alike everywhere.
 
     What `GPT.sample_large` can continue for as long as one likes.
 
@@ -105,13 +105,13 @@ def draw_textures(
         class_names: the four textures
     """
     rng = np.random.default_rng(seed)
-    first = rng.integers(len(COLOURS), size=num_images)
-    second = (first + rng.integers(1, len(COLOURS), size=num_images)) % len(COLOURS)
+    first = rng.integers(len(COLORS), size=num_images)
+    second = (first + rng.integers(1, len(COLORS), size=num_images)) % len(COLORS)
     texture, kind = _texture(rng, num_images)
-    palette = np.array(list(COLOURS.values()), dtype=np.float32)[..., None, None]  # (8, 3, 1, 1)
+    palette = np.array(list(COLORS.values()), dtype=np.float32)[..., None, None]  # (8, 3, 1, 1)
     images = np.empty((num_images, 3, SIZE_IN_PIXELS, SIZE_IN_PIXELS), dtype=np.uint8)
-    for start in range(0, num_images, IMAGES_AT_ONCE):
-        part = slice(start, start + IMAGES_AT_ONCE)
+    for start in range(0, num_images, CHUNK_SIZE):
+        part = slice(start, start + CHUNK_SIZE)
         shade = texture[part, None]  # (n, 1, 32, 32)
         pixels = palette[first[part]] * (1 - shade) + palette[second[part]] * shade
         images[part] = pixels + np.float32(0.5)
@@ -119,14 +119,14 @@ def draw_textures(
 
 
 def _local_coordinates(
-    centre: np.ndarray, radius: np.ndarray, rotation: np.ndarray
+    center: np.ndarray, radius: np.ndarray, rotation: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Coordinates (n, 64, 64) in which the shape is upright, at the origin, of radius one."""
     side = SIZE_IN_PIXELS * SUPERSAMPLING
     axis = (np.arange(side, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / side) - 1
-    parameters = np.concatenate([centre, rotation, radius[None]]).astype(np.float32)
-    centre_x, centre_y, cosine, sine, radius = parameters[..., None, None]
-    x, y = axis[None, None, :] - centre_x, axis[None, :, None] - centre_y
+    parameters = np.concatenate([center, rotation, radius[None]]).astype(np.float32)
+    center_x, center_y, cosine, sine, radius = parameters[..., None, None]
+    x, y = axis[None, None, :] - center_x, axis[None, :, None] - center_y
     return (cosine * x + sine * y) / radius, (cosine * y - sine * x) / radius
 
 
@@ -166,25 +166,25 @@ def _is_inside(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     raise ValueError(f"no shape is called {name!r}; the shapes are {', '.join(CLASSES)}")
 
 
-def colours_of(images: np.ndarray) -> list[tuple[str, str]]:
-    """The colours of drawn pictures, or of a model's: (shape's, background's) for each.
+def detect_colors(images: np.ndarray) -> list[tuple[str, str]]:
+    """The colors of drawn pictures, or of a model's: (shape's, background's) for each.
 
-    A background runs from its colour towards grey, so in the space of colours it is a line through
+    A background runs from its color towards grey, so in the space of colors it is a line through
     grey; which of the eight lines is told by the pixels at the border, where no shape reaches. The
-    shape is where pixels are farthest from that line, and their mean names its colour.
+    shape is where pixels are farthest from that line, and their mean names its color.
 
     Args:
         images: uint8 (N, 3, 32, 32).
     """
-    names, palette = list(COLOURS), np.array(list(COLOURS.values()), dtype=np.float32)
-    rays = palette - GREY  # (8, 3), from grey to each colour
+    names, palette = list(COLORS), np.array(list(COLORS.values()), dtype=np.float32)
+    rays = palette - GRAY  # (8, 3), from grey to each color
     lengths = np.linalg.norm(rays, axis=1)
     rays = rays / lengths[:, None]
     pixels = images.transpose(0, 2, 3, 1).astype(np.float32)  # (N, 32, 32, 3)
 
     def distances(points: np.ndarray) -> np.ndarray:
-        """From points (..., 3) to the eight stretches from grey to a colour: (..., 8)."""
-        offset = points - GREY
+        """From points (..., 3) to the eight stretches from grey to a color: (..., 8)."""
+        offset = points - GRAY
         along = np.clip(offset @ rays.T, 0, lengths)
         return np.linalg.norm(offset[..., None, :] - along[..., None] * rays, axis=-1)
 
@@ -194,7 +194,7 @@ def colours_of(images: np.ndarray) -> list[tuple[str, str]]:
     from_background = np.stack(
         [distances(picture)[..., b].ravel() for picture, b in zip(pixels, background, strict=True)]
     )  # (N, 1024)
-    farthest = np.argsort(-from_background, axis=1)[:, :SMALLEST_AREA]
+    farthest = np.argsort(-from_background, axis=1)[:, :MIN_AREA]
     flat = pixels.reshape(len(pixels), -1, 3)
     mean = np.take_along_axis(flat, farthest[..., None], axis=1).mean(axis=1)  # (N, 3)
     to_palette = np.linalg.norm(mean[:, None] - palette, axis=2)  # (N, 8)

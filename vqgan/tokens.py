@@ -17,21 +17,21 @@ from tqdm import tqdm
 from vqgan import conditions
 from vqgan.checkpoint import fingerprint, save_plain
 from vqgan.conditions import Condition
-from vqgan.data import Batches, ImageDataset, batches_in_order, evaluation_batch
+from vqgan.data import ImageDataset, TrainLoader, eval_batch_size, eval_batches
 from vqgan.errors import InputError
 from vqgan.image_folder import ImageFiles
 from vqgan.training import Run
 from vqgan.vqvae import VQAutoencoder
 
 
-def condition_on(
-    kind: str, data: ImageDataset, tokenizer: VQAutoencoder, *, picture: str
+def build_condition(
+    kind: str, data: ImageDataset, tokenizer: VQAutoencoder, *, transform: str
 ) -> Condition:
     """The condition of a kind, for a data set and its tokenizer.
 
     Args:
         kind: of `conditions.KINDS`.
-        picture: of `conditions.PICTURES`, for the kind "image".
+        transform: of `conditions.TRANSFORMS`, for the kind "image".
 
     Raises:
         InputError: the data set has no classes or captions.
@@ -44,11 +44,11 @@ def condition_on(
         if data.train_captions is None or data.test_captions is None:
             raise InputError("condition=caption needs captions, which only data=shapes has")
         condition = conditions.caption_condition(data.train_captions)
-        condition.of_captions(data.test_captions)  # a word may be in the test set only
+        condition.encode_captions(data.test_captions)  # a word may be in the test set only
         return condition
     if kind == "image":
         seq_len = math.prod(tokenizer.grids[0])
-        return conditions.image_condition(picture, tokenizer.num_embeddings, seq_len)
+        return conditions.image_condition(transform, tokenizer.num_embeddings, seq_len)
     return conditions.NO_CONDITION
 
 
@@ -74,7 +74,7 @@ class TokenDataset(NamedTuple):
         return self.test[:, 0, self.condition.length :].long()
 
 
-class TokenLoader(Batches):
+class TokenLoader(TrainLoader):
     """Shuffled batches of a `TokenDataset`: condition (B, C) and tokens (B, N), both int64."""
 
     def __init__(
@@ -92,13 +92,13 @@ class TokenLoader(Batches):
 
 
 def load_tokens(run: Run, tokenizer: VQAutoencoder, condition: Condition) -> TokenDataset:
-    """Tokens of the run's images: from its codes.pt, if that has them already.
+    """Tokens of the run's images: from its tokens.pt, if that has them already.
 
     (A tokenizer takes a while. The file is written unless it is of these images and this one.)
     """
-    data, path = run.data, run.out / "codes.pt"
+    data, path = run.data, run.out / "tokens.pt"
     key = hashlib.sha256()
-    for part in (fingerprint(tokenizer), str(run.flip), condition.picture):
+    for part in (fingerprint(tokenizer), str(run.flip), condition.transform):
         key.update(part.encode())
     for images in (data.train_images, data.test_images):
         if isinstance(images, ImageFiles):  # by name and size: to read them all takes a while
@@ -112,7 +112,7 @@ def load_tokens(run: Run, tokenizer: VQAutoencoder, condition: Condition) -> Tok
     except Exception:  # no file yet, or a damaged one: torch raises many types
         is_current = False
     if not is_current:
-        transform = conditions.PICTURES.get(condition.picture)
+        transform = conditions.TRANSFORMS.get(condition.transform)
         shared: dict[str, Any] = {"transform": transform, "device": run.device}
         train = tokenize(data.train_images, tokenizer, flip=run.flip, **shared)
         test = tokenize(data.test_images, tokenizer, flip=False, **shared)
@@ -139,8 +139,8 @@ def tokenize(
     The tokens of transform(image) stand before those of the image.
     """
     sequences = []
-    batches = batches_in_order(images, device=device)
-    num_batches = math.ceil(len(images) / evaluation_batch(tokenizer.image_size))
+    batches = eval_batches(images, device=device)
+    num_batches = math.ceil(len(images) / eval_batch_size(tokenizer.image_size))
     for x in tqdm(batches, desc="encoding", total=num_batches, unit="batch"):
         augmentations = []
         for view in (x, x.flip(3)) if flip else (x,):
@@ -160,8 +160,8 @@ def _prepend(
     if condition.kind == "class":
         prefix = labels[:, None]
     elif condition.kind == "caption":
-        prefix = condition.of_captions(captions)
+        prefix = condition.encode_captions(captions)
     else:
-        prefix = condition.of_nothing(len(tokens))
+        prefix = condition.start_tokens(len(tokens))
     prefix = prefix[:, None].expand(-1, tokens.shape[1], -1)
     return torch.cat([prefix.to(tokens.dtype), tokens], dim=2)

@@ -2,7 +2,7 @@
 
 Each script has its own loop, and takes its steps from a session:
 
-    session = Session(run, "vqvae", model=model, ...)
+    session = Session(run, folder, model=model, ...)
     for step, x in session:                  # resumes, shows the bar, saves when due
         loss = ...
         session.log({"loss": loss, ...})     # ends the step
@@ -10,7 +10,7 @@ Each script has its own loop, and takes its steps from a session:
 A run folder holds
 
     config.json     the flags of the run
-    <model>/        checkpoint.pt and log.csv (of a script that trains one model: no subfolder)
+    <model>/        checkpoint.pt and log.csv; no subfolder where one model is trained
     metrics.json    what was measured at the end
     *.png           figures
 
@@ -37,7 +37,7 @@ from tqdm import tqdm
 import vqgan
 from vqgan.checkpoint import (
     DIVERGED,
-    all_arguments,
+    all_model_args,
     is_float,
     load_checkpoint,
     restore,
@@ -45,7 +45,7 @@ from vqgan.checkpoint import (
     write_atomically,
     write_json,
 )
-from vqgan.data import Batches, ImageDataset
+from vqgan.data import ImageDataset, TrainLoader
 from vqgan.device import describe_device
 from vqgan.errors import InputError
 
@@ -61,7 +61,7 @@ class Run:
     variance: float  # of the training pixels in [-1, 1]
     device: torch.device
     dtype: torch.dtype  # of the network's matrix multiplications
-    about: dict  # for checkpoints: data, image_size, command
+    metadata: dict  # for checkpoints: data, image_size, command
     epochs: int
     seed: int
     flip: bool
@@ -70,19 +70,20 @@ class Run:
 
     def loader(
         self, batch_size: int, *, seed: int | None = None, labels: Tensor | None = None
-    ) -> Batches:
+    ) -> TrainLoader:
         """Shuffled batches of the training images, and of labels if they are given."""
         seed = self.seed if seed is None else seed
         images, device = self.data.train_images, self.device
-        return Batches(images, batch_size, device=device, seed=seed, flip=self.flip, labels=labels)
+        where: dict[str, Any] = {"device": device, "labels": labels}
+        return TrainLoader(images, batch_size, seed=seed, flip=self.flip, **where)
 
     def write_metrics(self, models: dict[str, dict], **more) -> None:
         """metrics.json: what was measured of each model, on which data, by what; and more keys."""
-        data = {"source": self.about["data"], "variance": self.variance}
+        data = {"source": self.metadata["data"], "variance": self.variance}
         data["training_images"] = len(self.data.train_images)
         data["test_images"] = len(self.data.test_images)
         content = {
-            "command": self.about["command"],
+            "command": self.metadata["command"],
             "data": data,
             "device": describe_device(self.device, self.dtype),
             "versions": versions(),
@@ -115,56 +116,56 @@ class Session:
     log.csv, stops where a loss is not finite, and saves a checkpoint when one is due.
 
     Args:
-        name: the subfolder of the run; "" for a script that trains one model.
-        arguments: the model's constructor arguments.
+        folder: of checkpoint.pt and log.csv, the run's own or one in it.
+        model_args: the model's constructor arguments.
         loader: the batches, each epoch shuffled anew.
         state: what the script remembers between steps besides weights: plain numbers, lists and
             tensors, in `session.state` after a resume too.
-        companions: what else training goes on with, by name: anything with a `state_dict`.
-        kept: the model that is measured and that a checkpoint is of, if not the trained one.
-        ema_decay: of the moving average of the weights, which is kept then; 0: none.
-        about: what a checkpoint says of the model, beyond what the run says.
+        extra_state: what else training goes on with, by name: anything with a `state_dict`.
+        eval_model: the model that is measured and that a checkpoint is of, if not the trained one.
+        model_ema_decay: of the moving average of the weights, which is kept then; 0: none.
+        metadata: what a checkpoint says of the model, beyond what the run says.
     """
 
     def __init__(
         self,
         run: Run,
-        name: str,
+        folder: Path,
         *,
         model: nn.Module,
-        arguments: dict,
+        model_args: dict,
         optimizers: Mapping[str, torch.optim.Optimizer],
-        loader: Batches,
+        loader: TrainLoader,
         state: dict | None = None,
-        companions: dict | None = None,
-        kept: nn.Module | None = None,
-        ema_decay: float = 0.0,
-        about: dict | None = None,
+        extra_state: dict | None = None,
+        eval_model: nn.Module | None = None,
+        model_ema_decay: float = 0.0,
+        metadata: dict | None = None,
     ):
         self.model, self.loader = model, loader
         self.epochs, self.total_steps = run.epochs, run.epochs * len(loader)
         self.checkpoint_every = run.checkpoint_every
-        self.ema = ModelEMA(model, ema_decay) if ema_decay else None
-        self.kept: Any = self.ema.model if self.ema else (kept or model)
+        self.model_ema = ModelEMA(model, model_ema_decay) if model_ema_decay else None
+        self.eval_model: Any = self.model_ema.model if self.model_ema else (eval_model or model)
         self.state = TrainState(state or {})
-        companions = {"state": self.state} | (companions or {})
-        if self.kept is not model:
-            companions["trained"] = model
-        self.parts: dict[str, Any] = {"optimizers": optimizers, "companions": companions}
+        extra_state = {"state": self.state} | (extra_state or {})
+        if self.eval_model is not model:
+            extra_state["trained"] = model
+        self.parts: dict[str, Any] = {"optimizers": optimizers, "extra_state": extra_state}
         self.parts["batches"] = loader
-        self.about: dict[str, Any] = {"arguments": arguments, "about": run.about | (about or {})}
+        metadata = run.metadata | (metadata or {})
+        self.metadata: dict[str, Any] = {"model_args": model_args, "metadata": metadata}
 
         # The start, or the last checkpoint of a run that was cut off.
         self.step, self.seconds = 0, 0.0
-        folder = run.out / name
-        self.checkpoint = folder / "checkpoint.pt"
+        self.folder, self.checkpoint = folder, folder / "checkpoint.pt"
         if run.resume and self.checkpoint.exists():
-            saved = load_checkpoint(self.checkpoint, model_class=type(model), arguments=arguments)
-            restore(saved, model=self.kept, **self.parts)
+            saved = load_checkpoint(self.checkpoint, model_class=type(model), model_args=model_args)
+            restore(saved, model=self.eval_model, **self.parts)
             self.step, self.seconds = saved["step"], saved["seconds"]
         self.log_file = Log(folder / "log.csv", resume_at=self.step)
         self.bar = tqdm(
-            desc=name or run.out.name, total=self.total_steps * loader.batch_size,
+            desc=folder.name, total=self.total_steps * loader.batch_size,
             initial=self.step * loader.batch_size, unit="img", unit_scale=True, mininterval=0.5,
         )  # fmt: skip
 
@@ -181,8 +182,8 @@ class Session:
                     if self.save_is_due:
                         self.seconds = watch.seconds
                         now: dict[str, Any] = {"step": self.step, "seconds": self.seconds}
-                        files = self.parts | self.about
-                        save_checkpoint(self.checkpoint, model=self.kept, **now, **files)
+                        files = self.parts | self.metadata
+                        save_checkpoint(self.checkpoint, model=self.eval_model, **now, **files)
                     self.bar.update(self.loader.batch_size)
 
     def log(self, losses: dict[str, Tensor], *, end_row: bool = False) -> dict | None:
@@ -193,8 +194,8 @@ class Session:
             end_row: end a row here, so that none averages over what is before and after.
         """
         self.step += 1
-        if self.ema:
-            self.ema.update(self.model, self.step)
+        if self.model_ema:
+            self.model_ema.update(self.model, self.step)
         self.log_file.record(self.step, losses)
         # A checkpoint ends a row, so that a resume begins with a new one.
         if not (self.step % LOG_EVERY == 0 or self.save_is_due or end_row):
@@ -210,7 +211,7 @@ class Session:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "batch_size": self.loader.batch_size,
             "epochs": self.epochs,
-            "arguments": all_arguments(type(self.model), self.about["arguments"]),
+            "model_args": all_model_args(type(self.model), self.metadata["model_args"]),
             "seconds": round(self.seconds, 1),
         }
 

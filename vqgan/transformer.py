@@ -88,8 +88,8 @@ class GPT(nn.Module):
         n_layer, n_head, n_embd: blocks, attention heads of each, width.
         dropout: share of activations that are dropped in training.
 
-    The table of conditions has one row more than its vocabulary: token `nothing` (the field's null
-    token) stands for a condition that was dropped, which guidance needs (see `sample`).
+    The table of conditions has one row more than its vocabulary: the `null_token` stands for a
+    condition that was dropped, which guidance needs (see `sample`).
 
     Raises:
         ValueError: a size below 1, or heads that do not divide the width.
@@ -119,12 +119,12 @@ class GPT(nn.Module):
             raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
         self.num_embeddings, self.seq_len, self.n_head = num_embeddings, seq_len, n_head
         self.condition_vocabulary, self.condition_length = condition_vocabulary, condition_length
-        self.nothing = condition_vocabulary  # the token of a condition that was dropped
+        self.null_token = condition_vocabulary  # the token of a condition that was dropped
 
-        self.condition_table = nn.Embedding(condition_vocabulary + 1, n_embd)
-        self.code_table = nn.Embedding(num_embeddings, n_embd)
+        self.cond_emb = nn.Embedding(condition_vocabulary + 1, n_embd)
+        self.tok_emb = nn.Embedding(num_embeddings, n_embd)
         length = condition_length + seq_len - 1  # positions that are read: "block size"
-        self.position_table = nn.Parameter(torch.empty(length, n_embd))
+        self.pos_emb = nn.Parameter(torch.empty(length, n_embd))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
         self.norm = nn.LayerNorm(n_embd, eps=1e-5)
@@ -162,7 +162,7 @@ class GPT(nn.Module):
         """Logits of every token, given the condition and the tokens before it.
 
         Args:
-            condition: (B, C) int64, 0 to condition_vocabulary - 1, or `nothing`.
+            condition: (B, C) int64, 0 to condition_vocabulary - 1, or `null_token`.
             tokens: (B, T) int64, 0 to K - 1, 1 <= T <= N. The last is not read.
 
         Returns:
@@ -182,8 +182,8 @@ class GPT(nn.Module):
         if not 1 <= tokens.shape[1] <= self.seq_len:
             raise ValueError(f"{tokens.shape[1]} tokens were given: give 1 to {self.seq_len}")
         check_range(tokens, 0, self.num_embeddings - 1, "tokens")
-        x = torch.cat([self.condition_table(condition), self.code_table(tokens[:, :-1])], dim=1)
-        x = self.dropout(x + self.position_table[: x.shape[1]])  # (B, C + T - 1, n_embd)
+        x = torch.cat([self.cond_emb(condition), self.tok_emb(tokens[:, :-1])], dim=1)
+        x = self.dropout(x + self.pos_emb[: x.shape[1]])  # (B, C + T - 1, n_embd)
         for block in self.blocks:
             x = block(x)
         return self.norm(x[:, self.condition_length - 1 :])
@@ -198,7 +198,7 @@ class GPT(nn.Module):
         if condition.dim() != 2 or condition.shape[1] != self.condition_length:
             shape = tuple(condition.shape)
             raise ValueError(f"condition must be (B, {self.condition_length}), not {shape}")
-        check_range(condition, 0, self.nothing, "tokens of a condition")
+        check_range(condition, 0, self.null_token, "tokens of a condition")
 
     # --- sampling -----------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ class GPT(nn.Module):
         caches = self._new_caches(len(condition))
         tokens: list[Tensor] = []
         with sampling.eval_mode(self):
-            x = self.condition_table(condition)  # (B or 2 B, C, n_embd)
+            x = self.cond_emb(condition)  # (B or 2 B, C, n_embd)
             for i in range(N):
                 logits = self._next_logits(x, caches)  # (B or 2 B, K)
                 logits = sampling.classifier_free_guidance(logits, guidance)  # (B, K)
@@ -264,7 +264,7 @@ class GPT(nn.Module):
                 if given is not None:
                     token = torch.where(given[:, i] < 0, token, given[:, i])
                 tokens.append(token)
-                x = self.code_table(token).repeat(len(condition) // B, 1)[:, None]  # one position
+                x = self.tok_emb(token).repeat(len(condition) // B, 1)[:, None]  # one position
                 if progress is not None:
                     progress(B)
         return torch.stack(tokens, dim=1)
@@ -273,13 +273,13 @@ class GPT(nn.Module):
         """(B, C) -> (2 B, C), the conditions and after them null tokens; (B, C) for scale 1."""
         if guidance == 1:
             return condition
-        return torch.cat([condition, torch.full_like(condition, self.nothing)])
+        return torch.cat([condition, torch.full_like(condition, self.null_token)])
 
     def _new_caches(self, batch_size: int) -> list[sampling.KeyValueCache]:
         """One for each block, empty."""
-        length, n_embd = self.position_table.shape
+        length, n_embd = self.pos_emb.shape
         shape = (batch_size, self.n_head, length, n_embd // self.n_head)
-        return [sampling.KeyValueCache(*shape, like=self.position_table) for _ in self.blocks]
+        return [sampling.KeyValueCache(*shape, like=self.pos_emb) for _ in self.blocks]
 
     def _next_logits(self, x: Tensor, caches: list[sampling.KeyValueCache]) -> Tensor:
         """Read the next T positions, given their tokens' embeddings x (B, T, n_embd).
@@ -287,7 +287,7 @@ class GPT(nn.Module):
         Returns the logits (B, K) of the token that follows the last of them.
         """
         start = caches[0].length
-        x = x + self.position_table[start : start + x.shape[1]]
+        x = x + self.pos_emb[start : start + x.shape[1]]
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, cache)
         return self.head(self.norm(x[:, -1]))

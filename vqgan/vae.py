@@ -29,7 +29,7 @@ LIKELIHOODS = ("optimal", "learned", "fixed", "bernoulli")
 
 # An 8-bit image is not known better than its rounding error, a uniform distribution one level
 # (2/255 in [-1, 1]) wide, whose standard deviation is width / sqrt(12). No likelihood is sharper.
-SMALLEST_SCALE = 2 / 255 / math.sqrt(12)
+MIN_SCALE = 2 / 255 / math.sqrt(12)
 
 
 class VAEOutput(NamedTuple):
@@ -51,7 +51,7 @@ def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
     return -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum(dim=1)
 
 
-def reparameterise(mean: Tensor, log_var: Tensor, noise: Tensor | None = None) -> Tensor:
+def reparameterize(mean: Tensor, log_var: Tensor, noise: Tensor | None = None) -> Tensor:
     """A sample z = mean + s * noise, noise ~ N(0, I), with gradients to both. (B, Z)."""
     noise = torch.randn_like(mean) if noise is None else noise
     return mean + (0.5 * log_var).exp() * noise
@@ -154,9 +154,9 @@ class VAE(nn.Module):
             # The s at which gaussian_nll is smallest. There its derivative by s is zero, so s may
             # be a constant: with or without a gradient through s, `decoded` gets the same one.
             mse = F.mse_loss(decoded.detach(), x)
-            log_scale = 0.5 * mse.clamp(min=SMALLEST_SCALE**2).log()
+            log_scale = 0.5 * mse.clamp(min=MIN_SCALE**2).log()
         elif self.likelihood == "learned":
-            log_scale = self.log_scale.clamp(min=math.log(SMALLEST_SCALE))
+            log_scale = self.log_scale.clamp(min=math.log(MIN_SCALE))
         else:
             log_scale = x.new_full((), 0.5 * math.log(2))  # s = sqrt(2)
         return gaussian_nll(x, decoded, log_scale)
@@ -167,7 +167,7 @@ class VAE(nn.Module):
         In training z is sampled; in evaluation it is the mean, which gives the smallest error.
         """
         mean, log_var = self.encode(x)
-        z = reparameterise(mean, log_var) if self.training else mean
+        z = reparameterize(mean, log_var) if self.training else mean
         decoded = self.decoder(z).float()
         nll = self.negative_log_likelihood(x, decoded)
         kl = kl_divergence(mean, log_var)

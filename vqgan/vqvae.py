@@ -137,8 +137,8 @@ class VQVAE(VQAutoencoder):
         num_downsamples: how often the side is halved; 1 gives a 16x16 grid, four times the bits.
         quantizer: "ema" or "gradient", see `quantizer.py`.
         beta: weight of the commitment.
-        data_start, restart_dead: the two guards against collapse, see `quantizer.py`; the second
-            is the EMA quantizer's only.
+        data_init, restart_dead_codes: the two guards against collapse, see `quantizer.py`; the
+            second is the EMA quantizer's only.
     """
 
     def __init__(
@@ -152,8 +152,8 @@ class VQVAE(VQAutoencoder):
         num_downsamples: int = 2,
         quantizer: str = "ema",
         beta: float = 0.25,
-        data_start: bool = True,
-        restart_dead: bool = True,
+        data_init: bool = True,
+        restart_dead_codes: bool = True,
     ):
         if num_downsamples < 1:
             raise ValueError(f"num_downsamples must be at least 1, not {num_downsamples}")
@@ -173,7 +173,8 @@ class VQVAE(VQAutoencoder):
             nn.Conv2d(num_hiddens, embedding_dim, kernel_size=1),  # to the codebook's dimensions
         )
 
-        options: dict = {"beta": beta, "data_start": data_start, "restart_dead": restart_dead}
+        options: dict = {"beta": beta, "data_init": data_init}
+        options["restart_dead_codes"] = restart_dead_codes
         self.quantizer = make_quantizer(quantizer, num_embeddings, embedding_dim, **options)
 
         # The mirror image: transposed convolutions double the side.

@@ -14,12 +14,12 @@ from torch import Tensor
 from vqgan import figures, metrics
 from vqgan.arguments import png_path, positive_int
 from vqgan.checkpoint import fingerprint, write_atomically
-from vqgan.data import evaluation_batch
+from vqgan.data import eval_batch_size
 from vqgan.device import choose_device
 from vqgan.errors import InputError, user_input
 from vqgan.image_folder import read_images
 from vqgan.images import from_uint8, to_uint8, to_unit
-from vqgan.pretrained import load_model, load_pair, load_tokenizer, read_checkpoint
+from vqgan.pretrained import load_model, load_pipeline, load_tokenizer, read_checkpoint
 from vqgan.vae import VAE
 from vqgan.vqvae import VQAutoencoder
 
@@ -36,7 +36,7 @@ def image_flags(add, *, model: str, out: str, writes: str) -> None:
 def reconstruct_flags(add) -> None:
     """Of `vqgan reconstruct`."""
     model = "any model; of a transformer: its tokenizer"
-    image_flags(add, model=model, out="reconstructions.png", writes="picture")
+    image_flags(add, model=model, out="reconstructions.png", writes="transform")
     add("--config", metavar="FILE", help="JSON for a checkpoint of the authors: its ddconfig")
 
 
@@ -65,7 +65,7 @@ def reconstruct(args: argparse.Namespace) -> None:
         model = _tokenizer(args.checkpoint).to(device)
     size = _size(model, args.image_size)
     x = from_uint8(read_images(args.images, size)).to(device)  # (N, 3, size, size)
-    parts = x.split(evaluation_batch(size))
+    parts = x.split(eval_batch_size(size))
     originals = to_unit(x).cpu()
     reconstructions = torch.cat([to_unit(model(part).reconstruction).cpu() for part in parts])
     for path, value in zip(args.images, metrics.psnr(originals, reconstructions), strict=True):
@@ -74,7 +74,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     if not isinstance(model, VAE):
         h, w = model.encode(x[:1]).indices.shape[1:]
         K = model.num_embeddings
-        title += f": {h}x{w} codes of {K}, {metrics.code_bits(h * w, K):.0f} bits per image"
+        title += f": {h}x{w} codes of {K}, {metrics.fixed_length_bits(h * w, K):.0f} bits per image"
     rows = [("original", originals), ("reconstruction", reconstructions)]
     figures.image_rows(out, rows, title=title)
     print(f"{title}; written to {out}")
@@ -92,7 +92,7 @@ def encode(args: argparse.Namespace) -> None:
     model = _tokenizer(args.checkpoint).to(device)
     size = _size(model, args.image_size)
     pixels = read_images(args.images, size)  # uint8 (N, 3, size, size)
-    parts = pixels.split(evaluation_batch(size))
+    parts = pixels.split(eval_batch_size(size))
     indices = torch.cat([model.encode(from_uint8(part).to(device)).indices for part in parts])
     packed = _pack(indices.cpu().numpy(), model.num_embeddings)  # (N, bytes)
     file = io.BytesIO()
@@ -148,7 +148,7 @@ def decode(args: argparse.Namespace) -> None:
 def _tokenizer(checkpoint: str) -> VQAutoencoder:
     """A VQ-VAE, a VQGAN, or a transformer's tokenizer."""
     if read_checkpoint(checkpoint)["model"] == "GPT":
-        return load_pair(checkpoint).tokenizer
+        return load_pipeline(checkpoint).tokenizer
     return load_tokenizer(checkpoint)[0]
 
 
