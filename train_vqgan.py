@@ -179,7 +179,7 @@ def train(
             if train_disc:
                 losses["discriminator"] = discrimination
                 losses |= {"real": real.float().mean(), "fake": fake.float().mean()}
-        losses["codes"] = metrics.codes_in_batch(output.indices, model.num_embeddings)
+        losses["codes_used"] = metrics.codes_used(output.indices, model.num_embeddings)
         # A row ends where the game changes, so that none averages over steps with and without it.
         row = session.log(losses, end_row=step + 1 in (state["disc_start"], state["gan_start"]))
         if row is not None:

@@ -4,7 +4,7 @@
     vqgan complete CHECKPOINT IMAGE           an image's other half
     vqgan reconstruct CHECKPOINT IMAGE...     images through a model
     vqgan encode CHECKPOINT IMAGE...          images as codes, a few dozen bytes each
-    vqgan decode CODES                        and back
+    vqgan decode INDICES                      and back
     vqgan info CHECKPOINT                     what a checkpoint is
     vqgan export CHECKPOINT                   what of a transformer's run is worth sharing
 

@@ -43,12 +43,12 @@ def reconstruct_flags(add) -> None:
 def encode_flags(add) -> None:
     """Of `vqgan encode`."""
     model = "a VQ-VAE, a VQGAN or a transformer"
-    image_flags(add, model=model, out="codes.npz", writes="file")
+    image_flags(add, model=model, out="indices.npz", writes="file")
 
 
 def decode_flags(add) -> None:
     """Of `vqgan decode`."""
-    add("codes", metavar="CODES", help="a file of `encode`")
+    add("indices", metavar="INDICES", help="a file of `encode`")
     add("--checkpoint", metavar="CHECKPOINT", help="not given: the one that encoded")
     add("--out", default="decoded", help="the folder to write to")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -98,7 +98,7 @@ def encode(args: argparse.Namespace) -> None:
     file = io.BytesIO()
     np.savez(
         file,
-        codes=packed,
+        indices=packed,
         grid_size=np.array(indices.shape[1:]),
         num_embeddings=np.array(model.num_embeddings),
         names=np.array([Path(image).stem for image in args.images]),
@@ -121,21 +121,21 @@ def decode(args: argparse.Namespace) -> None:
     """Codes as images again: a PNG for each, by the model that encoded them."""
     device = choose_device(args.device)
     try:
-        with np.load(args.codes, allow_pickle=False) as file:
+        with np.load(args.indices, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
         numbers = ("num_embeddings", "checkpoint", "fingerprint")
         K, path, encoder = (content[name].item() for name in numbers)
-        names, packed = content["names"], content["codes"]
+        names, packed = content["names"], content["indices"]
         indices = torch.from_numpy(_unpack(packed, content["grid_size"].tolist(), K))
         if len(names) != len(indices) or indices.max() >= K:
             raise ValueError(f"code {indices.max()} of {K}")
     except Exception as error:  # numpy's, zipfile's and zlib's, of many types
         reason = "damaged?" if "pickle" in str(error) else error  # numpy takes all else for pickles
-        raise InputError(f"{args.codes} is not a file of `encode` ({reason})") from error
+        raise InputError(f"{args.indices} is not a file of `encode` ({reason})") from error
     model = _tokenizer(args.checkpoint or path)
     if (fingerprint(model), model.num_embeddings) != (encoder, K):
         wrong = args.checkpoint or path
-        raise InputError(f"{wrong} did not encode {args.codes}: give --checkpoint {path}")
+        raise InputError(f"{wrong} did not encode {args.indices}: give --checkpoint {path}")
     model, parts = model.to(device), indices.to(device).split(64)
     images = torch.cat([to_uint8(model.decode_indices(part)) for part in parts]).cpu()
     width = len(str(len(images)))

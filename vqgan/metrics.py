@@ -140,7 +140,7 @@ def frechet_distance(features_x: Tensor, features_y: Tensor) -> float:
     return (mean_term + covariance_x.trace() + covariance_y.trace() - 2 * root_trace).item()
 
 
-def codes_in_batch(indices: Tensor, num_embeddings: int) -> Tensor:
+def codes_used(indices: Tensor, num_embeddings: int) -> Tensor:
     """How many different codes a batch uses, (), without waiting for the GPU."""
     chosen = torch.zeros(num_embeddings, device=indices.device)
     return chosen.index_fill_(0, indices.flatten(), 1.0).sum()

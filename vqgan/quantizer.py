@@ -130,8 +130,10 @@ class VectorQuantizer(nn.Module):
         self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
         # A Python bool, so that asking for it does not wait for the GPU at every step.
         self.initialized = not data_init
-        codes = torch.empty(num_embeddings, embedding_dim)  # small at first, as in their example
-        self.codebook = nn.Parameter(codes.uniform_(-1 / num_embeddings, 1 / num_embeddings))
+        embeddings = torch.empty(
+            num_embeddings, embedding_dim
+        )  # small at first, as in their example
+        self.codebook = nn.Parameter(embeddings.uniform_(-1 / num_embeddings, 1 / num_embeddings))
 
     def forward(self, z_e: Tensor) -> Quantized:
         """z_e (B, D, h, w), any float type; computed in float32, also under autocast."""
@@ -143,14 +145,14 @@ class VectorQuantizer(nn.Module):
             if self.training and not self.initialized:
                 self.init_from_batch(vectors)
             indices = nearest_indices(vectors, self.codebook)  # (N,)                   eq. 1, 2
-            codes = F.embedding(indices, self.codebook)  # (N, D)
+            quantized = F.embedding(indices, self.codebook)  # (N, D)
 
             # Eq. 3, taken before the straight-through step, which would cut one of the gradients.
-            codebook_loss = F.mse_loss(codes, vectors.detach())
-            commitment = F.mse_loss(vectors, codes.detach())
+            codebook_loss = F.mse_loss(quantized, vectors.detach())
+            commitment = F.mse_loss(vectors, quantized.detach())
             loss = codebook_loss + self.beta * commitment
 
-            z_q = codes.view(B, h, w, D).permute(0, 3, 1, 2)  # (B, D, h, w)
+            z_q = quantized.view(B, h, w, D).permute(0, 3, 1, 2)  # (B, D, h, w)
             return Quantized(straight_through(z_e, z_q), indices.view(B, h, w), loss)
 
     @torch.no_grad()
@@ -217,12 +219,12 @@ class EMAVectorQuantizer(nn.Module):
         self.decay, self.epsilon, self.restart_dead_codes = decay, epsilon, restart_dead_codes
         self.initialized = not data_init  # a Python bool: no step waits for the GPU to read it
         # Buffers, not parameters: no optimizer may move them.
-        codes = torch.randn(num_embeddings, embedding_dim)  # as in the authors' example
-        self.register_buffer("codebook", codes)
+        embeddings = torch.randn(num_embeddings, embedding_dim)  # as in the authors' example
+        self.register_buffer("codebook", embeddings)
         # Counts start at one and sums at the codes, so that m / N is the code from the first step.
         # Counts from zero beside these sums would divide by nearly nothing, and codes fly away.
         self.register_buffer("ema_counts", torch.ones(num_embeddings))
-        self.register_buffer("ema_sums", codes.clone())
+        self.register_buffer("ema_sums", embeddings.clone())
 
     def forward(self, z_e: Tensor) -> Quantized:
         """z_e (B, D, h, w), any float type; computed in float32, also under autocast."""
@@ -234,10 +236,10 @@ class EMAVectorQuantizer(nn.Module):
             if self.training and not self.initialized:
                 self.init_from_batch(vectors)
             indices = nearest_indices(vectors, self.codebook)  # (N,)                   eq. 1, 2
-            codes = F.embedding(indices, self.codebook)  # (N, D)
+            quantized = F.embedding(indices, self.codebook)  # (N, D)
 
             # The commitment alone: averages move the codes, no gradient does.
-            loss = self.beta * F.mse_loss(vectors, codes)
+            loss = self.beta * F.mse_loss(vectors, quantized)
 
             if self.training:
                 with torch.no_grad():
@@ -254,14 +256,14 @@ class EMAVectorQuantizer(nn.Module):
                         self._restart_dead_codes(vectors)
                     self.codebook.copy_(self.ema_sums / self._smoothed_counts()[:, None])  # eq. 8
 
-            z_q = codes.view(B, h, w, D).permute(0, 3, 1, 2)  # (B, D, h, w)
+            z_q = quantized.view(B, h, w, D).permute(0, 3, 1, 2)  # (B, D, h, w)
             return Quantized(straight_through(z_e, z_q), indices.view(B, h, w), loss)
 
     def _smoothed_counts(self) -> Tensor:
         """N_i as it divides in eq. 8, (K,): a temporary, since written back it would drift."""
         total = self.ema_counts.sum()  # S
-        share = (self.ema_counts + self.epsilon) / (total + self.num_embeddings * self.epsilon)
-        return share * total
+        fraction = (self.ema_counts + self.epsilon) / (total + self.num_embeddings * self.epsilon)
+        return fraction * total
 
     def _restart_dead_codes(self, vectors: Tensor) -> None:
         """Move dead codes onto random vectors of the batch: code, sum and count together.
