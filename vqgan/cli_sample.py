@@ -199,7 +199,7 @@ def _prompts(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Tensor]:
 def _mask(keep: str, pipeline: Pipeline) -> Tensor:
     """Which tokens to keep, (h, w) bool: those whose pixels lie all inside of the box."""
     size, (h, w) = pipeline.tokenizer.image_size, pipeline.tokenizer.grids[0]
-    boxes = {"top": (0, 0, size, size // 2), "bigram": (0, 0, size // 2, size)}
+    boxes = {"top": (0, 0, size, size // 2), "left": (0, 0, size // 2, size)}
     try:
         x0, y0, x1, y1 = boxes.get(keep) or (int(number) for number in keep.split(","))
     except ValueError as error:
