@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vqgan.loading import image_size_of
 
 from vqgan.checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_model
 from vqgan.conditions import (
@@ -84,7 +83,7 @@ def test_a_loaded_model_is_the_saved_one(tmp_path, kind, shape_images):
     x = shape_images * 2 - 1
     assert torch.equal(loaded(x).reconstruction, model(x).reconstruction)
     assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
-    assert image_size_of(loaded) == 32
+    assert loaded.image_size == 32
 
 
 def test_checkpoints_of_something_else_are_named(tmp_path):
@@ -106,7 +105,7 @@ def test_reconstruct_writes_originals_over_reconstructions(tmp_path, images, kin
     assert pixels.std() > 10
     text = capsys.readouterr().out
     assert text.count("PSNR") == 3 and "32x32" in text and "out.png" in text
-    assert ("bits an image" in text) == (kind is not VAE)
+    assert ("bits per image" in text) == (kind is not VAE)
 
 
 def test_reconstruct_reads_the_authors_checkpoints(tmp_path, images, capsys):
@@ -191,7 +190,7 @@ def save_pair(folder, condition, images, condition_drop=0.1):
     save_model(folder / "tokenizer.pt", load_checkpoint(folder / "vqvae" / "checkpoint.pt"))
     arguments = {
         "num_embeddings": K,
-        "grid_size": [4, 4],
+        "seq_len": 16,
         "condition_vocabulary": condition.vocabulary,
         "condition_length": condition.length,
         "n_layer": 1,
@@ -225,7 +224,7 @@ def pairs(tmp_path_factory, shapes):
         "none": NO_CONDITION,
         "class": class_condition(CLASSES),
         "caption": caption_condition(shapes.train_captions[:200]),
-        "image": image_condition("gray", K, (4, 4)),
+        "image": image_condition("gray", K, 16),
     }
     for kind, condition in conditions.items():
         save_pair(folder / kind, condition, shapes.train_images[:64])
