@@ -9,7 +9,7 @@ setup(
     packages=["vqgan"],
     package_data={"vqgan": ["pretrained/*/*.pt"]},
     entry_points={"console_scripts": ["vqgan = vqgan.cli:command_line"]},
-    install_requires=["torch>=2.6", "torchvision>=0.21", "numpy", "matplotlib", "tqdm"],
+    install_requires=["torch>=2.10", "torchvision>=0.25", "numpy", "matplotlib", "tqdm"],
     extras_require={
         # The peers whose numbers the tests and benchmarks compare with.
         "test": [

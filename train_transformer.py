@@ -40,8 +40,8 @@ from vqgan.checkpoint import fingerprint, save_model
 from vqgan.conditions import KINDS, PICTURES
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
 from vqgan.errors import user_input
-from vqgan.eval_networks import find_yardstick
-from vqgan.evaluation import decode_tokens, evaluate_settings
+from vqgan.eval_networks import load_yardstick
+from vqgan.evaluation import decode_tokens, evaluate_samples
 from vqgan.images import to_uint8
 from vqgan.sampling import eval_mode
 from vqgan.tokens import TokenDataset, TokenLoader, condition_on, load_tokens
@@ -198,12 +198,10 @@ def main(args: argparse.Namespace) -> None:
     save_model(run.out / "tokenizer.pt", tokenizer_state)  # what the checkpoint cannot do without
     prepare_model(tokenizer, run.device, compile=False)
     beside = None if args.other_data else Path(args.tokenizer).parent
-    yardstick, yardstick_accuracy = find_yardstick(
-        run, args.yardstick, beside, epochs=args.yardstick_epochs
+    yardstick, yardstick_accuracy = load_yardstick(
+        run, epochs=args.yardstick_epochs, file=args.yardstick, folder=beside
     )
-    dataset = load_tokens(
-        run.out / "codes.pt", run.data, tokenizer, condition, flip=run.flip, device=run.device
-    )
+    dataset = load_tokens(run, tokenizer, condition)
     train_tokens = dataset.train[..., condition.length :].reshape(-1, *grid).long()
     test_tokens = dataset.test_tokens.view(-1, *grid)
     baselines = metrics.code_baselines(train_tokens, test_tokens, tokenizer.num_embeddings)
@@ -223,7 +221,7 @@ def main(args: argparse.Namespace) -> None:
     # In float32, under the condition, after the epoch that was best on these same test images: so
     # the price is selected on them, and slightly optimistic.
     nats = validation_loss(prior, dataset, run.device, torch.float32)
-    samples, references = evaluate_settings(
+    samples, references = evaluate_samples(
         prior, tokenizer, dataset, settings, yardstick, num_samples=args.num_samples, run=run
     )
     result = report.price(nats, prior, args.image_size) | session.summary
@@ -243,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
     )
     report.print_transformer(result, samples, references)
     report.print_yardstick(yardstick_accuracy, len(run.data.class_names))
-    report.draw_transformer(run, prior, tokenizer, dataset, settings[0], baselines, validation)
+    report.draw_transformer(run, session, tokenizer, dataset, settings[0], baselines)
     print(f"metrics.json, log, checkpoint and pictures are in {run.out}")
 
 

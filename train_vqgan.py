@@ -54,7 +54,7 @@ from vqgan.discriminator import (
     generator_loss,
 )
 from vqgan.errors import InputError, user_input
-from vqgan.eval_networks import inception_distance, make_yardstick, perceptual_distance
+from vqgan.eval_networks import inception_distance, load_yardstick, perceptual_distance
 from vqgan.evaluation import evaluate_autoencoder
 from vqgan.images import to_uint8
 from vqgan.perceptual import PerceptualDistance
@@ -67,11 +67,7 @@ ROWS_AT_CLAMP = 5  # rows of the log with lambda at its maximum, before a warnin
 
 
 def reconstruction_terms(
-    x: Tensor,
-    x_hat: Tensor,
-    objective: str,
-    distance: PerceptualDistance | None,
-    variance: float,
+    x: Tensor, x_hat: Tensor, objective: str, distance: PerceptualDistance | None, variance: float
 ) -> dict[str, Tensor]:
     """How far x_hat is from x, both (B, 3, H, W): each term (), a mean over the batch."""
     if objective == "mse":
@@ -217,7 +213,7 @@ def main(args: argparse.Namespace) -> None:
     distance, perceptual_accuracy = perceptual_distance(
         run, args.perceptual, epochs=args.classifier_epochs
     )
-    yardstick, yardstick_accuracy = make_yardstick(run, epochs=args.yardstick_epochs)
+    yardstick, yardstick_accuracy = load_yardstick(run, epochs=args.yardstick_epochs)
 
     sessions, results, counts = {}, {}, {}
     for objective in dict.fromkeys(args.objectives):  # each once
@@ -235,7 +231,7 @@ def main(args: argparse.Namespace) -> None:
         perceptual={"network": args.perceptual, "accuracy": perceptual_accuracy},
         yardstick={"accuracy": yardstick_accuracy},
     )
-    columns = report.VQGAN_COLUMNS | ({"rfid": ("rFID", ".2f")} if args.rfid else {})
+    columns = report.VQGAN_COLUMNS + (("rfid",) if args.rfid else ())
     titled = {report.OBJECTIVES[name]: result for name, result in results.items()}
     report.print_table(titled, columns)
     report.print_yardstick(yardstick_accuracy, len(run.data.class_names))

@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> None:
     """Train each model, measure it, and put all of them into one table and the same figures."""
     check_arguments(args)
     run = open_run(args, batch_sizes=args.batch_sizes)
-    models, results, counts = {}, {}, {}
+    sessions, results, counts = {}, {}, {}
     for batch_size in dict.fromkeys(args.batch_sizes):  # each once
         for model_name in args.models:
             several = len(args.batch_sizes) > 1
@@ -92,14 +92,14 @@ def main(args: argparse.Namespace) -> None:
             model, arguments = build_model(model_name, args)
             prepare_model(model, run.device, compile=args.compile)
             session = train(model, arguments, name, run=run, batch_size=batch_size, lr=args.lr)
-            models[name] = model
             results[name], counts[name] = evaluate_autoencoder(model, run)
             results[name] |= session.summary
+            sessions[name] = session
 
     run.write_metrics(results)
     titled = {report.study_title(name): result for name, result in results.items()}
     report.print_table(titled, report.STUDY_COLUMNS)
-    report.draw_study(run, models, results, counts)
+    report.draw_study(run, sessions, results, counts)
     print(f"metrics.json, logs, checkpoints and pictures are in {run.out}")
 
 

@@ -25,9 +25,10 @@ from vqgan.training import read_log
 from vqgan.vae import VAE
 from vqgan.vqvae import VQVAE
 
-# Eight steps an epoch, and a checkpoint every three: neither divides the other.
+# Eight steps an epoch, and a checkpoint every three: neither divides the other. A batch has four
+# vectors for each code: a few dozen codes die within these steps, and are restarted.
 SMALL = ["--data", "shapes", "--limit", "64", "--batch-size", "8", "--epochs", "2"]
-SMALL += ["--checkpoint-every", "3", "--device", "cpu"]
+SMALL += ["--checkpoint-every", "3", "--device", "cpu", "--num-embeddings", "128"]
 
 
 run = functools.partial(run_in_process, train_vqvae)
@@ -55,8 +56,8 @@ def test_metrics_config_and_table(finished):
     for result in (vae, vqvae):
         for key in ("nmse", "psnr", "ssim", "ssim_whole_image", "bits_per_image", "seconds"):
             assert np.isfinite(result[key])
-    assert vae["perplexity"] is None and vqvae["bits_per_image"] == 576
-    assert 1 <= vqvae["perplexity"] <= vqvae["codes_used"] <= 512
+    assert vae["perplexity"] is None and vqvae["bits_per_image"] == 64 * 7
+    assert 1 <= vqvae["perplexity"] <= vqvae["codes_used"] <= 128
     assert vqvae["entropy_bits_per_image"] == pytest.approx(64 * np.log2(vqvae["perplexity"]))
     assert f"{vqvae['nmse']:.4f}" in stdout and f"{vae['ssim']:.4f}" in stdout
     assert json.loads((out / "config.json").read_text())["epochs"] == 2
@@ -72,11 +73,11 @@ def test_log_has_rows_at_checkpoints_and_the_end(finished):
 
 def test_a_run_learns(tmp_path):
     """Of the same eight images at every step: batches differ by more than a few steps teach."""
-    flags = ["--limit", 8, "--batch-size", 8, "--epochs", 16, "--checkpoint-every", 8, "--no-flip"]
+    flags = ["--limit", 8, "--batch-size", 8, "--epochs", 32, "--checkpoint-every", 16, "--no-flip"]
     out = run(tmp_path / "run", *SMALL, *flags)
     for name in ("vae", "vqvae"):
         first, last = read_log(out / name / "log.csv")
-        assert last["loss"] < 0.99 * first["loss"]  # of other seeds too, it falls by 1.8% or more
+        assert last["loss"] < 0.98 * first["loss"]  # by 5% or more, of other seeds too
 
 
 def test_pictures_are_there_and_not_blank(finished):
@@ -318,7 +319,7 @@ def test_a_run_is_not_overwritten_and_not_continued_as_another(finished):
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert "--resume" in error_of(out, *SMALL)
-    assert "num_embeddings = 512" in error_of(out, "--resume", "--num-embeddings", 64)
+    assert "num_embeddings = 128" in error_of(out, "--resume", "--num-embeddings", 64)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 

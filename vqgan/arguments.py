@@ -25,6 +25,7 @@ from vqgan.sampling import check_sampling
 from vqgan.training import Run
 from vqgan.vqvae import VQAutoencoder
 
+PRECISIONS = ("auto", "fp32", "bf16")  # of the network's matrix multiplications
 # Flags that a resumed run may have otherwise: it is still the same run.
 MAY_CHANGE_ON_RESUME = {"device", "compile", "checkpoint_every", "epochs", "data_root", "rfid"}
 MAY_CHANGE_ON_RESUME |= {"temperature", "top_k", "top_p", "guidance", "num_samples"}
@@ -82,12 +83,7 @@ def common_parser(
     add("--lr", type=positive_float, default=lr, help="learning rate of Adam")
     add("--seed", type=seed_int, default=0, help="of weights, order of images, drawn shapes")
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), cpu, cuda, cuda:1, mps")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="of matrix multiplications; auto: bf16 where the hardware computes in it",
-    )
+    add("--precision", choices=PRECISIONS, default="auto", help="auto: bf16 on hardware for it")
     add("--compile", action="store_true", help="torch.compile: minutes to start, then faster")
     add("--checkpoint-every", type=positive_int, default=200, help="in optimizer steps")
     add("--out", default=out, help="the run folder")
@@ -106,27 +102,21 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     args = parser.parse_args()
-    config_path = Path(args.out) / "config.json"
-    stored = _read_config(config_path) if config_path.exists() else None
+    folder = Path(args.out)
     if not args.resume:
-        folder = Path(args.out)
         if [*folder.glob("checkpoint.pt"), *folder.glob("*/checkpoint.pt")]:
-            raise InputError(
-                f"{args.out} holds a run already: continue it with --resume, "
-                "or name another folder with --out"
-            )
+            raise InputError(f"{folder} holds a run already: --resume it, or give another --out")
         args.command = command
         return args
-    if stored is None:
+    try:
+        stored = json.loads((folder / "config.json").read_text())
+        is_ours = {"command", "epochs", "precision"} <= stored.keys()
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(
-            f"--resume: there is no run in {args.out} (no config.json): "
-            "name its folder with --out, or start one without --resume"
-        )
-    if not set(stored) <= set(vars(args)) | {"command"}:
-        raise InputError(
-            f"{config_path} does not have this script's flags: is it another script's run? "
-            "Name the right folder with --out"
-        )
+            f"--resume: --out {folder} has no config.json of a run ({error})"
+        ) from error
+    if not is_ours or not stored.keys() <= vars(args).keys() | {"command"}:
+        raise InputError(f"--resume: --out {folder} is not a run of this script: name another")
     # Flags that are newer than the run had their defaults.
     newer = vars(args).keys() - stored.keys() - {"out", "resume"}
     stored |= {name: parser.get_default(name) for name in newer}
@@ -137,31 +127,14 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     changed = {name for name, value in stored.items() if getattr(args, name) != value}
     for name in sorted(changed - MAY_CHANGE_ON_RESUME):
         raise InputError(
-            f"--resume: the run in {args.out} has {name} = {stored[name]}, but "
-            f"{getattr(args, name)} was given: leave the flag out, or start a new run in another "
-            "--out"
+            f"--resume: the run in {args.out} has {name}={stored[name]}, not "
+            f"{getattr(args, name)}: leave the flag out, or start a new run in another --out"
         )
     if args.epochs < stored["epochs"]:
-        raise InputError(
-            f"--resume: the run in {args.out} has {stored['epochs']} epochs, which can be "
-            f"more, but not {args.epochs}"
-        )
+        raise InputError(f"--epochs {args.epochs}: a run of {stored['epochs']} can only be longer")
     if changed & {"epochs", "temperature", "top_k", "top_p", "guidance", "num_samples"}:
         args.command = f"{args.command} && {command}"  # both made the result
     return args
-
-
-def _read_config(path: Path) -> dict:
-    """The flags of a run, as its config.json has them."""
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}): repair it, or move it away") from error
-    if not isinstance(config, dict) or not {"command", "epochs", "precision"} <= config.keys():
-        raise InputError(
-            f"{path} was not written by a script of this package: name another folder with --out"
-        )
-    return config
 
 
 def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
@@ -173,13 +146,8 @@ def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
     out = Path(args.out)
     if not args.resume:  # early, so that a run killed while it reads its data can be resumed
         write_json(out / "config.json", config)
-    data = load_dataset(
-        args.data,
-        root=args.data_root,
-        image_size=args.image_size,
-        seed=args.seed,
-        num_drawn=args.num_drawn,
-    )
+    sizes = {"image_size": args.image_size, "num_drawn": args.num_drawn}
+    data = load_dataset(args.data, root=args.data_root, seed=args.seed, **sizes)
     if args.limit:
         data = data.first(args.limit)
     for batch_size in batch_sizes:  # one that does not fit stops here, not after hours
@@ -187,28 +155,16 @@ def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
     if args.resume:  # perhaps with more epochs than before, now that nothing refuses them
         write_json(out / "config.json", config)
     print(f"{len(data.train_images)} training and {len(data.test_images)} test images, {device}")
-    return Run(
-        out=out,
-        data=data,
-        variance=pixel_variance(data.train_images),
-        device=device,
-        dtype=dtype,
-        epochs=args.epochs,
-        seed=args.seed,
-        flip=args.flip,
-        checkpoint_every=args.checkpoint_every,
-        resume=args.resume,
-        about={"data": args.data, "image_size": args.image_size, "command": args.command},
-    )
+    flags = ("epochs", "seed", "flip", "checkpoint_every", "resume")
+    about = {name: getattr(args, name) for name in ("data", "image_size", "command")}
+    variance = pixel_variance(data.train_images)
+    return Run(out, data, variance, device, dtype, about, **{f: getattr(args, f) for f in flags})
 
 
 def open_tokenizer(args: argparse.Namespace) -> tuple[VQAutoencoder, dict]:
     """The tokenizer and its checkpoint; sets --data and --image-size to its own if not given."""
     if args.tokenizer is None:
-        raise InputError(
-            "--tokenizer was not given: name the checkpoint.pt of a VQ-VAE or VQGAN, as in "
-            "--tokenizer runs/vqgan/vqgan/checkpoint.pt"
-        )
+        raise InputError("--tokenizer is missing: give --tokenizer runs/vqgan/vqgan/checkpoint.pt")
     own_copy = Path(args.out) / "tokenizer.pt"  # a run that began goes on with the same one
     path = own_copy if args.resume and own_copy.exists() else args.tokenizer
     tokenizer, state = load_tokenizer(path)
@@ -221,7 +177,7 @@ def open_tokenizer(args: argparse.Namespace) -> tuple[VQAutoencoder, dict]:
         elif own is not None and Path(str(own)) != Path(str(given)) and not args.other_data:
             raise InputError(
                 f"{flag} {given}: the tokenizer {args.tokenizer} was trained with {own}; leave "
-                "the flag out, name another tokenizer, or add --other-data to use this one"
+                "the flag out, or add --other-data"
             )
     with user_input():
         tokenizer.check_resolution(args.image_size, args.image_size)
@@ -231,26 +187,16 @@ def open_tokenizer(args: argparse.Namespace) -> tuple[VQAutoencoder, dict]:
 
 def sampling_settings(args: argparse.Namespace, num_embeddings: int) -> list[dict]:
     """Every combination of the sampling flags, as keyword arguments of `GPT.sample`."""
-    settings = [
-        dict(zip(("guidance", "temperature", "top_k", "top_p"), values, strict=True))
-        for values in itertools.product(
-            args.guidance, args.temperature, args.top_k or [None], args.top_p or [None]
-        )
-    ]
+    values = {"guidance": args.guidance, "temperature": args.temperature}
+    values |= {"top_k": args.top_k or [None], "top_p": args.top_p or [None]}
+    settings = [dict(zip(values, v, strict=True)) for v in itertools.product(*values.values())]
     for setting in settings:
         with user_input():
             check_sampling(num_embeddings, **setting)
     if args.num_samples == 1:
         raise InputError("--num-samples 1: a Frechet distance takes at least two, give more")
-    if args.condition == "none" and any(guidance != 1 for guidance in args.guidance):
-        raise InputError(
-            "--guidance exaggerates a condition, and --condition is none: leave it out"
-        )
-    if args.condition_drop == 0 and any(guidance != 1 for guidance in args.guidance):
-        raise InputError(
-            "--guidance needs a model that knows what is likely without its condition: leave "
-            "--condition-drop at a number above 0"
-        )
+    if set(args.guidance) != {1.0} and (args.condition == "none" or args.condition_drop == 0):
+        raise InputError("--guidance needs a --condition, and a --condition-drop above 0")
     return settings
 
 
@@ -294,10 +240,7 @@ def run_script(
     except (FileExistsError, NotADirectoryError) as error:
         sys.exit(f"error: {error}: a file is where a folder should be; name another --out")
     except OSError as error:
-        sys.exit(
-            f"error: {error}: check that the disk has room and the folder can be written, then "
-            "--resume (what was written before is whole), or choose another --out"
-        )
+        sys.exit(f"error: {error}: is there room, and may it be written? What is there is whole")
     except KeyboardInterrupt:
         resume = "; --resume goes on from the last checkpoint, or from the start without one"
         sys.exit("stopped" + (resume if resumable else ""))

@@ -23,11 +23,8 @@ from vqgan.errors import InputError
 MODEL_KEYS = {"model", "arguments", "weights"}  # what a model can be used with
 RUN_KEYS = {"optimizers", "batches", "step", "seconds", "random", "threads"}  # and a run goes on
 
-# What to do after a loss or a weight that is not finite.
-START_AGAIN = (
-    "Checkpoints written before are kept as they are; start again with a lower learning rate in "
-    "another folder"
-)
+# After a loss or a weight that is not finite.
+DIVERGED = "training has diverged; what was saved before is whole: start again with a lower lr"
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -90,9 +87,7 @@ def save_checkpoint(
     weights = [model.state_dict(), *companions.values()]
     for name, value in (item for state in weights for item in state.items()):
         if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
-            raise InputError(
-                f"{name} is not finite after step {step}: training has diverged. {START_AGAIN}"
-            )
+            raise InputError(f"{name} is not finite after step {step}: {DIVERGED}")
     state = {
         "model": type(model).__name__,
         "arguments": all_arguments(type(model), arguments),
@@ -128,10 +123,9 @@ def save_model(path: Path, state: dict, *, half: bool = False) -> None:
 
     `half`: the weights in half precision: a file of half the size, equal to about three digits.
     """
-    weights = {
-        name: value.half() if half and is_float(value) else value
-        for name, value in state["weights"].items()
-    }
+    weights = dict(state["weights"])
+    if half:
+        weights |= {name: w.half() for name, w in weights.items() if is_float(w)}
     keys = ("model", "arguments", "about", "step", "seconds", "code_version")
     save_plain(path, {key: state[key] for key in keys if key in state} | {"weights": weights})
 
@@ -171,12 +165,9 @@ def load_checkpoint(
         raise
     except Exception as error:  # pickle's, zipfile's and torch's own, of many types
         # torch says "unsupported" of a pickle with code, and of a file that is no pickle.
-        may_have_code = "unsupported" in str(error).lower()
         code = "it is something else, or carries code, which was not run"
-        reason = code if may_have_code else "damaged?"
-        raise InputError(
-            f"{path} is not a checkpoint of plain data ({reason}): {remedy}"
-        ) from error
+        reason = code if "unsupported" in str(error).lower() else "damaged?"
+        raise InputError(f"{path} is no checkpoint of plain data ({reason}): {remedy}") from error
     keys = MODEL_KEYS if model_class is None else MODEL_KEYS | RUN_KEYS
     if not isinstance(state, dict) or not keys <= state.keys():
         raise InputError(f"{path} is not a checkpoint of this package: {remedy}")
@@ -222,17 +213,14 @@ def restore(
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
     except (KeyError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"the checkpoint does not fit {state['model']} ({' '.join(str(error).split())}): put a "
-            "copy of the right one back, or move it away to train this model from the start"
-        ) from error
+        reason = " ".join(str(error).split())
+        raise InputError(f"the checkpoint does not fit {state['model']} ({reason})") from error
     batches.load_state_dict(state["batches"])
     set_random_state(state["random"])
     if state["threads"] != torch.get_num_threads():
         print(
-            f"warning: this run had {state['threads']} threads and goes on with "
-            f"{torch.get_num_threads()}: sums are rounded in another order, so the weights will "
-            "not be the same bit for bit"
+            f"warning: this run had {state['threads']} threads, not {torch.get_num_threads()}: sums"
+            " are rounded in another order, so the weights will not be the same bit for bit"
         )
 
 

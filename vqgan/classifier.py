@@ -108,22 +108,15 @@ def train_classifier(
         torch.manual_seed(seed)
         model = prepare_model(Classifier(num_classes, width), device, compile=False)
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=MAX_LR,
-        weight_decay=WEIGHT_DECAY,
-        fused=has_fused_optimizers(device),
+        model.parameters(), lr=MAX_LR, weight_decay=WEIGHT_DECAY, fused=has_fused_optimizers(device)
     )
-    total_steps = epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=MAX_LR, total_steps=total_steps
-    )
-    shifts = torch.randint(
-        2 * SHIFT + 1, (total_steps, 2), generator=torch.Generator().manual_seed(seed)
-    ).tolist()
-    progress = tqdm(desc=name, total=total_steps, unit="step")
+    steps = epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=MAX_LR, total_steps=steps)
+    generator = torch.Generator().manual_seed(seed)
+    shifts = torch.randint(2 * SHIFT + 1, (steps, 2), generator=generator).tolist()
     model.train()
-    for _ in range(epochs):
-        for x, labels in loader:
+    for epoch in range(1, epochs + 1):
+        for x, labels in tqdm(loader, desc=f"{name}, epoch {epoch}", unit="step"):
             top, left = shifts.pop()
             padded = F.pad(x, (SHIFT,) * 4, mode="reflect")
             x = padded[..., top : top + x.shape[2], left : left + x.shape[3]]
@@ -134,19 +127,13 @@ def train_classifier(
             loss.backward()
             optimizer.step()
             schedule.step()
-            progress.update()
-    progress.close()
     return model.eval().requires_grad_(False)
 
 
 def save_classifier(path: Path, model: Classifier, accuracy: float) -> None:
     """Write the file that `load_classifier` reads."""
-    state = {
-        "num_classes": model.head.out_features,
-        "width": model.stem.out_channels,
-        "weights": model.state_dict(),
-        "accuracy": accuracy,
-    }
+    sizes = {"num_classes": model.head.out_features, "width": model.stem.out_channels}
+    state = sizes | {"weights": model.state_dict(), "accuracy": accuracy}
     save_plain(path, state)
 
 
@@ -162,8 +149,6 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float
         model.load_state_dict(state["weights"])
         accuracy = state["accuracy"]
     except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"{path} is not a classifier of this package: name another, or move it away"
-        ) from error
+        raise InputError(f"{path} is not a classifier of this package: name another") from error
     model = prepare_model(model, device, compile=False)
     return model.eval().requires_grad_(False), accuracy

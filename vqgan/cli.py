@@ -15,18 +15,10 @@ import argparse
 import json
 from pathlib import Path
 
-from vqgan import cli_codes, cli_sample
+from vqgan import cli_codes, cli_sample, pretrained
 from vqgan.arguments import HelpFormatter, run_script
 from vqgan.checkpoint import fingerprint, save_model
 from vqgan.errors import InputError
-from vqgan.pretrained import (
-    SHIPPED,
-    build_model,
-    checkpoint_path,
-    load_pair,
-    load_tokenizer,
-    read_checkpoint,
-)
 
 
 def info_flags(add) -> None:
@@ -35,10 +27,10 @@ def info_flags(add) -> None:
 
 
 def info(args: argparse.Namespace) -> None:
-    """Print what a checkpoint says of itself, and what was measured of its model."""
-    state = read_checkpoint(args.checkpoint)
+    """What a checkpoint is, trained on what, for how long, with what result."""
+    state = pretrained.read_checkpoint(args.checkpoint)
     about = state.get("about") or {}
-    parameters = sum(p.numel() for p in build_model(state, args.checkpoint).parameters())
+    parameters = sum(p.numel() for p in pretrained.build_model(state, args.checkpoint).parameters())
     print(f"{state['model']}, {parameters:,} parameters")
     for name, value in state["arguments"].items():
         print(f"    {name}: {value}")
@@ -61,7 +53,7 @@ def _result(checkpoint: str, state: dict) -> dict:
     """What was measured of a model: in its checkpoint, or in the metrics.json of its run."""
     if "result" in (state.get("about") or {}):
         return state["about"]["result"]
-    path = checkpoint_path(checkpoint)
+    path = pretrained.checkpoint_path(checkpoint)
     for metrics_path, name in (
         (path.parent / "metrics.json", "transformer" if state["model"] == "GPT" else ""),
         (path.parent.parent / "metrics.json", path.parent.name),
@@ -81,14 +73,18 @@ def export_flags(add) -> None:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Copy a pair in half precision, without what only training needs; results go with it."""
-    pair, out = load_pair(args.checkpoint), Path(args.out)
-    path = checkpoint_path(args.checkpoint)
+    """A transformer and its tokenizer, to share: half precision, no optimizer."""
+    pair, out = pretrained.load_pair(args.checkpoint), Path(args.out)
+    path = pretrained.checkpoint_path(args.checkpoint)
     if (out / "checkpoint.pt").exists():
         raise InputError(f"--out {out} holds a checkpoint.pt already: name another folder")
-    state = read_checkpoint(path)
-    save_model(out / "tokenizer.pt", read_checkpoint(path.with_name("tokenizer.pt")), half=True)
-    tokenizer, _ = load_tokenizer(out / "tokenizer.pt")  # rounded: other weights, another hash
+    state = pretrained.read_checkpoint(path)
+    save_model(
+        out / "tokenizer.pt", pretrained.read_checkpoint(path.with_name("tokenizer.pt")), half=True
+    )
+    tokenizer, _ = pretrained.load_tokenizer(
+        out / "tokenizer.pt"
+    )  # rounded: other weights, another hash
     state["about"] |= {"tokenizer_fingerprint": fingerprint(tokenizer)}
     state["about"] |= {"result": _result(args.checkpoint, state)}
     save_model(out / "checkpoint.pt", state, half=True)
@@ -96,30 +92,16 @@ def export(args: argparse.Namespace) -> None:
     print(f"{type(pair.tokenizer).__name__} and transformer, {size / 1e6:.1f} MB: {out}")
 
 
-COMMANDS = {  # what each does, its flags, its function
-    "sample": (
-        "new images of a trained transformer, in one PNG",
-        cli_sample.sample_flags,
-        cli_sample.sample,
-    ),
-    "complete": (
-        "the rest of an image, by a transformer, in one PNG",
-        cli_sample.complete_flags,
-        cli_sample.complete,
-    ),
-    "reconstruct": (
-        "images over their reconstructions, in one PNG",
-        cli_codes.reconstruct_flags,
-        cli_codes.reconstruct,
-    ),
-    "encode": (
-        "images as codes: a few dozen bytes each",
-        cli_codes.encode_flags,
-        cli_codes.encode,
-    ),
-    "decode": ("codes as images again: a PNG for each", cli_codes.decode_flags, cli_codes.decode),
-    "info": ("what a checkpoint is, trained on what, with what result", info_flags, info),
-    "export": ("a transformer and its tokenizer, to share", export_flags, export),
+# Each command is a function; its name and its docstring's first line are the user's. Beside it,
+# what adds its flags.
+COMMANDS = {
+    cli_sample.sample: cli_sample.sample_flags,
+    cli_sample.complete: cli_sample.complete_flags,
+    cli_codes.reconstruct: cli_codes.reconstruct_flags,
+    cli_codes.encode: cli_codes.encode_flags,
+    cli_codes.decode: cli_codes.decode_flags,
+    info: info_flags,
+    export: export_flags,
 }
 
 
@@ -128,20 +110,22 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="vqgan",
         description="Use trained models. CHECKPOINT: the checkpoint.pt of a run, or one that comes "
-        f"with the package: {', '.join(SHIPPED)}.",
+        f"with the package: {', '.join(pretrained.SHIPPED)}.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (help, add_flags, _) in COMMANDS.items():
+    for function, add_flags in COMMANDS.items():
+        name, help = function.__name__, function.__doc__.splitlines()[0].rstrip(".")
         subparser = commands.add_parser(
             name, help=help, description=help, formatter_class=HelpFormatter, allow_abbrev=False
         )
         add_flags(subparser.add_argument)
+        subparser.set_defaults(function=function)
     return parser.parse_args()
 
 
 def main(args: argparse.Namespace) -> None:
     """Call the function of the command."""
-    COMMANDS[args.command][2](args)
+    args.function(args)
 
 
 def command_line() -> None:

@@ -55,7 +55,7 @@ def decode_flags(add) -> None:
 
 @torch.no_grad()
 def reconstruct(args: argparse.Namespace) -> None:
-    """Images through a model (of a transformer: its tokenizer), and the PSNR of each."""
+    """Images over their reconstructions by a model, in one PNG, and the PSNR of each."""
     out, device = png_path(args.out, args.images), choose_device(args.device)
     config = _read_config(args.config)
     if config is not None or read_checkpoint(args.checkpoint)["model"] == "VAE":
@@ -74,15 +74,17 @@ def reconstruct(args: argparse.Namespace) -> None:
         h, w = model.encode(x[:1]).indices.shape[1:]
         K = model.num_embeddings
         title += f": {h}x{w} codes of {K}, {metrics.code_bits(h * w, K):.0f} bits per image"
-    figures.image_rows(
-        out, [("original", originals), ("reconstruction", reconstructions)], title=title
-    )
+    rows = [("original", originals), ("reconstruction", reconstructions)]
+    figures.image_rows(out, rows, title=title)
     print(f"{title}; written to {out}")
 
 
 @torch.no_grad()
 def encode(args: argparse.Namespace) -> None:
-    """Codes as numbers of just enough bits each, packed into bytes, and what decodes them."""
+    """Images as codes, a few dozen bytes each.
+
+    They are numbers of just enough bits, packed into bytes; the file says what decodes them.
+    """
     out, device = Path(args.out), choose_device(args.device)
     if out.suffix != ".npz":
         raise InputError(f"--out {args.out}: a name that ends in .npz was expected")
@@ -115,28 +117,25 @@ def encode(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def decode(args: argparse.Namespace) -> None:
-    """The other way: bytes to codes, and these to a PNG each, by the model that encoded them."""
+    """Codes as images again: a PNG for each, by the model that encoded them."""
     device = choose_device(args.device)
     try:
         with np.load(args.codes, allow_pickle=False) as file:
             content = {name: file[name] for name in file.files}
-        K, path, encoder = (
-            content[name].item() for name in ("num_embeddings", "checkpoint", "fingerprint")
-        )
+        numbers = ("num_embeddings", "checkpoint", "fingerprint")
+        K, path, encoder = (content[name].item() for name in numbers)
         names, packed = content["names"], content["codes"]
         indices = torch.from_numpy(_unpack(packed, *content["grid_size"].tolist(), K))
         if len(names) != len(indices) or indices.max() >= K:
             raise ValueError(f"code {indices.max()} of {K}")
     except Exception as error:  # numpy's, zipfile's and zlib's, of many types
         reason = "damaged?" if "pickle" in str(error) else error  # numpy takes all else for pickles
-        raise InputError(
-            f"{args.codes} cannot be read as codes ({reason}): give a file that `encode` wrote"
-        ) from error
+        raise InputError(f"{args.codes} is not a file of `encode` ({reason})") from error
     model = _tokenizer(args.checkpoint or path)
     if (fingerprint(model), model.num_embeddings) != (encoder, K):
         raise InputError(
-            f"{args.checkpoint or path} is not the model that encoded {args.codes} ({path}): its "
-            "codes mean other things; name that one with --checkpoint"
+            f"{args.checkpoint or path} is not the model that encoded {args.codes} ({path}): name "
+            "that one with --checkpoint"
         )
     model, parts = model.to(device), indices.to(device).split(64)
     images = torch.cat([to_uint8(model.decode_indices(part)) for part in parts]).cpu()
@@ -161,10 +160,7 @@ def _size(model: VAE | VQAutoencoder, size: int | None) -> int:
         with user_input():
             model.check_resolution(size, size)
     elif size != model.image_size:
-        raise InputError(
-            f"--image-size {size}: this VAE takes images of {model.image_size} pixels only; "
-            "leave the flag out"
-        )
+        raise InputError(f"--image-size {size}: this VAE takes {model.image_size} pixels only")
     return size
 
 
@@ -175,10 +171,7 @@ def _read_config(path: str | None) -> dict | None:
     try:
         config = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"--config {path} cannot be read as JSON ({error}): give a file with the ddconfig of "
-            "the checkpoint's YAML, with embed_dim and n_embed"
-        ) from error
+        raise InputError(f"--config {path} cannot be read as JSON ({error})") from error
     if not isinstance(config, dict):
         raise InputError(f"--config {path} must hold an object {{...}}, not {config!r:.40}")
     return config

@@ -21,6 +21,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
+from vqgan.checkpoint import MODEL_KEYS
 from vqgan.errors import InputError
 from vqgan.transformer import GPT
 from vqgan.vqgan import VQGAN
@@ -28,25 +29,17 @@ from vqgan.vqgan import VQGAN
 # The keys of their YAML (model.params.ddconfig, and embed_dim and n_embed beside it), and the name
 # that each argument has here. The others must have the only value that published networks have.
 VQGAN_ARGUMENTS = {
-    "resolution": "resolution",
-    "ch": "channels",
-    "ch_mult": "channel_multipliers",
-    "num_res_blocks": "num_residual_blocks",
-    "attn_resolutions": "attention_resolutions",
-    "z_channels": "latent_channels",
-    "embed_dim": "embedding_dim",
-    "n_embed": "num_embeddings",
-}
+    "resolution": "resolution", "ch": "channels", "ch_mult": "channel_multipliers",
+    "num_res_blocks": "num_residual_blocks", "attn_resolutions": "attention_resolutions",
+    "z_channels": "latent_channels", "embed_dim": "embedding_dim", "n_embed": "num_embeddings",
+}  # fmt: skip
 VQGAN_ONLY_VALUES = {"double_z": False, "in_channels": 3, "out_ch": 3, "resamp_with_conv": True}
 # The same of the transformer (model.params.transformer_config.params); `n_unmasked` positions at
 # the start would see each other.
 GPT_ARGUMENTS = {
-    "vocab_size": "num_embeddings",
-    "block_size": "block_size",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "n_embd": "n_embd",
-}
+    "vocab_size": "num_embeddings", "block_size": "block_size",
+    "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
+}  # fmt: skip
 GPT_ONLY_VALUES = {"n_unmasked": 0}
 # In eval mode these change nothing.
 NO_EFFECT = ("dropout", "give_pre_end", "embd_pdrop", "resid_pdrop", "attn_pdrop")
@@ -71,13 +64,10 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
     theirs = read_weights(path)
     _ignore(theirs, "of the training loss", "loss.")
     with _fitting(path):
-        sides = [
-            arguments["resolution"] // 2**level
-            for level in range(len(arguments["channel_multipliers"]))
-        ]
+        levels = range(len(arguments["channel_multipliers"]))
+        sides = {arguments["resolution"] // 2**level for level in levels}
         # Sides that never occur have no effect in their code.
-        attention = [side for side in arguments["attention_resolutions"] if side in sides]
-        arguments["attention_resolutions"] = attention
+        arguments["attention_resolutions"] = sides.intersection(arguments["attention_resolutions"])
         model = VQGAN(**arguments, quantizer="gradient", norm_groups=32)  # the published ones
         _load(model, theirs, {ours: [name] for ours, name in _their_names(model).items()})
     model.quantizer.waits_for_data = False
@@ -85,10 +75,7 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
 
 
 def load_compvis_transformer(
-    path: str | Path,
-    config: dict,
-    seq_len: int | None = None,
-    condition_length: int | None = None,
+    path: str | Path, config: dict, seq_len: int | None = None, condition_length: int | None = None
 ) -> GPT:
     """Their checkpoint as a transformer in eval mode: the same logits.
 
@@ -117,13 +104,8 @@ def load_compvis_transformer(
         length = block_size - seq_len + 1 if condition_length is None else condition_length
         if length + seq_len - 1 > block_size:  # the last token is not read
             raise ValueError(f"{length} + {seq_len} tokens, but their block holds {block_size}")
-        model = GPT(
-            **arguments,
-            seq_len=seq_len,
-            condition_vocabulary=arguments["num_embeddings"],
-            condition_length=length,
-            dropout=0.0,
-        )
+        arguments |= {"seq_len": seq_len, "condition_length": length, "dropout": 0.0}
+        model = GPT(**arguments, condition_vocabulary=arguments["num_embeddings"])
         positions = theirs["transformer.pos_emb"]
         if positions.shape != (1, block_size, arguments["n_embd"]):
             raise ValueError(f"transformer.pos_emb has the shape {tuple(positions.shape)}")
@@ -149,10 +131,8 @@ def _arguments(config: dict, names: dict[str, str], only_values: dict) -> dict:
         raise InputError(f"the config lacks {', '.join(sorted(missing))}: give that of the model")
     for key in config.keys() - names.keys() - set(NO_EFFECT):
         if key not in only_values or only_values[key] != config[key]:
-            raise InputError(
-                f"the config has {key} = {config[key]!r}, which would be another network: here it "
-                f"is {only_values.get(key, 'not given')}"
-            )
+            only = only_values.get(key, "not given")
+            raise InputError(f"{key} = {config[key]!r} is another network: here it is {only}")
     return {ours: config[theirs] for theirs, ours in names.items()}
 
 
@@ -162,7 +142,7 @@ def _ignore(weights: dict, what: str, *prefixes: str) -> None:
     for name in beside:
         del weights[name]
     if beside:
-        modules = sorted({".".join(name.split(".")[:-1][:2]) for name in beside})
+        modules = sorted({name.split(".")[0] for name in beside})
         print(f"ignored {len(beside)} weights {what}: {', '.join(modules)}")
 
 
@@ -172,23 +152,17 @@ def _fitting(path: str | Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path} does not fit its config ({' '.join(str(error).split())[:300]}): give the "
-            "config that belongs to this checkpoint"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path} does not fit its config ({reason}): give its own") from error
 
 
 def _load(model: nn.Module, theirs: dict, names: dict[str, list[str]]) -> None:
-    """Load weights strictly: all of ours, each laid together from some of theirs, and all theirs."""
+    """Load weights strictly: each of ours is laid together from some of theirs; none is left."""
     state = model.state_dict()
     for ours, parts in names.items():
-        missing = [name for name in parts if name not in theirs]
-        if missing:
-            raise KeyError(f"{missing[0]} is not there")
-        state[ours] = torch.cat([theirs[name].float() for name in parts])
-    unknown = theirs.keys() - {name for parts in names.values() for name in parts}
-    if unknown:
-        raise KeyError(f"{sorted(unknown)[0]} is not of this network")
+        state[ours] = torch.cat([theirs.pop(name).float() for name in parts])
+    if theirs:
+        raise KeyError(f"{min(theirs)} is not of this network")
     model.load_state_dict(state)
 
 
@@ -294,14 +268,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise
     except (OSError, RuntimeError, ValueError, TypeError, EOFError, UnpicklingError) as error:
-        raise InputError(
-            f"{path} cannot be read as a checkpoint: it is damaged, or another kind of file; "
-            "download it again, or name another"
-        ) from error
-    if isinstance(content, dict) and {"model", "arguments", "weights"} <= content.keys():
-        raise InputError(
-            f"{path} is a checkpoint of this package, not of the authors': leave the config out"
-        )
+        raise InputError(f"{path} is no checkpoint, or damaged: download it again") from error
+    if isinstance(content, dict) and MODEL_KEYS <= content.keys():
+        raise InputError(f"{path} is a checkpoint of this package: leave the config out")
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f"{path} has no weights (a state_dict of tensors): name a checkpoint")

@@ -59,9 +59,7 @@ class Condition:
         """Names of classes -> (B, 1). Raises InputError for an unknown one, and lists the known."""
         for name in names:
             if name not in self.names:
-                raise InputError(
-                    f"there is no class {name!r}: the model knows {', '.join(self.names)}"
-                )
+                raise InputError(f"there is no class {name!r}: give {', '.join(self.names)}")
         return torch.tensor([[self.names.index(name)] for name in names])
 
     def of_captions(self, captions: Sequence[str]) -> Tensor:
@@ -76,15 +74,11 @@ class Condition:
             words = caption.lower().split()
             unknown = [word for word in words if word not in places]
             if unknown:
-                raise InputError(
-                    f"caption {caption!r}: the model does not know {', '.join(unknown)}; it knows "
-                    f"{', '.join(word for word in self.names if word)}"
-                )
+                known = ", ".join(word for word in self.names if word)
+                raise InputError(f"caption {caption!r}: {unknown[0]!r} is unknown; give {known}")
             if not 1 <= len(words) <= self.length:
-                raise InputError(
-                    f"caption {caption!r} has {len(words)} words, but the model reads 1 to "
-                    f"{self.length}: as in 'small red star on blue', for the drawn shapes"
-                )
+                num_words = f"1 to {self.length} words, not {len(words)}"
+                raise InputError(f"caption {caption!r}: give {num_words}")
             row[: len(words)] = torch.tensor([places[word] for word in words])
         return tokens
 

@@ -73,34 +73,23 @@ def load_dataset(
         InputError: an unknown source, a folder without readable images, CIFAR-10 out of reach.
     """
     if source in ("cifar10", "shapes", "textures") and image_size != 32:
-        raise InputError(
-            f"image_size={image_size} does not fit {source}, whose images have 32 pixels a side: "
-            "leave it out, or give a folder of images"
-        )
+        raise InputError(f"image_size={image_size}: images of {source} have 32 pixels per side")
     if source in ("shapes", "textures"):
         return _draw(source, seed, num_drawn)
     if source == "cifar10":
         return _load_cifar10(Path(root))
     if Path(source).is_dir():
-        return ImageDataset(*read_folder(Path(source), image_size=image_size))
-    raise InputError(
-        f"no data source {source!r}: give 'cifar10', 'shapes', 'textures', or a folder of images "
-        "that exists"
-    )
+        return ImageDataset(**read_folder(Path(source), image_size=image_size))
+    raise InputError(f"data={source}: give cifar10, shapes, textures, or a folder of images")
 
 
 def _draw(source: str, seed: int, num_drawn: int) -> ImageDataset:
     """Shapes or textures, drawn: `num_drawn` for training, NUM_TEST for testing."""
-
-    def draw(count: int, seed: int | tuple[int, int]):
-        if source == "shapes":
-            return draw_shapes(count, seed=seed)
-        images, labels, class_names = draw_textures(count, seed=seed)
-        return images, labels, None, class_names
-
-    images, labels, captions, class_names = draw(NUM_TRAIN + NUM_TEST, seed)
+    draw = draw_shapes if source == "shapes" else draw_textures
+    images, labels, captions, class_names = draw(NUM_TRAIN + NUM_TEST, seed=seed)
     # Images past the usual number are drawn by a stream of their own: the others stay as they are.
-    more_images, more_labels, more_captions, _ = draw(max(0, num_drawn - NUM_TRAIN), (seed, 1))
+    more = max(0, num_drawn - NUM_TRAIN)
+    more_images, more_labels, more_captions, _ = draw(more, seed=(seed, 1))
     train = slice(min(num_drawn, NUM_TRAIN))
     return ImageDataset(
         train_images=torch.from_numpy(np.concatenate([more_images, images[train]])),
@@ -122,14 +111,14 @@ def _load_cifar10(root: Path) -> ImageDataset:
     except Exception as error:  # the network's, the server's and the archive's, of many types
         raise InputError(
             f"CIFAR-10 is not in {root} and cannot be downloaded ({error}): place "
-            f"cifar-10-python.tar.gz from {CIFAR10.url} there, give another data_root=FOLDER, "
-            "or do without it: data=shapes, or data=FOLDER with images of yours"
+            f"{CIFAR10.url} there, give another data_root=FOLDER, or data=shapes"
         ) from error
-    images = [
-        torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)
-    ]
-    labels = [torch.tensor(part.targets) for part in (train, test)]
-    return ImageDataset(*images, *labels, class_names=tuple(train.classes))
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in (train, test)]
+    return ImageDataset(
+        *(part.contiguous() for part in images),
+        *(torch.tensor(part.targets) for part in (train, test)),
+        class_names=tuple(train.classes),
+    )
 
 
 # --- batches -----------------------------------------------------------------------------------
@@ -158,10 +147,7 @@ class Batches:
         labels: Tensor | None = None,
     ):
         if not 1 <= batch_size <= len(images):
-            raise InputError(
-                f"batch size {batch_size} does not fit the {len(images)} training images: "
-                f"give 1 to {len(images)}"
-            )
+            raise InputError(f"batch size {batch_size}: give 1 to {len(images)}, the images")
         self.images = images.to(device) if isinstance(images, Tensor) else images
         self.batch_size, self.device, self.flip = batch_size, torch.device(device), flip
         self.labels = None if labels is None else labels.to(device)
@@ -196,19 +182,14 @@ class Batches:
 
     def state_dict(self) -> dict:
         """Where in which epoch it stands, for a checkpoint."""
-        return {
-            "epoch_start": self.epoch_start,
-            "position": self.position,
-            "num_images": len(self.images),
-        }
+        state = {"epoch_start": self.epoch_start, "position": self.position}
+        return state | {"num_images": len(self.images)}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from there. Raises InputError where there are more or fewer images than then."""
         if state["num_images"] != len(self.images):
-            raise InputError(
-                f"the run had {state['num_images']} training images, and now there are "
-                f"{len(self.images)}: give it the same images, or start a new run in another folder"
-            )
+            given, had = len(self.images), state["num_images"]
+            raise InputError(f"the run had {had} training images, not {given}: give it those")
         self.epoch_start, self.position = state["epoch_start"].cpu(), state["position"]
 
 
@@ -269,7 +250,5 @@ def pixel_variance(images: Tensor | ImageFiles) -> float:
         lowest = torch.minimum(lowest, x.amin(dim=(0, 2, 3)).float())
         highest = torch.maximum(highest, x.amax(dim=(0, 2, 3)).float())
     if torch.equal(lowest, highest):
-        raise InputError(
-            "the training images are all of one colour, and there is nothing to learn: give others"
-        )
+        raise InputError("the training images are all of one colour: give others")
     return total_squares / count - (total / count) ** 2

@@ -9,6 +9,9 @@ from torch import nn
 
 from vqgan.errors import InputError
 
+# What the processor can do; versions of torch that cannot be asked compute in float32.
+CAPABILITIES = getattr(torch.cpu, "get_capabilities", dict)()
+
 
 def choose_device(name: str) -> torch.device:
     """ "auto" takes CUDA, then Apple's MPS, then the CPU; any other name is taken as it is."""
@@ -41,18 +44,15 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16
     if name == "auto" and device.type == "cpu":
-        # Older versions of torch cannot be asked: float32 then.
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"):
+        if CAPABILITIES.get("amx_bf16") or CAPABILITIES.get("avx512_bf16"):
             return torch.bfloat16
     return torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
     """Matrix multiplications and convolutions in `dtype`; nothing changes for float32."""
-    return torch.autocast(
-        device_type=device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
-    )
+    enabled = dtype == torch.bfloat16
+    return torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def has_fused_optimizers(device: torch.device) -> bool:
@@ -64,9 +64,7 @@ def prepare_model(model: nn.Module, device: torch.device, *, compile: bool) -> n
     """Move to the device, channels last (the layout that convolutions are fastest in)."""
     model.to(device, memory_format=torch.channels_last)
     if compile and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        raise InputError(
-            "compile needs a C++ compiler on a CPU, and none is installed: leave it out"
-        )
+        raise InputError("compile needs a C++ compiler on a CPU: install one, or leave it out")
     if compile:
         model.compile()  # in place: the names in the state dict stay
     return model
@@ -77,7 +75,6 @@ def describe_device(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        name = capabilities.get("cpu_name") or platform.processor() or platform.machine()
+        name = CAPABILITIES.get("cpu_name") or platform.processor() or platform.machine()
         name = f"{name}, threads: {torch.get_num_threads()}"
     return f"{device.type} ({name}), {'bf16' if dtype == torch.bfloat16 else 'fp32'}"

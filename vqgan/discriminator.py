@@ -49,9 +49,8 @@ def depth_for(image_size: int) -> int:
     16 of 32 pixels, 34 of 64, 70 of 128 and more: with the usual depth of 3, a small image would be
     judged as a whole, by far more logits than there are patches.
     """
-    return max(
-        (depth for depth in (1, 2, 3) if receptive_field(depth) <= 2 / 3 * image_size), default=0
-    )
+    fitting = (depth for depth in (1, 2, 3) if receptive_field(depth) <= 2 / 3 * image_size)
+    return max(fitting, default=0)
 
 
 class PatchDiscriminator(nn.Module):
@@ -76,10 +75,8 @@ class PatchDiscriminator(nn.Module):
             raise ValueError(f"the discriminator's norm is one of {', '.join(NORMS)}, not {norm!r}")
         depth = depth_for(image_size)
         if image_size < receptive_field(depth):
-            raise ValueError(
-                f"images of {image_size} pixels are smaller than a patch of "
-                f"{receptive_field(depth)}: give larger ones"
-            )
+            smallest = receptive_field(depth)
+            raise ValueError(f"image_size must be {smallest} or more, not {image_size}")
 
         def conv(in_channels: int, out_channels: int, stride: int) -> nn.Module:
             layer = nn.Conv2d(in_channels, out_channels, kernel_size=4, stride=stride, padding=1)

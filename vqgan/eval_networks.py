@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vqgan.classifier import Classifier, load_classifier, save_classifier, train_classifier
-from vqgan.data import Batches, ImageDataset, batches_in_order
+from vqgan.data import ImageDataset, batches_in_order
 from vqgan.device import prepare_model
 from vqgan.errors import InputError
 from vqgan.perceptual import ClassifierDistance, PerceptualDistance, load_lpips
@@ -38,29 +38,12 @@ def trained_classifier(
         return load_classifier(path, run.device)
     data = run.data
     if data.train_labels is None or len(data.class_names) < 2:
-        raise InputError(
-            f"a classifier needs images of at least two classes, and these have "
-            f"{len(data.class_names) or 'none'}: give class folders (DIR/<class>/*), or "
-            "perceptual=lpips or none"
-        )
-    loader = Batches(
-        data.train_images,
-        min(CLASSIFIER_BATCH_SIZE, len(data.train_images)),
-        device=run.device,
-        seed=seed,
-        flip=run.flip,
-        labels=data.train_labels,
-    )
-    model = train_classifier(
-        loader,
-        num_classes=len(data.class_names),
-        width=width,
-        epochs=epochs,
-        seed=seed,
-        device=run.device,
-        dtype=run.dtype,
-        name=path.stem,
-    )
+        raise InputError("perceptual=classifier needs class folders: give them, or lpips or none")
+    batch_size = min(CLASSIFIER_BATCH_SIZE, len(data.train_images))
+    loader = run.loader(batch_size, seed=seed, labels=data.train_labels)
+    sizes = {"num_classes": len(data.class_names), "width": width}
+    where = {"device": run.device, "dtype": run.dtype}
+    model = train_classifier(loader, **sizes, epochs=epochs, seed=seed, **where, name=path.stem)
     share = accuracy(model, data, run.device)
     print(f"{path.stem}: {share:.1%} of the test images recognised")
     save_classifier(path, model, share)
@@ -80,49 +63,39 @@ def perceptual_distance(
     if network == "lpips":
         return prepare_model(load_lpips(), run.device, compile=False), None
     path = run.out / "classifier.pt"
-    classifier, share = trained_classifier(
-        path, run, width=CLASSIFIER_WIDTH, epochs=epochs, seed=CLASSIFIER_SEED
-    )
+    width, seed = CLASSIFIER_WIDTH, CLASSIFIER_SEED
+    classifier, share = trained_classifier(path, run, width=width, epochs=epochs, seed=seed)
     return ClassifierDistance(classifier), share
 
 
-def make_yardstick(run: Run, *, epochs: int) -> tuple[Classifier | None, float | None]:
-    """A classifier that no model is trained on, and its accuracy; None for unlabelled images."""
-    if run.data.train_labels is None or len(run.data.class_names) < 2:
-        print("these images have no classes: no yardstick, and no Frechet distance")
-        return None, None
-    if len(run.data.test_images) < 2:
-        print("a single test image: no yardstick, and no Frechet distance")
-        return None, None
-    path = run.out / "yardstick.pt"
-    return trained_classifier(path, run, width=YARDSTICK_WIDTH, epochs=epochs, seed=YARDSTICK_SEED)
-
-
-def find_yardstick(
-    run: Run, file: Path | None, folder: Path | None, *, epochs: int
+def load_yardstick(
+    run: Run, *, epochs: int, file: str | None = None, folder: Path | None = None
 ) -> tuple[Classifier | None, float | None]:
-    """The yardstick of another run, so that both are measured by the same; or a new one.
+    """A classifier that no model is trained with, and its accuracy; None for unlabelled images.
 
     Args:
-        file: the one to take.
-        folder: where to look for yardstick.pt if no file is given, and one level above.
         epochs: of a new one.
+        file: that of another run, so that both are measured by the same.
+        folder: where to look for yardstick.pt if no file is given, and one level above.
 
     Raises:
         InputError: the file is no classifier, or knows other classes.
     """
-    if run.data.train_labels is None or len(run.data.test_images) < 2:  # it says why not
-        return make_yardstick(run, epochs=epochs)
+    num_classes = 0 if run.data.train_labels is None else len(run.data.class_names)
+    if num_classes < 2 or len(run.data.test_images) < 2:
+        print("without two classes and two test images: no yardstick, and no Frechet distance")
+        return None, None
     if file is None and folder is not None:
         candidates = (folder / "yardstick.pt", folder.parent / "yardstick.pt")
         file = next((path for path in candidates if path.exists()), None)
     if file is None:
-        return make_yardstick(run, epochs=epochs)
-    yardstick, share = load_classifier(file, run.device)
-    if yardstick.head.out_features != len(run.data.class_names):
+        path, width = run.out / "yardstick.pt", YARDSTICK_WIDTH
+        return trained_classifier(path, run, width=width, epochs=epochs, seed=YARDSTICK_SEED)
+    yardstick, share = load_classifier(Path(file), run.device)
+    if yardstick.head.out_features != num_classes:
         raise InputError(
-            f"{file} tells {yardstick.head.out_features} classes apart, and these images have "
-            f"{len(run.data.class_names)}: give another yardstick=FILE"
+            f"{file} tells {yardstick.head.out_features} classes apart, not {num_classes}: give "
+            "another yardstick=FILE"
         )
     return yardstick, share
 
@@ -137,10 +110,9 @@ def features_of(model: Classifier, batches: Iterable[Tensor]) -> Tensor:
 @torch.no_grad()
 def accuracy(model: Classifier, data: ImageDataset, device: torch.device) -> float:
     """Share of the test images that are recognised, 0 to 1."""
-    predicted = [
-        model(x).argmax(dim=1).cpu() for x in batches_in_order(data.test_images, device=device)
-    ]
-    return (torch.cat(predicted) == data.test_labels).double().mean().item()
+    batches = batches_in_order(data.test_images, device=device)
+    predicted = torch.cat([model(x).argmax(dim=1).cpu() for x in batches])
+    return (predicted == data.test_labels).double().mean().item()
 
 
 def inception_distance(device: torch.device, feature: int | nn.Module = 2048):
@@ -162,10 +134,7 @@ def inception_distance(device: torch.device, feature: int | nn.Module = 2048):
             "cpu" if device.type == "mps" else device  # its sums are float64, which MPS has not
         )
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"rFID needs packages that are not installed ({error}): install this package's extra "
-            "'fid', or do without"
-        ) from error
+        raise InputError(f"rFID needs this package's extra 'fid' ({error})") from error
     except OSError as error:  # urllib's
         raise InputError(
             f"the weights of Inception cannot be downloaded ({error}): place "

@@ -56,11 +56,11 @@ def evaluate_autoencoder(
             mean, log_var = model.encode(x)
             noise = torch.randn(mean.shape, generator=generator).to(run.device)
             sampled = model.decode(reparameterise(mean, log_var, noise))
+            quality["nmse_sampled"] = metrics.normalised_mse(x.cpu(), sampled.cpu(), run.variance)
+            quality["ssim_sampled"] = metrics.ssim(to_unit(x).cpu(), to_unit(sampled).cpu())
         else:
             usage.update(output.indices)
-            sampled = x_hat
-        quality["nmse_sampled"] = metrics.normalised_mse(x.cpu(), sampled.cpu(), run.variance)
-        quality["ssim_sampled"] = metrics.ssim(to_unit(x).cpu(), to_unit(sampled).cpu())
+            quality |= {f"{name}_sampled": quality[name] for name in ("nmse", "ssim")}
         if distance is not None:
             quality["perceptual"] = distance(x, x_hat)
         for name, values in quality.items():
@@ -118,16 +118,16 @@ def reference_frechet(
     features = features_of(yardstick, batches_in_order(test, device=device))
     reconstructions = (tokenizer(x).reconstruction for x in batches_in_order(test, device=device))
     reconstructed = features_of(yardstick, reconstructions)
-    real = features_of(
-        yardstick, batches_in_order(run.data.train_images[: len(test)], device=device)
-    )
+    train = run.data.train_images[: len(test)]
+    real = features_of(yardstick, batches_in_order(train, device=device))
     return features, {
         "reconstructions": metrics.frechet_distance(reconstructed, features),
         "training images": metrics.frechet_distance(real, features),
     }
 
 
-def evaluate_settings(
+@torch.no_grad()
+def evaluate_samples(
     prior: GPT,
     tokenizer: VQAutoencoder,
     dataset: TokenDataset,
@@ -137,68 +137,48 @@ def evaluate_settings(
     num_samples: int | None,
     run: Run,
 ) -> tuple[list[dict], dict[str, float]]:
-    """`evaluate_samples` at each setting, and `reference_frechet`; nothing without a yardstick.
+    """Samples at each setting, beside the test images; and `reference_frechet`.
 
-    `num_samples`: None takes one for each test image.
+    They are sampled under the conditions of the test images, in their order. Without a yardstick
+    there is nothing to measure them by.
+
+    Args:
+        settings: keyword arguments of `GPT.sample`, which stand in the results too.
+        num_samples: None takes one for each test image.
     """
     if yardstick is None:
         return [], {}
-    features, references = reference_frechet(yardstick, tokenizer, run)
-    num_samples = num_samples or len(run.data.test_images)
-    shared = {"yardstick": yardstick, "test_features": features, "run": run}
-    return [
-        evaluate_samples(prior, tokenizer, dataset, setting, num_samples, **shared)
-        for setting in settings
-    ], references
-
-
-@torch.no_grad()
-def evaluate_samples(
-    prior: GPT,
-    tokenizer: VQAutoencoder,
-    dataset: TokenDataset,
-    setting: dict,
-    num_samples: int,
-    *,
-    yardstick: Classifier,
-    test_features: Tensor,
-    run: Run,
-) -> dict:
-    """Samples under the conditions of the test images, in their order, beside the test images.
-
-    Args:
-        setting: keyword arguments of `GPT.sample`; they stand in the result too.
-    """
-    watch = Stopwatch()
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.arange(num_samples) % len(dataset.test)  # around again, if there are more
+    test_features, references = reference_frechet(yardstick, tokenizer, run)
+    chosen = torch.arange(num_samples or len(dataset.test)) % len(dataset.test)  # around again
     conditions = dataset.test_conditions[chosen].to(run.device)
+    labels, kind = run.data.test_labels[chosen], dataset.condition.kind
     # Keys and values of every block and position, twice with guidance.
     cached = 2 * 2 * len(prior.blocks) * prior.position_table.numel()
-    features, colours = [], []
-    progress = tqdm(desc="sampling", total=num_samples, unit="img", unit_scale=True)
-    for part in conditions.split(min(500, max(1, MAX_CACHED // cached))):
-        x = decode_tokens(tokenizer, prior.sample(part, generator=generator, **setting))
-        features.append(features_of(yardstick, x.split(evaluation_batch(x.shape[-1]))))
-        if dataset.condition.kind == "caption":
-            colours += colours_of(to_uint8(x).numpy())
-        progress.update(len(part))
-    progress.close()
-    sample_features = torch.cat(features)
-    predicted = yardstick.head(sample_features.to(run.device)).argmax(dim=1).cpu()
-    right = predicted == run.data.test_labels[chosen]
-    has_classes = dataset.condition.kind != "none"
-    result = setting | {
-        "num_samples": num_samples,
-        "frechet": metrics.frechet_distance(sample_features, test_features),
-        "recognised": right.double().mean().item() if has_classes else None,
-        "colour_right": None,
-        "prompt_right": None,
-    }
-    if dataset.condition.kind == "caption":
-        # "small red star on blue": its second and fifth word.
-        wanted = [tuple(run.data.test_captions[i].split()[1::3]) for i in chosen.tolist()]
-        colour_right = torch.tensor([a[0] == b[0] for a, b in zip(wanted, colours, strict=True)])
-        result["colour_right"] = colour_right.double().mean().item()
-        result["prompt_right"] = (right & colour_right).double().mean().item()
-    return result | {"seconds": round(watch.seconds, 1)}
+    chunk_size = min(500, max(1, MAX_CACHED // cached))
+
+    def measure(setting: dict) -> dict:
+        watch, generator = Stopwatch(), torch.Generator().manual_seed(0)
+        features, colours = [], []
+        for part in tqdm(conditions.split(chunk_size), desc="sampling", unit="batch"):
+            x = decode_tokens(tokenizer, prior.sample(part, generator=generator, **setting))
+            features.append(features_of(yardstick, x.split(evaluation_batch(x.shape[-1]))))
+            if kind == "caption":
+                colours += colours_of(to_uint8(x).numpy())
+        sample_features = torch.cat(features)
+        right = yardstick.head(sample_features.to(run.device)).argmax(dim=1).cpu() == labels
+        result = setting | {
+            "num_samples": len(chosen),
+            "frechet": metrics.frechet_distance(sample_features, test_features),
+            "recognised": None if kind == "none" else right.double().mean().item(),
+            "colour_right": None,
+            "prompt_right": None,
+        }
+        if kind == "caption":
+            # "small red star on blue": its second and fifth word.
+            wanted = (tuple(run.data.test_captions[i].split()[1::3]) for i in chosen.tolist())
+            same = torch.tensor([a[0] == b[0] for a, b in zip(wanted, colours, strict=True)])
+            result["colour_right"] = same.double().mean().item()
+            result["prompt_right"] = (right & same).double().mean().item()
+        return result | {"seconds": round(watch.seconds, 1)}
+
+    return [measure(setting) for setting in settings], references

@@ -12,7 +12,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,78 +27,52 @@ MAX_NAMED = 100  # unreadable files that are named, before the rest is only coun
 MEMORY_LIMIT = 4 * 2**30  # bytes of uint8 images to hold at once; a larger folder streams
 
 
-class Folder(NamedTuple):
-    """What `read_folder` found; see `data.ImageDataset`, which begins with the same."""
-
-    train_images: "Tensor | ImageFiles"
-    test_images: "Tensor | ImageFiles"
-    train_labels: Tensor | None
-    test_labels: Tensor | None
-    class_names: tuple[str, ...]
-
-
-def read_folder(folder: Path, *, image_size: int) -> Folder:
+def read_folder(folder: Path, *, image_size: int) -> dict:
     """List the files, read them, and split them where they are not split.
+
+    Returns the keyword arguments of `data.ImageDataset`.
 
     Raises:
         InputError: no readable image, in the folder or in a class of it; parts that do not match.
     """
-    if (folder / "train").is_dir() != (folder / "test").is_dir():
-        there, missing = ("train", "test") if (folder / "train").is_dir() else ("test", "train")
-        raise InputError(
-            f"{folder} has a folder {there}/ but no {missing}/: give both, with the same class "
-            "folders, or one folder of class folders to be split"
-        )
-    if (folder / "train").is_dir():
-        train_paths, train_labels, class_names = list_images(folder / "train")
-        test_paths, test_labels, test_names = list_images(folder / "test")
-        if test_names != class_names:
-            odd = sorted(set(class_names) ^ set(test_names))
-            raise InputError(
-                f"{folder}/train and {folder}/test have different classes: {', '.join(odd)} "
-                "is in one only; give both the same class folders"
-            )
-        paths, labels = train_paths + test_paths, train_labels + test_labels
-    else:
-        paths, labels, class_names = list_images(folder)
-        train_paths = None
+    parts = [folder / name for name in ("train", "test") if (folder / name).is_dir()]
+    if len(parts) == 1:
+        raise InputError(f"{folder} has a folder {parts[0].name}/ alone: give train/ and test/")
+    paths, labels, class_names = list_images(parts[0] if parts else folder)
+    num_train = len(paths)
+    if parts:
+        test_paths, test_labels, test_names = list_images(parts[1])
+        odd = sorted(set(class_names) ^ set(test_names))
+        if odd:
+            raise InputError(f"train/ and test/ of {folder} do not both have the classes {odd}")
+        paths, labels = paths + test_paths, labels + test_labels
 
-    fits = len(paths) * 3 * image_size**2 <= MEMORY_LIMIT
-    images, readable = _read_all(paths, image_size, hold=fits)
-    if not any(readable):
-        raise InputError(
-            f"none of the {len(paths)} files in {folder} can be read as an image: "
-            "give a folder of PNG, JPEG or other files that Pillow opens"
-        )
-    readable_labels = {label for label, ok in zip(labels, readable, strict=True) if ok}
+    images, readable = _read_all(paths, image_size)
+    if not readable:
+        raise InputError(f"none of the {len(paths)} files in {folder} is an image")
+    found = {labels[i] for i in readable}
     for label, name in enumerate(class_names):
-        if label not in readable_labels:
-            raise InputError(
-                f"class {name!r} in {folder} has no readable image: add some, or remove it"
-            )
+        if label not in found:
+            raise InputError(f"class {name!r} in {folder} has no readable image: add some")
 
     # Shuffled, so that the first N images are of all classes; and with a seed of its own, so that
     # runs of other seeds are measured on the same test images.
-    kept = [i for i, ok in enumerate(readable) if ok]
-    order = np.random.default_rng(0).permutation(kept)
-    if train_paths is not None:
-        train, test = order[order < len(train_paths)], order[order >= len(train_paths)]
+    order = np.random.default_rng(0).permutation(readable)
+    if parts:
+        train, test = order[order < num_train], order[order >= num_train]
     else:
         num_test = max(1, round(TEST_SHARE * len(order)))
         train, test = order[num_test:], order[:num_test]
     if len(train) == 0 or len(test) == 0:
-        raise InputError(
-            f"{folder} gives {len(train)} training and {len(test)} test images: "
-            "each part needs at least one"
-        )
-    labels = torch.tensor(labels) if class_names else None
-    return Folder(
-        train_images=images[train],
-        test_images=images[test],
-        train_labels=labels[train] if class_names else None,
-        test_labels=labels[test] if class_names else None,
-        class_names=class_names,
-    )
+        raise InputError(f"{folder} gives {len(train)} training and {len(test)} test images")
+    of_images = torch.tensor(labels) if class_names else None
+    return {
+        "train_images": images[train],
+        "test_images": images[test],
+        "train_labels": None if of_images is None else of_images[train],
+        "test_labels": None if of_images is None else of_images[test],
+        "class_names": class_names,
+    }
 
 
 def list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
@@ -113,8 +86,7 @@ def list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
     for label, directory in enumerate(classes or [folder]):
         files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name[0] != ".")
         if not files:
-            what = f"class folder {directory}" if classes else f"folder {folder}"
-            raise InputError(f"the {what} has no files in it: put images there, or name another")
+            raise InputError(f"the folder {directory} has no files in it: put images there")
         paths += files
         labels += [label] * len(files)
     return paths, labels, tuple(directory.name for directory in classes)
@@ -147,21 +119,17 @@ def read_images(paths: Sequence[str | Path], image_size: int) -> Tensor:
         try:
             images.append(torch.tensor(read_image(Path(path), image_size)))
         except Exception as error:  # Pillow raises many types on broken files
-            raise InputError(
-                f"{path} cannot be read as an image ({error}): name a PNG, JPEG or another file "
-                "that Pillow opens"
-            ) from error
+            raise InputError(f"{path} cannot be read as an image ({error})") from error
     return torch.stack(images)
 
 
-def _read_all(
-    paths: list[Path], image_size: int, *, hold: bool
-) -> tuple["Tensor | ImageFiles", list[bool]]:
+def _read_all(paths: list[Path], image_size: int) -> tuple["Tensor | ImageFiles", list[int]]:
     """Read every file once: what can be read is known before training, not hours into it.
 
-    Returns all images as uint8 (N, 3, H, W), or, unless they are to be held, as `ImageFiles`; and
-    which of them could be read. Those that could not are named, and counted.
+    Returns all images, uint8 (N, 3, H, W), or as `ImageFiles` where they are too large to hold; and
+    the numbers of those that can be read. The others are named, and counted.
     """
+    hold = len(paths) * 3 * image_size**2 <= MEMORY_LIMIT
     images = np.zeros((len(paths) if hold else 0, 3, image_size, image_size), dtype=np.uint8)
 
     def read(i: int) -> str | None:
@@ -176,15 +144,13 @@ def _read_all(
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes in parallel
         work = pool.map(read, range(len(paths)))
         faults = list(tqdm(work, total=len(paths), desc="reading", unit="file", leave=False))
-    broken = [(path, fault) for path, fault in zip(paths, faults, strict=True) if fault]
-    for path, fault in broken[:MAX_NAMED]:
-        print(f"skipped {path}: {fault}")
-    if len(broken) > MAX_NAMED:
-        print(f"skipped {len(broken) - MAX_NAMED} more")
+    broken = [i for i, fault in enumerate(faults) if fault is not None]
+    for i in broken[:MAX_NAMED]:
+        print(f"skipped {paths[i]}: {faults[i]}")
     if broken:
         print(f"skipped {len(broken)} of {len(paths)} files that cannot be read as an image")
     held = torch.from_numpy(images) if hold else ImageFiles(paths, image_size)
-    return held, [fault is None for fault in faults]
+    return held, [i for i, fault in enumerate(faults) if fault is None]
 
 
 class ImageFiles(Dataset):
@@ -206,7 +172,5 @@ class ImageFiles(Dataset):
             # A copy: to share the memory of a read-only array, torch warns.
             return torch.tensor(read_image(self.paths[index], self.image_size))
         except Exception as error:
-            raise InputError(
-                f"{self.paths[index]} cannot be read any more ({error}): "
-                "put it back and resume, or start a new run without it"
-            ) from error
+            path = self.paths[index]
+            raise InputError(f"{path} is gone ({error}): put it back and resume") from error

@@ -20,16 +20,11 @@ def _require_unit_range(*images: Tensor) -> None:
     """Raise ValueError unless both batches are (B, C, H, W) of one shape, in [0, 1]."""
     if images[0].shape != images[1].shape or images[0].dim() != 4:
         shapes = " and ".join(str(tuple(x.shape)) for x in images)
-        raise ValueError(
-            f"two batches of images (B, C, H, W) of one shape are needed, not {shapes}"
-        )
+        raise ValueError(f"two batches (B, C, H, W) of one shape are needed, not {shapes}")
     for x in images:
         low, high = x.min().item(), x.max().item()
         if not (low >= 0 and high <= 1):  # written so that NaN fails too
-            raise ValueError(
-                f"images must lie in [0, 1], but these reach from {low:.3g} to {high:.3g}: "
-                "map them with vqgan.images.to_unit"
-            )
+            raise ValueError(f"images must lie in [0, 1], but reach from {low:.3g} to {high:.3g}")
 
 
 def normalised_mse(x: Tensor, reconstruction: Tensor, variance: float) -> Tensor:
@@ -77,10 +72,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     """
     _require_unit_range(x, y)
     if min(x.shape[-2:]) < SSIM_WINDOW:
-        raise ValueError(
-            f"SSIM needs images of at least {SSIM_WINDOW} pixels a side (its window), "
-            f"not {x.shape[-2]}x{x.shape[-1]}"
-        )
+        raise ValueError(f"SSIM needs {SSIM_WINDOW} pixels per side, not {tuple(x.shape[-2:])}")
     return _ssim_formula(x, y, gaussian_mean)
 
 

@@ -96,7 +96,7 @@ class LPIPS(PerceptualDistance):
             and stay random give a distance that is wrong without a sign.
 
     Raises:
-        InputError: a state dict does not fit.
+        ValueError, RuntimeError: a state dict does not fit.
     """
 
     def __init__(self, vgg_weights: dict[str, Tensor], head_weights: dict[str, Tensor]):
@@ -104,18 +104,9 @@ class LPIPS(PerceptualDistance):
         expected = {f"lin{i}.model.1.weight": (1, C, 1, 1) for i, C in enumerate(VGG_CHANNELS)}
         given = {name: tuple(weight.shape) for name, weight in head_weights.items()}
         if given != expected:
-            raise InputError(
-                f"the LPIPS heads for VGG16 are {expected}, but these are {given}: give vgg.pth of "
-                f"version 0.1, from {HEADS_URL}"
-            )
+            raise ValueError(f"the LPIPS heads must be {expected}, not {given}: see {HEADS_URL}")
         vgg = vgg16(weights=None)
-        try:
-            vgg.load_state_dict(vgg_weights)
-        except RuntimeError as error:
-            raise InputError(
-                f"the weights do not fit torchvision's VGG16 ({' '.join(str(error).split())[:200]})"
-                f": give those of {VGG16_Weights.IMAGENET1K_V1.url}"
-            ) from error
+        vgg.load_state_dict(vgg_weights)
         self.features = vgg.features[: VGG_STAGES[-1] + 1]
         for i in range(len(VGG_STAGES)):
             weight = head_weights[f"lin{i}.model.1.weight"]
@@ -178,8 +169,5 @@ def _read_published(what: str, url: str, path: Path, sha256: str) -> dict[str, T
             ) from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(sha256):
-        raise InputError(
-            f"{path} is not the published file (SHA-256 {digest}, not {sha256}...): delete it, "
-            f"and get it from {url}"
-        )
+        raise InputError(f"{path} is not the published file: delete it, and get it from {url}")
     return torch.load(path, map_location="cpu", weights_only=True)

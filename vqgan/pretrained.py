@@ -38,10 +38,7 @@ def read_checkpoint(path: str | Path) -> dict:
     remedy = "name the checkpoint.pt of a run, or give one of the VQGAN's authors its config=FILE"
     state = load_checkpoint(checkpoint_path(path), remedy=remedy)
     if state["model"] not in MODELS:
-        raise InputError(
-            f"{path} is of a {state['model']!r}, but one of {', '.join(MODELS)} was expected: "
-            "name another checkpoint"
-        )
+        raise InputError(f"{path} is of a {state['model']!r}: give one of {', '.join(MODELS)}")
     return state
 
 
@@ -52,8 +49,8 @@ def build_model(state: dict, path: str | Path) -> VAE | VQVAE | VQGAN | GPT:
         model.load_state_dict(state["weights"])
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"{path} does not fit {state['model']} ({' '.join(str(error).split())[:200]}): "
-            "it is of another version, or damaged; name another checkpoint"
+            f"{path} does not fit {state['model']} ({' '.join(str(error).split())[:200]}): it is "
+            "of another version, or damaged"
         ) from error
     return model.eval().requires_grad_(False)
 
@@ -64,16 +61,13 @@ def checkpoint_path(path: str | Path) -> Path:
         path = SHIPPED[str(path)]
     path = Path(path)
     if path.is_dir():
-        inside = sorted(str(found) for found in path.rglob("checkpoint.pt"))
-        raise InputError(
-            f"{path} is a folder, and a checkpoint was expected: name "
-            f"{', or '.join(inside) or 'the checkpoint.pt of a run'}"
-        )
+        inside = [str(found) for found in sorted(path.rglob("checkpoint.pt"))]
+        files = ", or ".join(inside) or "the checkpoint.pt of a run"
+        raise InputError(f"{path} is a folder, and a checkpoint was expected: name {files}")
     if not path.exists():
         raise InputError(
             f"there is no checkpoint {path}: name the checkpoint.pt of a run, as in "
-            f"runs/vqgan/vqgan/checkpoint.pt, or one that comes with the package: "
-            f"{', '.join(SHIPPED)}"
+            f"runs/vqgan/vqgan/checkpoint.pt, or one that comes along: {', '.join(SHIPPED)}"
         )
     return path
 
@@ -100,10 +94,8 @@ def load_tokenizer(path: str | Path) -> tuple[VQAutoencoder, dict]:
     model = build_model(state, path)
     if not isinstance(model, VQAutoencoder):
         beside = checkpoint_path(path).with_name("tokenizer.pt")  # a transformer's
-        remedy = (
-            f"name {beside}" if beside.exists() else "name the checkpoint.pt of a VQVAE or VQGAN"
-        )
-        raise InputError(f"{path} is of a {state['model']}, and a tokenizer was expected: {remedy}")
+        file = beside if beside.exists() else "the checkpoint.pt of a VQVAE or VQGAN"
+        raise InputError(f"{path} is of a {state['model']}, not a tokenizer: name {file}")
     state["about"] = state.get("about") or _about_from_config(checkpoint_path(path))
     return model, state
 
@@ -129,28 +121,18 @@ def load_pair(path: str | Path, *, tokenizer: str | Path | None = None) -> Pair:
     state = read_checkpoint(path)
     transformer = build_model(state, path)
     if not isinstance(transformer, GPT) or "condition" not in state.get("about", {}):
-        raise InputError(
-            f"{path} is of a {state['model']}, and a transformer was expected: name the "
-            "checkpoint.pt of a transformer's run"
-        )
+        raise InputError(f"{path} is of a {state['model']}, not a transformer: name one of a run")
     about = state["about"]
     beside = checkpoint_path(path).with_name("tokenizer.pt")
     if tokenizer is None and not beside.exists():
-        raise InputError(
-            f"the tokenizer of {path} is not beside it ({beside}): copy {about['tokenizer']}, "
-            "which it was trained with, to there"
-        )
+        raise InputError(f"the tokenizer {about['tokenizer']} of {path} is missing: copy it there")
     given = tokenizer or beside
     model, _ = load_tokenizer(given)
     if fingerprint(model) != about["tokenizer_fingerprint"]:
         raise InputError(
-            f"{given} is not the tokenizer that {path} was trained with "
-            f"({about['tokenizer']}): its codes mean other things; name that one"
+            f"{given} is not the tokenizer that {path} was trained with: its codes mean other "
+            f"things; name {about['tokenizer']}"
         )
     model.image_size = about["image_size"]  # of the transformer's images
-    return Pair(
-        transformer,
-        model,
-        Condition.from_dict(about["condition"]),
-        knows_nothing=about["condition_drop"] > 0,
-    )
+    condition = Condition.from_dict(about["condition"])
+    return Pair(transformer, model, condition, knows_nothing=about["condition_drop"] > 0)

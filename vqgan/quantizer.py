@@ -76,9 +76,7 @@ def straight_through(z_e: Tensor, z_q: Tensor) -> Tensor:
 def as_vectors(z_e: Tensor, embedding_dim: int) -> Tensor:
     """The vectors at every position: z_e (B, D, h, w) -> (N, D), N = B h w."""
     if z_e.dim() != 4 or z_e.shape[1] != embedding_dim:
-        raise ValueError(
-            f"z_e must be (B, D, h, w) with D = {embedding_dim}, not {tuple(z_e.shape)}"
-        )
+        raise ValueError(f"z_e must be (B, {embedding_dim}, h, w), not {tuple(z_e.shape)}")
     return z_e.permute(0, 2, 3, 1).reshape(-1, embedding_dim)
 
 
@@ -91,11 +89,8 @@ def vectors_to_start_from(vectors: Tensor, num_embeddings: int) -> Tensor:
     N, K = len(vectors), num_embeddings
     if N >= K:
         return vectors[torch.randperm(N, device=vectors.device)[:K]]
-    warnings.warn(
-        f"{K} codes start from {N} vectors, the first batch: drawn with replacement, "
-        "with a little noise to tell copies apart",
-        stacklevel=2,
-    )
+    message = f"{K} codes start from {N} vectors, the first batch: with copies, and a little noise"
+    warnings.warn(message, stacklevel=2)
     chosen = vectors[torch.randint(N, (K,), device=vectors.device)]
     noise = 0.01 * vectors.std(dim=0, unbiased=False)  # 1% of each dimension's deviation
     return chosen + noise * torch.randn_like(chosen)
@@ -313,17 +308,12 @@ def make_quantizer(
 ) -> Quantizer:
     """The quantizer that a model names: "ema" or "gradient". Only the first restarts codes."""
     if num_embeddings < 1 or embedding_dim < 1:
-        raise ValueError(
-            f"a codebook needs num_embeddings >= 1 and embedding_dim >= 1, "
-            f"not {num_embeddings} and {embedding_dim}"
-        )
-    shared = {"beta": beta, "data_start": data_start}
+        raise ValueError("num_embeddings and embedding_dim must be at least 1")
+    sizes, shared = (num_embeddings, embedding_dim), {"beta": beta, "data_start": data_start}
     if kind == "ema":
-        return EMAVectorQuantizer(
-            num_embeddings, embedding_dim, **shared, restart_dead=restart_dead
-        )
+        return EMAVectorQuantizer(*sizes, **shared, restart_dead=restart_dead)
     if kind == "gradient":
-        return VectorQuantizer(num_embeddings, embedding_dim, **shared)
+        return VectorQuantizer(*sizes, **shared)
     raise ValueError(f"quantizer must be 'ema' or 'gradient', not {kind!r}")
 
 
@@ -333,20 +323,12 @@ def make_quantizer(
 @contextmanager
 def exact_float32_matmul() -> Iterator[None]:
     """Switch off TF32 and the like, which a script may have allowed: they choose wrong codes."""
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # since torch 2.9
-        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-        before = [backend.fp32_precision for backend in backends]
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = precision
-    else:
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

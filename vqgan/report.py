@@ -1,7 +1,7 @@
 """What each script prints and draws at the end of a run, and while it trains."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from vqgan.evaluation import decode_tokens
 from vqgan.images import from_uint8, to_unit
 from vqgan.sampling import describe_sampling
 from vqgan.tokens import TokenDataset
-from vqgan.training import Run, Session, read_log
+from vqgan.training import Run, Session
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
 from vqgan.vqvae import VQAutoencoder
@@ -28,44 +28,31 @@ BASELINES = {  # titles of `metrics.code_baselines`
     "single": "frequencies of codes",
     "left": "given the code to the left",
 }
-# Columns of the printed tables: key of metrics.json -> heading, format.
-QUALITY = {"nmse": ("norm. MSE", ".4f"), "psnr": ("PSNR/dB", ".2f"), "ssim": ("SSIM", ".4f")}
-STUDY_COLUMNS = QUALITY | {
-    "ssim_whole_image": ("SSIM whole", ".4f"),
-    "perplexity": ("perplexity", ".1f"),
-    "codes_used": ("codes used", "d"),
-    "bits_per_image": ("bits/image", ".0f"),
-    "seconds": ("seconds", ".0f"),
-}
-VQGAN_COLUMNS = QUALITY | {
-    "perceptual": ("perceptual", ".3f"),
-    "frechet": ("Frechet", ".3f"),
-    "recognised": ("recognised", ".1%"),
-    "codes_used": ("codes used", "d"),
-    "perplexity": ("perplexity", ".0f"),
-    "seconds": ("seconds", ".0f"),
-}
-SAMPLES_COLUMNS = {
-    "guidance": ("guidance", ".3g"),
-    "temperature": ("temperature", ".3g"),
-    "top_k": ("top-k", "d"),
-    "top_p": ("top-p", ".3g"),
-    "frechet": ("Frechet", ".3f"),
-    "recognised": ("recognised", ".1%"),
-    "prompt_right": ("prompt", ".1%"),
-    "seconds": ("seconds", ".0f"),
-}
+# Of the printed tables: key of metrics.json -> heading, format; and which columns each has.
+FORMATS = {
+    "nmse": ("norm. MSE", ".4f"), "psnr": ("PSNR/dB", ".2f"), "ssim": ("SSIM", ".4f"),
+    "ssim_whole_image": ("SSIM whole", ".4f"), "perceptual": ("perceptual", ".3f"),
+    "frechet": ("Frechet", ".3f"), "rfid": ("rFID", ".2f"), "recognised": ("recognised", ".1%"),
+    "prompt_right": ("prompt", ".1%"), "perplexity": ("perplexity", ".1f"),
+    "codes_used": ("codes used", "d"), "bits_per_image": ("bits/image", ".0f"),
+    "guidance": ("guidance", ".3g"), "temperature": ("temperature", ".3g"),
+    "top_k": ("top-k", "d"), "top_p": ("top-p", ".3g"), "seconds": ("seconds", ".0f"),
+}  # fmt: skip
+STUDY_COLUMNS = ("nmse", "psnr", "ssim", "ssim_whole_image", "perplexity", "codes_used")
+STUDY_COLUMNS += ("bits_per_image", "seconds")
+VQGAN_COLUMNS = ("nmse", "psnr", "ssim", "perceptual", "frechet", "recognised", "codes_used")
+VQGAN_COLUMNS += ("perplexity", "seconds")
+SAMPLES_COLUMNS = ("guidance", "temperature", "top_k", "top_p", "frechet", "recognised")
+SAMPLES_COLUMNS += ("prompt_right", "seconds")
 
 
-def print_table(results: Mapping[str, dict], columns: Mapping[str, tuple[str, str]]) -> None:
-    """A line for each result; columns: key -> (heading, format)."""
+def print_table(results: Mapping[str, dict], columns: Sequence[str]) -> None:
+    """A line for each result; columns are keys of `FORMATS`."""
     width = max(len(name) for name in results)
-    print(" " * width, *(f"{heading:>10}" for heading, _ in columns.values()))
+    print(" " * width, *(f"{FORMATS[key][0]:>10}" for key in columns))
     for name, result in results.items():
-        values = (
-            "-" if result[key] is None else f"{result[key]:{form}}"
-            for key, (_, form) in columns.items()
-        )
+        cells = zip((result[key] for key in columns), columns, strict=True)
+        values = ("-" if v is None else f"{v:{FORMATS[key][1]}}" for v, key in cells)
         print(f"{name:{width}}", *(f"{value:>10}" for value in values))
 
 
@@ -83,16 +70,14 @@ def reconstruct(model: VAE | VQAutoencoder, x: Tensor) -> Tensor:
 
 def _usage(out: Path, titles: Mapping[str, str], results: Mapping, counts: Mapping) -> None:
     """codebook_usage.png, for the models that have a codebook."""
-    usage = {
-        f"{titles[name]}: {results[name]['codes_used']} used, "
-        f"perplexity {results[name]['perplexity']:.0f}": count
-        for name, count in counts.items()
-        if count is not None
-    }
+    usage = {}
+    for name, count in counts.items():
+        if count is not None:
+            used, perplexity = results[name]["codes_used"], results[name]["perplexity"]
+            usage[f"{titles[name]}: {used} used, perplexity {perplexity:.0f}"] = count
     if usage:
-        figures.codebook_usage(
-            out / "codebook_usage.png", usage, title="How often each code is used (test set)"
-        )
+        title = "How often each code is used (test set)"
+        figures.codebook_usage(out / "codebook_usage.png", usage, title=title)
 
 
 # --- train_vqvae.py ------------------------------------------------------------------------------
@@ -106,38 +91,28 @@ def study_title(name: str) -> str:
 
 def draw_study(
     run: Run,
-    models: Mapping[str, VAE | VQAutoencoder],
+    sessions: Mapping[str, Session],
     results: Mapping[str, dict],
     counts: Mapping[str, Tensor | None],
 ) -> None:
     """Every figure of the study; each mapping has an entry for each model that was trained."""
-    titles = {name: study_title(name) for name in models}
+    titles = {name: study_title(name) for name in sessions}
     # The same images through every model, each with what it spends on one.
     x = shown_images(run, run.device)
-    rows = [("original", to_unit(x))]
-    for name, model in models.items():
+    rows, logs, ylabels = [("original", to_unit(x))], {}, {}
+    for name, session in sessions.items():
         label = f"{titles[name]}\n{results[name]['bits_per_image']:.0f} bits"
-        rows.append((label, to_unit(reconstruct(model, x))))
-    figures.image_rows(
-        run.out / "reconstructions.png",
-        rows,
-        title="Test images and what each model keeps of them (a VAE: decoded from the mean)",
-    )
-    logs = {name: read_log(run.out / name / "log.csv") for name in models}
-    figures.losses(
-        run.out / "losses.png",
-        {titles[name]: log for name, log in logs.items() if log},
-        ylabels={
-            titles[name]: "nats per image" if isinstance(model, VAE) else "mean over all elements"
-            for name, model in models.items()
-        },
-        title="Training losses",
-    )
+        rows.append((label, to_unit(reconstruct(session.kept, x))))
+        is_vae = isinstance(session.kept, VAE)
+        logs[titles[name]] = session.rows
+        ylabels[titles[name]] = "nats per image" if is_vae else "mean over all elements"
+        if is_vae:
+            _draw_prior(run.out, name, session.kept, x)
+    title = "Test images and what each model keeps of them (a VAE: decoded from the mean)"
+    figures.image_rows(run.out / "reconstructions.png", rows, title=title)
+    figures.losses(run.out / "losses.png", logs, ylabels=ylabels, title="Training losses")
     _usage(run.out, titles, results, counts)
     _draw_sweep(run.out, results)
-    for name, model in models.items():
-        if isinstance(model, VAE):
-            _draw_prior(run.out, name, model, x)
 
 
 def _draw_sweep(out: Path, results: Mapping[str, dict]) -> None:
@@ -147,32 +122,25 @@ def _draw_sweep(out: Path, results: Mapping[str, dict]) -> None:
     by_model = defaultdict(dict)
     for name, result in results.items():
         by_model[STUDY_TITLES[name.partition("-")[0]]][result["batch_size"]] = result["ssim"]
-    epochs = next(iter(results.values()))["epochs"]
-    figures.metric_by_batch_size(
-        out / "ssim_by_batch_size.png",
-        by_model,
-        ylabel="SSIM on the test set (Wang et al. 2004)",
-        title=f"SSIM by batch size, {epochs} epochs each\n"
-        "(equal epochs are not equal steps: small batches take more)",
-    )
+    title = f"SSIM by batch size, {result['epochs']} epochs each\n"
+    title += "(equal epochs are not equal steps: small batches take more)"
+    ylabel = "SSIM on the test set (Wang et al. 2004)"
+    path = out / "ssim_by_batch_size.png"
+    figures.metric_by_batch_size(path, by_model, ylabel=ylabel, title=title)
 
 
 def _draw_prior(out: Path, name: str, model: VAE, x: Tensor) -> None:
     """What a VAE can do without a second model: samples of its prior, and mixed latents."""
-    samples = model.sample(48, generator=torch.Generator().manual_seed(0))
-    figures.image_grid(
-        out / f"{name}_samples.png", to_unit(samples), title="Samples from the VAE's prior"
-    )
+    samples = to_unit(model.sample(48, generator=torch.Generator().manual_seed(0)))
+    figures.image_grid(out / f"{name}_samples.png", samples, title="Samples from the VAE's prior")
     pairs = len(x) // 2  # the first half of the images on the left, the second on the right
     if pairs:
         x0, x1 = x[:pairs], x[pairs : 2 * pairs]
         between = model.interpolate(x0, x1, steps=8)  # (6, 8, 3, H, W)
         strips = torch.cat([x0[:, None], between, x1[:, None]], dim=1)
-        figures.image_rows(
-            out / f"{name}_interpolations.png",
-            [("", to_unit(strip)) for strip in strips],
-            title="First and last column: test images. Between them: the VAE's latent space",
-        )
+        rows = [("", to_unit(strip)) for strip in strips]
+        title = "First and last column: test images. Between them: the VAE's latent space"
+        figures.image_rows(out / f"{name}_interpolations.png", rows, title=title)
 
 
 # --- train_vqgan.py ------------------------------------------------------------------------------
@@ -210,33 +178,22 @@ def draw_vqgan(
     for name, session in sessions.items():
         rows.append((OBJECTIVES[name], to_unit(reconstruct(session.kept, x))))
     bits = next(iter(results.values()))["bits_per_image"]
-    figures.image_rows(
-        run.out / "reconstructions.png",
-        rows,
-        title=f"Test images, and what {bits:.0f} bits keep of them",
-    )
+    title = f"Test images, and what {bits:.0f} bits keep of them"
+    figures.image_rows(run.out / "reconstructions.png", rows, title=title)
     # The terms that objectives share; those of the game have a figure of their own.
-    logs = {name: read_log(run.out / name / "log.csv") for name in sessions}
     terms = ("step", "epoch", "reconstruction", "perceptual", "quantizer")
-    figures.losses(
-        run.out / "losses.png",
-        {
-            OBJECTIVES[name]: [{key: row[key] for key in terms if key in row} for row in log]
-            for name, log in logs.items()
-        },
-        ylabels=dict.fromkeys(OBJECTIVES.values(), "value of the term"),
-        title="Training losses",
-        share=False,
-    )
-    if "vqgan" in logs:
-        state, steps_per_epoch = sessions["vqgan"].state, len(sessions["vqgan"].loader)
-        figures.adversarial(
-            run.out / "adversarial.png",
-            logs["vqgan"],
-            learns_from=state["disc_start"] / steps_per_epoch,
-            used_from=state["gan_start"] / steps_per_epoch,
-            title="The adversarial game",
-        )
+    logs = {}
+    for name, session in sessions.items():
+        shared = ({key: row[key] for key in terms if key in row} for row in session.rows)
+        logs[OBJECTIVES[name]] = list(shared)
+    ylabels = dict.fromkeys(logs, "value of the term")
+    title = "Training losses"
+    figures.losses(run.out / "losses.png", logs, ylabels=ylabels, title=title, share=False)
+    if "vqgan" in sessions:
+        session = sessions["vqgan"]
+        starts = (session.state[key] / len(session.loader) for key in ("disc_start", "gan_start"))
+        path, title = run.out / "adversarial.png", "The adversarial game"
+        figures.adversarial(path, session.rows, *starts, title=title)
     _usage(run.out, OBJECTIVES, results, counts)
 
 
@@ -275,32 +232,27 @@ def print_transformer(result: dict, samples: list[dict], floors: Mapping[str, fl
 
 def draw_transformer(
     run: Run,
-    prior: GPT,
+    session: Session,
     tokenizer: VQAutoencoder,
     dataset: TokenDataset,
     setting: dict,
     baselines: Mapping[str, float],
-    validation: list[dict],
 ) -> None:
     """Every figure of a transformer's run.
 
     Args:
         setting: keyword arguments of `GPT.sample`, for all samples.
         baselines: of `metrics.code_baselines`.
-        validation: {"epoch", "loss"} for each epoch.
     """
-    figures.code_losses(
-        run.out / "losses.png",
-        read_log(run.out / "log.csv"),
-        validation,
-        {BASELINES[name]: value for name, value in baselines.items()},
-        title="What a code costs, and what it would cost without a transformer",
-    )
+    titled = {BASELINES[name]: value for name, value in baselines.items()}
+    title = "What a token costs, and what it would cost without a transformer"
+    path = run.out / "losses.png"
+    figures.code_losses(path, session.rows, session.state["validation"], titled, title=title)
     generator, how = torch.Generator().manual_seed(1), describe_sampling(setting)
 
     def sample(conditions: Tensor, given: Tensor | None = None) -> Tensor:
         conditions = conditions.to(run.device)
-        tokens = prior.sample(conditions, given=given, generator=generator, **setting)
+        tokens = session.kept.sample(conditions, given=given, generator=generator, **setting)
         return to_unit(decode_tokens(tokenizer, tokens))
 
     # samples.png: what is asked for on the left or above, and several samples of it.

@@ -177,11 +177,7 @@ def describe_sampling(setting: dict) -> str:
 
 
 def check_sampling(
-    num_embeddings: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    guidance: float,
+    num_embeddings: int, temperature: float, top_k: int | None, top_p: float | None, guidance: float
 ) -> None:
     """Raise `ValueError` for a setting of `GPT.sample` that is out of range."""
     if not 0 <= temperature < math.inf:
@@ -191,7 +187,4 @@ def check_sampling(
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: give a number above 0 and up to 1")
     if not 0 <= guidance <= MAX_GUIDANCE:
-        raise ValueError(
-            f"guidance={guidance}: give 0 (the condition is left out), 1 (none), or up to "
-            f"{MAX_GUIDANCE}"
-        )
+        raise ValueError(f"guidance={guidance}: give 0 to {MAX_GUIDANCE}; 1 is none")

@@ -8,25 +8,19 @@ rows -> `TokenLoader` -> condition (B, C), tokens (B, N)
 import hashlib
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vqgan import conditions
 from vqgan.checkpoint import fingerprint, save_plain
-from vqgan.conditions import (
-    NO_CONDITION,
-    PICTURES,
-    Condition,
-    caption_condition,
-    class_condition,
-    image_condition,
-)
-from vqgan.data import Batches, ImageDataset, batches_in_order
+from vqgan.conditions import Condition
+from vqgan.data import Batches, ImageDataset, batches_in_order, evaluation_batch
 from vqgan.errors import InputError
 from vqgan.image_folder import ImageFiles
+from vqgan.training import Run
 from vqgan.vqvae import VQAutoencoder
 
 
@@ -44,23 +38,18 @@ def condition_on(
     """
     if kind == "class":
         if data.train_labels is None or not data.class_names:
-            raise InputError(
-                "condition=class needs labelled images: give class folders (DIR/<class>/*), or "
-                "condition=none"
-            )
-        return class_condition(data.class_names)
+            raise InputError("condition=class needs class folders (DIR/<class>/*), or give none")
+        return conditions.class_condition(data.class_names)
     if kind == "caption":
         if data.train_captions is None or data.test_captions is None:
-            raise InputError(
-                "condition=caption needs captions, and these images have none: give data=shapes "
-                "(and its tokenizer), or condition=class"
-            )
-        condition = caption_condition(data.train_captions)
+            raise InputError("condition=caption needs captions, which only data=shapes has")
+        condition = conditions.caption_condition(data.train_captions)
         condition.of_captions(data.test_captions)  # a word may be in the test set only
         return condition
     if kind == "image":
-        return image_condition(picture, tokenizer.num_embeddings, math.prod(tokenizer.grids[0]))
-    return NO_CONDITION
+        seq_len = math.prod(tokenizer.grids[0])
+        return conditions.image_condition(picture, tokenizer.num_embeddings, seq_len)
+    return conditions.NO_CONDITION
 
 
 class TokenDataset(NamedTuple):
@@ -89,13 +78,7 @@ class TokenLoader(Batches):
     """Shuffled batches of a `TokenDataset`: condition (B, C) and tokens (B, N), both int64."""
 
     def __init__(
-        self,
-        dataset: TokenDataset,
-        batch_size: int,
-        *,
-        device: torch.device,
-        seed: int,
-        flip: bool,
+        self, dataset: TokenDataset, batch_size: int, *, device: torch.device, seed: int, flip: bool
     ):
         super().__init__(dataset.train, batch_size, device=device, seed=seed, flip=flip)
         self.condition_length = dataset.condition.length
@@ -108,23 +91,14 @@ class TokenLoader(Batches):
         return chosen[:, : self.condition_length], chosen[:, self.condition_length :]
 
 
-def load_tokens(
-    path: Path,
-    data: ImageDataset,
-    tokenizer: VQAutoencoder,
-    condition: Condition,
-    *,
-    flip: bool,
-    device: torch.device,
-) -> TokenDataset:
-    """Tokens of all images: from the file, if it has them already, since a tokenizer takes a while.
+def load_tokens(run: Run, tokenizer: VQAutoencoder, condition: Condition) -> TokenDataset:
+    """Tokens of the run's images: from its codes.pt, if that has them already.
 
-    Args:
-        path: the file, which is written unless it is of these images and this tokenizer.
-        flip: training images mirrored too.
+    (A tokenizer takes a while. The file is written unless it is of these images and this one.)
     """
+    data, path = run.data, run.out / "codes.pt"
     key = hashlib.sha256()
-    for part in (fingerprint(tokenizer), str(flip), condition.picture or ""):
+    for part in (fingerprint(tokenizer), str(run.flip), condition.picture or ""):
         key.update(part.encode())
     for images in (data.train_images, data.test_images):
         if isinstance(images, ImageFiles):  # by name and size: to read them all takes a while
@@ -138,11 +112,11 @@ def load_tokens(
     except Exception:  # no file yet, or a damaged one: torch raises many types
         is_current = False
     if not is_current:
-        transform = PICTURES.get(condition.picture)
+        shared = {"transform": conditions.PICTURES.get(condition.picture), "device": run.device}
         cached = {
             "key": key.hexdigest(),
-            "train": tokenize(data.train_images, tokenizer, transform, flip=flip, device=device),
-            "test": tokenize(data.test_images, tokenizer, transform, flip=False, device=device),
+            "train": tokenize(data.train_images, tokenizer, flip=run.flip, **shared),
+            "test": tokenize(data.test_images, tokenizer, flip=False, **shared),
         }
         save_plain(path, cached)
     train, test = cached["train"], cached["test"]
@@ -156,8 +130,8 @@ def load_tokens(
 def tokenize(
     images: Tensor | ImageFiles,
     tokenizer: VQAutoencoder,
-    transform: Callable[[Tensor], Tensor] | None,
     *,
+    transform: Callable[[Tensor], Tensor] | None,
     flip: bool,
     device: torch.device,
 ) -> Tensor:
@@ -166,20 +140,22 @@ def tokenize(
     The tokens of transform(image) stand before those of the image.
     """
     sequences = []
-    progress = tqdm(desc="encoding", total=len(images), unit="img", unit_scale=True)
-    for x in batches_in_order(images, device=device):
+    num_batches = math.ceil(len(images) / evaluation_batch(images[0].shape[-1]))
+    batches = batches_in_order(images, device=device)
+    for x in tqdm(batches, desc="encoding", total=num_batches, unit="batch"):
         augmentations = []
         for view in (x, x.flip(3)) if flip else (x,):
             parts = (view,) if transform is None else (transform(view), view)
             augmentations.append(torch.cat([tokenizer.tokens(part) for part in parts], dim=1))
         sequences.append(torch.stack(augmentations, dim=1).int().cpu())
-        progress.update(len(x))
-    progress.close()
     return torch.cat(sequences)
 
 
 def _prepend(
-    condition: Condition, labels: Tensor | None, captions: list[str] | None, tokens: Tensor
+    condition: Condition,
+    labels: Tensor | None,
+    captions: list[str] | None,
+    tokens: Tensor,
 ) -> Tensor:
     """Labels or captions before tokens (images, augmentations, N): (.., .., C + N)."""
     if condition.kind == "class":

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import vqgan
 from vqgan.checkpoint import (
-    START_AGAIN,
+    DIVERGED,
     all_arguments,
     is_float,
     load_checkpoint,
@@ -60,33 +60,29 @@ class Run:
     variance: float  # of the training pixels in [-1, 1]
     device: torch.device
     dtype: torch.dtype  # of the network's matrix multiplications
+    about: dict  # for checkpoints: data, image_size, command
     epochs: int
     seed: int
     flip: bool
     checkpoint_every: int  # in steps
     resume: bool
-    about: dict  # for checkpoints: data, image_size, command
 
-    def loader(self, batch_size: int) -> Batches:
-        """Shuffled batches of the training images."""
-        return Batches(
-            self.data.train_images,
-            batch_size,
-            device=self.device,
-            seed=self.seed,
-            flip=self.flip,
-        )
+    def loader(
+        self, batch_size: int, *, seed: int | None = None, labels: Tensor | None = None
+    ) -> Batches:
+        """Shuffled batches of the training images, and of labels if they are given."""
+        seed = self.seed if seed is None else seed
+        shared = {"device": self.device, "seed": seed, "flip": self.flip, "labels": labels}
+        return Batches(self.data.train_images, batch_size, **shared)
 
     def write_metrics(self, models: dict[str, dict], **more) -> None:
         """metrics.json: what was measured of each model, on which data, by what; and more keys."""
+        data = {"source": self.about["data"], "variance": self.variance}
+        data["training_images"] = len(self.data.train_images)
+        data["test_images"] = len(self.data.test_images)
         content = {
             "command": self.about["command"],
-            "data": {
-                "source": self.about["data"],
-                "training_images": len(self.data.train_images),
-                "test_images": len(self.data.test_images),
-                "variance": self.variance,
-            },
+            "data": data,
             "device": describe_device(self.device, self.dtype),
             "versions": versions(),
             "seconds": sum(result["seconds"] for result in models.values()),
@@ -164,7 +160,7 @@ class Session:
             saved = load_checkpoint(self.checkpoint, model_class=type(model), arguments=arguments)
             restore(saved, model=self.kept, **self.parts)
             self.step, self.seconds = saved["step"], saved["seconds"]
-        self.rows = Log(folder / "log.csv", resume_at=self.step)
+        self.log_file = Log(folder / "log.csv", resume_at=self.step)
         self.bar = tqdm(
             desc=name or run.out.name, total=self.total_steps * loader.batch_size,
             initial=self.step * loader.batch_size, unit="img", unit_scale=True, mininterval=0.5,
@@ -182,14 +178,9 @@ class Session:
                         raise RuntimeError("each step of a session ends with one session.log()")
                     if self.save_is_due:
                         self.seconds = watch.seconds
-                        save_checkpoint(
-                            self.checkpoint,
-                            model=self.kept,
-                            step=self.step,
-                            seconds=self.seconds,
-                            **self.parts,
-                            **self.about,
-                        )
+                        now = {"step": self.step, "seconds": self.seconds}
+                        files = self.parts | self.about
+                        save_checkpoint(self.checkpoint, model=self.kept, **now, **files)
                     self.bar.update(self.loader.batch_size)
 
     def log(self, losses: dict[str, Tensor], *, end_row: bool = False) -> dict | None:
@@ -202,11 +193,11 @@ class Session:
         self.step += 1
         if self.ema:
             self.ema.update(self.model, self.step)
-        self.rows.record(self.step, losses)
+        self.log_file.record(self.step, losses)
         # A checkpoint ends a row, so that a resume begins with a new one.
         if not (self.step % LOG_EVERY == 0 or self.save_is_due or end_row):
             return None
-        row = self.rows.write_row(epoch=self.epoch)
+        row = self.log_file.write_row(epoch=self.epoch)
         self.bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
         return row
 
@@ -220,6 +211,11 @@ class Session:
             "arguments": all_arguments(type(self.model), self.about["arguments"]),
             "seconds": round(self.seconds, 1),
         }
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """The rows of log.csv."""
+        return self.log_file.rows
 
     @property
     def epoch(self) -> float:
@@ -281,12 +277,7 @@ class Log:
         self.path, self.pending = path, []
         rows = read_log(path) if resume_at > 0 else []
         self.rows = [row for row in rows if row["step"] <= resume_at]
-        content = io.StringIO()
-        if self.rows:
-            writer = csv.DictWriter(content, fieldnames=list(self.rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows)
-        write_atomically(path, content.getvalue().encode())
+        self._write()
 
     def record(self, step: int, losses: dict[str, Tensor]) -> None:
         """Losses of one step, each (), still on the device."""
@@ -297,43 +288,38 @@ class Log:
 
         Raises InputError, and names step and term, where a loss is not finite.
         """
-        steps = [step for step, _ in self.pending]
         names = list(self.pending[0][1])
         values = torch.stack([torch.stack(list(losses.values())) for _, losses in self.pending])
-        values = values.double().cpu() if values.device.type != "mps" else values.cpu().double()
-        for step, row in zip(steps, values.tolist(), strict=True):
-            losses = dict(zip(names, row, strict=True))
+        values = values.cpu().double()  # (steps, terms): here the loop waits for the GPU
+        for (step, _), row in zip(self.pending, values.tolist(), strict=True):
             # The sum comes last: it is not finite whenever a term is not.
-            for name in sorted(names, key=lambda name: name == "loss"):
-                if not math.isfinite(losses[name]):
-                    raise InputError(
-                        f"the loss term {name!r} is {losses[name]} at step {step}: training has "
-                        f"diverged. {START_AGAIN}"
-                    )
-        means = dict(zip(names, values.mean(dim=0).tolist(), strict=True))
-        row = {"step": steps[-1], "epoch": round(epoch, 4)}
-        row |= {name: float(f"{mean:.6g}") for name, mean in means.items()}
-        with open(self.path, "a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
-            if not self.rows:
-                writer.writeheader()
-            writer.writerow(row)
+            for name, value in sorted(zip(names, row, strict=True), key=lambda x: x[0] == "loss"):
+                if not math.isfinite(value):
+                    raise InputError(f"{name!r} is {value} at step {step}: {DIVERGED}")
+        row = {"step": self.pending[-1][0], "epoch": round(epoch, 4)}
+        for name, mean in zip(names, values.mean(dim=0).tolist(), strict=True):
+            row[name] = float(f"{mean:.6g}")
         self.rows.append(row)
         self.pending = []
+        self._write()
         return row
+
+    def _write(self) -> None:
+        content = io.StringIO()
+        if self.rows:
+            writer = csv.DictWriter(content, fieldnames=list(self.rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+        write_atomically(self.path, content.getvalue().encode())
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """Rows of a log.csv; a last row that a kill cut short is left out."""
+    """Rows of a log.csv, {"step", "epoch", "loss", ...}; none where there is no file."""
     if not path.exists():
         return []
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1]
-    rows = csv.DictReader(io.StringIO(whole))
+    rows = csv.DictReader(io.StringIO(path.read_text()))
     try:
-        return [
-            {"step": int(row.pop("step"))} | {k: float(v) for k, v in row.items()} for row in rows
-        ]
+        return [{k: (int if k == "step" else float)(v) for k, v in row.items()} for row in rows]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a log of numbers: repair it, or move it away") from error
 
@@ -352,9 +338,6 @@ class Stopwatch:
 
 def versions() -> dict[str, str]:
     """For metrics.json: what numbers may depend on, besides the device."""
-    return {
-        "vqgan": vqgan.__version__,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "python": platform.python_version(),
-    }
+    packages = {"vqgan": vqgan, "torch": torch, "torchvision": torchvision}
+    numbers = {name: package.__version__ for name, package in packages.items()}
+    return numbers | {"python": platform.python_version()}

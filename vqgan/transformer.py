@@ -27,14 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgan.sampling import (
-    KeyValueCache,
-    check_sampling,
-    classifier_free_guidance,
-    eval_mode,
-    sample_token,
-    uniform_numbers,
-)
+from vqgan import sampling
 
 
 class CausalSelfAttention(nn.Module):
@@ -50,7 +43,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(n_embd, 3 * n_embd)
         self.proj = nn.Linear(n_embd, n_embd)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: sampling.KeyValueCache | None = None) -> Tensor:
         """x (B, T, n_embd) -> the same; with a cache, x are the T positions after those in it."""
         B, T, n_embd = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
@@ -78,7 +71,7 @@ class Block(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: sampling.KeyValueCache | None = None) -> Tensor:
         x = x + self.dropout(self.attention(self.norm1(x), cache))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
@@ -160,10 +153,8 @@ class GPT(nn.Module):
         matrices = [layer.weight for layer in self.modules() if isinstance(layer, nn.Linear)]
         chosen = {id(parameter) for parameter in matrices}
         others = [parameter for parameter in self.parameters() if id(parameter) not in chosen]
-        return [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+        decaying = {"params": matrices, "weight_decay": weight_decay}
+        return [decaying, {"params": others, "weight_decay": 0.0}]
 
     # --- training -----------------------------------------------------------------------------
 
@@ -205,9 +196,8 @@ class GPT(nn.Module):
     def _check_condition(self, condition: Tensor) -> None:
         """Raise `ValueError` for another shape than (B, C), or tokens out of range."""
         if condition.dim() != 2 or condition.shape[1] != self.condition_length:
-            raise ValueError(
-                f"condition must be (B, {self.condition_length}), not {tuple(condition.shape)}"
-            )
+            shape = tuple(condition.shape)
+            raise ValueError(f"condition must be (B, {self.condition_length}), not {shape}")
         check_range(condition, 0, self.nothing, "tokens of a condition")
 
     # --- sampling -----------------------------------------------------------------------------
@@ -255,22 +245,22 @@ class GPT(nn.Module):
         """
         B, N = len(condition), self.seq_len
         self._check_condition(condition)
-        check_sampling(self.num_embeddings, temperature, top_k, top_p, guidance)
+        sampling.check_sampling(self.num_embeddings, temperature, top_k, top_p, guidance)
         if given is not None:
             if given.shape != (B, N):
                 raise ValueError(f"given must be {(B, N)}, not {tuple(given.shape)}")
             check_range(given.cpu(), -1, self.num_embeddings - 1, "given tokens")
             given = given.to(condition.device)
-        uniform = uniform_numbers(N, B, generator, condition.device)
+        uniform = sampling.uniform_numbers(N, B, generator, condition.device)
         condition = self.with_unconditioned(condition, guidance)  # (B or 2 B, C)
         caches = self._new_caches(len(condition))
         tokens: list[Tensor] = []
-        with eval_mode(self):
+        with sampling.eval_mode(self):
             x = self.condition_table(condition)  # (B or 2 B, C, n_embd)
             for i in range(N):
                 logits = self._next_logits(x, caches)  # (B or 2 B, K)
-                logits = classifier_free_guidance(logits, guidance)  # (B, K)
-                token = sample_token(logits, uniform[i], temperature, top_k, top_p)  # (B,)
+                logits = sampling.classifier_free_guidance(logits, guidance)  # (B, K)
+                token = sampling.sample_token(logits, uniform[i], temperature, top_k, top_p)  # (B,)
                 if given is not None:
                     token = torch.where(given[:, i] < 0, token, given[:, i])
                 tokens.append(token)
@@ -285,13 +275,13 @@ class GPT(nn.Module):
             return condition
         return torch.cat([condition, torch.full_like(condition, self.nothing)])
 
-    def _new_caches(self, batch_size: int) -> list[KeyValueCache]:
+    def _new_caches(self, batch_size: int) -> list[sampling.KeyValueCache]:
         """One for each block, empty."""
         length, n_embd = self.position_table.shape
         shape = (batch_size, self.n_head, length, n_embd // self.n_head)
-        return [KeyValueCache(*shape, like=self.position_table) for _ in self.blocks]
+        return [sampling.KeyValueCache(*shape, like=self.position_table) for _ in self.blocks]
 
-    def _next_logits(self, x: Tensor, caches: list[KeyValueCache]) -> Tensor:
+    def _next_logits(self, x: Tensor, caches: list[sampling.KeyValueCache]) -> Tensor:
         """Read the next T positions, given their tokens' embeddings x (B, T, n_embd).
 
         Returns the logits (B, K) of the token that follows the last of them.

@@ -66,9 +66,8 @@ def gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """
     M = x[0].numel()
     squared_error = (x - mean).square().sum() / len(x)
-    return squared_error / (2 * (2 * log_scale).exp()) + M * (
-        log_scale + 0.5 * math.log(2 * math.pi)
-    )
+    log_density = M * (log_scale + 0.5 * math.log(2 * math.pi))
+    return squared_error / (2 * (2 * log_scale).exp()) + log_density
 
 
 class VAE(nn.Module):
@@ -119,20 +118,14 @@ class VAE(nn.Module):
             channels = width
         self.encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 2 * latent_dim))
 
-        layers = [
-            nn.Linear(latent_dim, features),
-            nn.ReLU(),
-            nn.Unflatten(1, (channels, side, side)),
-        ]
+        grid = nn.Unflatten(1, (channels, side, side))
+        layers = [nn.Linear(latent_dim, features), nn.ReLU(), grid]
         for width in reversed(widths[:-1]):
-            layers += [
-                nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1),
-                nn.ReLU(),
-            ]
+            double = nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1)
+            layers += [double, nn.ReLU()]
             channels = width
-        self.decoder = nn.Sequential(
-            *layers, nn.ConvTranspose2d(channels, 3, kernel_size=4, stride=2, padding=1)
-        )
+        last = nn.ConvTranspose2d(channels, 3, kernel_size=4, stride=2, padding=1)
+        self.decoder = nn.Sequential(*layers, last)
         if likelihood == "learned":
             self.log_scale = nn.Parameter(torch.zeros(()))  # s = 1 at first
 

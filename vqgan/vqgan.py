@@ -54,10 +54,7 @@ class GroupNorm(nn.GroupNorm):
 def group_norm(channels: int, num_groups: int) -> GroupNorm:
     """A `GroupNorm` as the authors have it; `ValueError` where the groups come out uneven."""
     if channels % num_groups:
-        raise ValueError(
-            f"{channels} channels cannot be normalised in {num_groups} groups: give a width that "
-            f"{num_groups} divides (with the default number of groups, a multiple of 4)"
-        )
+        raise ValueError(f"{channels} channels cannot be split into {num_groups} groups")
     # 1e-6 as in the authors' code (torch's default is 1e-5): their checkpoints were trained so.
     return GroupNorm(num_groups, channels, eps=1e-6)
 
@@ -206,10 +203,7 @@ class VQGAN(VQAutoencoder):
             attention_resolutions = sides[-1:]
         for side in attention_resolutions:
             if side not in sides:
-                raise ValueError(
-                    f"attention at resolution {side} never occurs: with {resolution} pixels and "
-                    f"{len(sides)} levels, choose from {', '.join(map(str, sides))}"
-                )
+                raise ValueError(f"attention at {side} never occurs: choose from {sides}")
         self.resolution, self.attention_resolutions = resolution, tuple(attention_resolutions)
         self.num_residual_blocks = num_residual_blocks
         groups = norm_groups or max(1, channels // 4)

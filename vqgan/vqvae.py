@@ -55,10 +55,7 @@ class VQAutoencoder(nn.Module):
         """Raise `ValueError` unless 2^num_downsamples divides both sides, in pixels."""
         factor = 2**self.num_downsamples
         if height < 1 or width < 1 or height % factor or width % factor:
-            raise ValueError(
-                f"images of {height}x{width} pixels cannot be halved {self.num_downsamples} times: "
-                f"give multiples of {factor}"
-            )
+            raise ValueError(f"{height}x{width} pixels: give multiples of {factor}")
 
     def encode(self, x: Tensor) -> Quantized:
         """x (B, 3, H, W) in [-1, 1] -> z_q (B, D, h, w), indices (B, h, w), loss ()."""
@@ -176,22 +173,15 @@ class VQVAE(VQAutoencoder):
             nn.Conv2d(num_hiddens, embedding_dim, kernel_size=1),  # to the codebook's dimensions
         )
 
-        self.quantizer = make_quantizer(
-            quantizer,
-            num_embeddings,
-            embedding_dim,
-            beta=beta,
-            data_start=data_start,
-            restart_dead=restart_dead,
-        )
+        guards = {"data_start": data_start, "restart_dead": restart_dead}
+        sizes = (num_embeddings, embedding_dim)
+        self.quantizer = make_quantizer(quantizer, *sizes, beta=beta, **guards)
 
         # The mirror image: transposed convolutions double the side.
         layers, channels = [], num_hiddens
         for width in reversed(widths[:-1]):
-            layers += [
-                nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1),
-                nn.ReLU(),
-            ]
+            double = nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1)
+            layers += [double, nn.ReLU()]
             channels = width
         self.decoder = nn.Sequential(
             nn.Conv2d(embedding_dim, num_hiddens, kernel_size=3, padding=1),

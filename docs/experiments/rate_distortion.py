@@ -10,11 +10,13 @@ writes, in docs/results/rate_distortion/:
     points.json           the numbers of the chart, and of docs/ssim.md
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from _common import parse, read_metrics, results_of, scan_bytes, through_jpeg
+from matplotlib.ticker import ScalarFormatter
 
 from vqgan import figures, metrics
 from vqgan.arguments import run_script
@@ -106,6 +108,51 @@ def draw_ladder(runs: Path, images: torch.Tensor) -> None:
     )
 
 
+def draw_rate_distortion(
+    path: Path, curves: Mapping[str, Sequence[Mapping]], *, title: str
+) -> None:
+    """Bits an image against error and SSIM, one curve a model.
+
+    Args:
+        curves: for each label its points, {"bits_per_image", "nmse", "ssim", "label"}; points are
+            joined in the order of their bits, and labelled where "label" is not empty.
+    """
+    figure = figures.new_figure(11.0, 4.8, title)
+    # The last is where a label stands clear of its curve: above a falling, below a rising one.
+    panels = (
+        ("nmse", "normalised MSE (lower is better)", "log", (4, 5)),
+        ("ssim", "SSIM, Wang et al. 2004 (higher is better)", "linear", (5, -9)),
+    )
+    for number, (key, ylabel, scale, label_offset) in enumerate(panels, start=1):
+        axes = figures.plot_axes(figure, number, 2, xlabel="bits per image", ylabel=ylabel)
+        for i, (name, points) in enumerate(curves.items()):
+            points = sorted(points, key=lambda point: point["bits_per_image"])
+            bits = [point["bits_per_image"] for point in points]
+            values = [point[key] for point in points]
+            colour = figures.COLOURS[i % len(figures.COLOURS)]
+            style = {"color": colour, "marker": "os^DvPX"[i % 7], "markersize": 5}
+            axes.plot(bits, values, label=name, linewidth=1.2, **style)
+            for point in points:
+                axes.annotate(
+                    point["label"],
+                    (point["bits_per_image"], point[key]),
+                    xytext=label_offset,
+                    textcoords="offset points",
+                    fontsize=7,
+                    color=colour,
+                )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_yscale(scale)
+        if scale == "log":
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(ScalarFormatter())
+            axes.tick_params(axis="y", which="minor", labelsize=8)
+        if number == 1:
+            axes.legend(frameon=False, fontsize=9)
+    figures.save_figure(figure, path)
+
+
 def main() -> None:
     args = parse("Draw the pictures that compare several runs.")
 
@@ -118,7 +165,7 @@ def main() -> None:
     curves["JPEG, without headers"] = [
         jpeg_point(data.test_images, quality, variance) for quality in JPEG_QUALITIES
     ]
-    figures.rate_distortion(
+    draw_rate_distortion(
         OUT / "rate_distortion.png", curves, title="What a bit buys (10,000 test images)"
     )
     write_json(OUT / "points.json", {"curves": curves, "variance": variances(data.test_images)})
