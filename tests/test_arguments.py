@@ -95,9 +95,9 @@ def test_a_resumed_run_has_its_own_flags(begun, parse):
 
 def test_what_would_make_it_another_run_is_refused(begun, parse):
     begun("--extra", 5, "--epochs", 2)
-    with pytest.raises(InputError, match="extra = 5.* 6 "):
+    with pytest.raises(InputError, match="extra.*5.*6"):
         parse("--resume", "--extra", 6)
-    with pytest.raises(InputError, match="2 epochs.*not 1"):
+    with pytest.raises(InputError, match="epochs 1.* 2 "):
         parse("--resume", "--epochs", 1)
 
 
@@ -111,7 +111,7 @@ def test_what_changes_no_result_may_change_and_more_epochs_are_told(begun, parse
 
 
 def test_where_nothing_is_there_is_nothing_to_resume(parse):
-    with pytest.raises(InputError, match="no run in"):
+    with pytest.raises(InputError, match="--resume.*no config.json"):
         parse("--resume")
 
 
@@ -125,19 +125,20 @@ def test_a_run_that_is_there_is_not_overwritten(parse, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"),
+    "content",
     [
-        ("{", "config.json is not JSON"),
-        ("[]", "was not written by"),
-        ('{"epochs": 1}', "was not written by"),
-        ('{"command": "x", "epochs": 1, "precision": "fp32", "likelihood": 1}', "another script"),
+        "{",
+        "[]",
+        '{"epochs": 1}',
+        '{"command": "x", "epochs": 1, "precision": "fp32", "likelihood": 1}',  # another script's
     ],
 )
-def test_another_config_is_named(parse, tmp_path, content, expected):
+def test_another_config_is_named(parse, tmp_path, content):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(content)
-    with pytest.raises(InputError, match=expected):
+    with pytest.raises(InputError, match="--resume.*") as caught:
         parse("--resume")
+    assert str(tmp_path / "run") in str(caught.value)
 
 
 def test_the_help_states_every_default_but_none(parse, capsys):
@@ -206,7 +207,7 @@ def test_a_resumed_run_has_a_copy_of_its_own(tokenizer):
 
 
 def test_no_tokenizer_is_named():
-    with pytest.raises(InputError, match="--tokenizer was not given"):
+    with pytest.raises(InputError, match="--tokenizer.*checkpoint.pt"):
         open_tokenizer(argparse.Namespace(tokenizer=None))
 
 
@@ -236,8 +237,8 @@ def test_every_combination_of_the_sampling_flags():
         ({"top_k": [4, 17]}, "top_k=17.*16"),
         ({"top_p": [1.5]}, "top_p=1.5"),
         ({"num_samples": 1}, "--num-samples 1"),
-        ({"guidance": [1.0, 2.0], "condition": "none"}, "--condition is none"),
-        ({"guidance": [2.0], "condition_drop": 0.0}, "--condition-drop"),
+        ({"guidance": [1.0, 2.0], "condition": "none"}, "--guidance.*--condition"),
+        ({"guidance": [2.0], "condition_drop": 0.0}, "--guidance.*--condition-drop"),
     ],
 )
 def test_settings_that_cannot_be_sampled_are_refused(flags, expected):

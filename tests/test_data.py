@@ -85,7 +85,7 @@ def test_batches_leave_the_global_generator_alone(image_folder):
 
 @pytest.mark.parametrize("batch_size", [0, -1, 21])
 def test_a_batch_size_that_does_not_fit_is_refused(batch_size):
-    with pytest.raises(InputError, match="20 training images"):
+    with pytest.raises(InputError, match=f"{batch_size}.*1 to 20"):
         Batches(numbered(20), batch_size)
 
 
@@ -95,7 +95,7 @@ def test_batches_in_order_give_all():
 
 
 def test_an_unknown_source_is_named():
-    with pytest.raises(InputError, match="'imagenet'.*cifar10.*shapes.*folder"):
+    with pytest.raises(InputError, match="imagenet.*cifar10.*shapes.*folder"):
         load_dataset("imagenet")
 
 

@@ -12,9 +12,8 @@ from vqgan.errors import InputError
 from vqgan.eval_networks import (
     accuracy,
     features_of,
-    find_yardstick,
     inception_distance,
-    make_yardstick,
+    load_yardstick,
     perceptual_distance,
     trained_classifier,
 )
@@ -89,7 +88,7 @@ def test_a_resumed_run_trains_what_is_not_there_and_a_new_one_what_is(run):
 
 def test_images_without_classes_are_refused(run):
     for few in (loose(run), replace(run, data=replace(run.data, class_names=("one",)))):
-        with pytest.raises(InputError, match="two classes.*(none|1).*perceptual=lpips"):
+        with pytest.raises(InputError, match="class folders.*lpips or none"):
             trained_classifier(run.out / "c.pt", few, width=4, epochs=1, seed=0)
 
 
@@ -129,21 +128,21 @@ def test_the_distance_may_be_lpips(run, monkeypatch):
 
 
 def test_the_yardstick_is_another_network_and_the_same_for_every_seed(run):
-    yardstick, share = make_yardstick(run, epochs=1)
+    yardstick, share = load_yardstick(run, epochs=1)
     assert 0 <= share <= 1 and (run.out / "yardstick.pt").exists()
     assert yardstick.stem.out_channels != eval_networks.CLASSIFIER_WIDTH
     assert eval_networks.YARDSTICK_SEED != eval_networks.CLASSIFIER_SEED
-    assert same(make_yardstick(replace(run, seed=7), epochs=1)[0], yardstick)
+    assert same(load_yardstick(replace(run, seed=7), epochs=1)[0], yardstick)
 
 
-def test_without_classes_or_with_one_test_image_there_is_no_yardstick(run, capsys):
+def test_without_classes_or_with_one_test_image_there_is_no_yardstick(run, save, capsys):
     single = replace(run, data=replace(run.data, test_images=run.data.test_images[:1]))
-    for few, why in ((loose(run), "no classes"), (single, "a single test image")):
-        assert make_yardstick(few, epochs=1) == (None, None)
-        assert why in capsys.readouterr().out
-        assert find_yardstick(few, None, run.out, epochs=1) == (None, None)
-        assert why in capsys.readouterr().out
-    assert not list(run.out.iterdir())
+    given = save(run.out / "given" / "yardstick.pt")
+    for few in (loose(run), single):
+        for where in ({}, {"file": given}, {"folder": given.parent}):
+            assert load_yardstick(few, epochs=1, **where) == (None, None)
+            assert "no yardstick, and no Frechet distance" in capsys.readouterr().out
+    assert not (run.out / "yardstick.pt").exists()
 
 
 @pytest.fixture
@@ -159,7 +158,7 @@ def save(run):
 @pytest.mark.parametrize("place", ["model", "."])
 def test_another_runs_yardstick_is_found_beside_its_model_or_above(run, save, place):
     save(run.out / "other" / place / "yardstick.pt")
-    yardstick, share = find_yardstick(run, None, run.out / "other" / "model", epochs=1)
+    yardstick, share = load_yardstick(run, epochs=1, folder=run.out / "other" / "model")
     assert share == 0.25 and yardstick.stem.out_channels == 4
     assert not (run.out / "yardstick.pt").exists()
 
@@ -168,20 +167,20 @@ def test_a_yardstick_that_is_given_comes_first(run, save):
     save(run.out / "other" / "yardstick.pt")
     given = run.out / "mine.pt"
     save_classifier(given, Classifier(2, 6), 0.75)
-    assert find_yardstick(run, given, run.out / "other", epochs=1)[1] == 0.75
+    assert load_yardstick(run, epochs=1, file=str(given), folder=run.out / "other")[1] == 0.75
 
 
 @pytest.mark.parametrize("folder", [None, "nothing"])
 def test_where_none_is_found_a_new_one_is_trained(run, folder):
     folder = folder and run.out / folder / "model"
-    find_yardstick(run, None, folder, epochs=1)
+    load_yardstick(run, epochs=1, folder=folder)
     assert (run.out / "yardstick.pt").exists()
 
 
 def test_a_yardstick_of_other_classes_is_refused(run, save):
     path = save(run.out / "three.pt", num_classes=3)
     with pytest.raises(InputError, match="three.pt.* 3 classes.* 2"):
-        find_yardstick(run, path, None, epochs=1)
+        load_yardstick(run, epochs=1, file=str(path))
 
 
 # --- Inception ---------------------------------------------------------------------------------

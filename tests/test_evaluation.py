@@ -1,3 +1,4 @@
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -10,7 +11,6 @@ from vqgan.evaluation import (
     decode_tokens,
     evaluate_autoencoder,
     evaluate_samples,
-    evaluate_settings,
     reference_frechet,
 )
 from vqgan.images import from_uint8, to_unit
@@ -176,8 +176,7 @@ def test_distances_to_read_a_samples_beside(run, x, tokenizer, yardstick):
 @pytest.fixture
 def dataset_of(run, tokenizer):
     def dataset_of(condition) -> TokenDataset:
-        path = run.out / "tokens.pt"
-        return load_tokens(path, run.data, tokenizer, condition, flip=False, device=CPU)
+        return load_tokens(replace(run, flip=False), tokenizer, condition)
 
     return dataset_of
 
@@ -205,7 +204,7 @@ def test_samples_stand_under_the_conditions_of_the_test_images(
     dataset = dataset_of(class_condition(run.data.class_names))
     prior = Recites(dataset)
     setting = PLAIN | {"temperature": 0.5, "top_k": 4}
-    (row,), references = evaluate_settings(
+    (row,), references = evaluate_samples(
         prior, tokenizer, dataset, [setting], yardstick, num_samples=None, run=run
     )
     assert torch.equal(torch.cat(prior.asked)[:, 0], run.data.test_labels)
@@ -226,7 +225,7 @@ def test_more_samples_than_test_images_go_around_again(
 ):
     dataset = dataset_of(class_condition(run.data.class_names))
     prior = Recites(dataset)
-    ((row,), _) = evaluate_settings(
+    ((row,), _) = evaluate_samples(
         prior, tokenizer, dataset, [PLAIN], yardstick, num_samples=num_samples, run=run
     )
     asked = torch.cat(prior.asked)[:, 0]
@@ -237,7 +236,7 @@ def test_more_samples_than_test_images_go_around_again(
 def test_without_a_condition_nothing_is_to_be_recognised(run, tokenizer, yardstick, dataset_of):
     dataset = dataset_of(NO_CONDITION)
     settings = [PLAIN, PLAIN | {"temperature": 0.0}]
-    rows, _ = evaluate_settings(
+    rows, _ = evaluate_samples(
         Recites(dataset), tokenizer, dataset, settings, yardstick, num_samples=4, run=run
     )
     assert [row["temperature"] for row in rows] == [1, 0]
@@ -253,10 +252,9 @@ def test_a_prompt_is_right_where_shape_and_colours_are(run, x, tokenizer, yardst
     knows.head = lambda features: torch.nn.functional.one_hot(labels, 10).float()
     knows.parameters = yardstick.parameters
     with mock.patch.object(evaluation, "decode_tokens", lambda tokenizer, tokens: x):
-        row = evaluate_samples(
-            Recites(dataset), tokenizer, dataset, PLAIN, 48, yardstick=knows,
-            test_features=yardstick.features(x), run=run,
-        )  # fmt: skip
+        ((row,), _) = evaluate_samples(
+            Recites(dataset), tokenizer, dataset, [PLAIN], knows, num_samples=None, run=run
+        )
     assert row["frechet"] == pytest.approx(0, abs=1e-6) and row["recognised"] == 0.75
     assert row["colour_right"] > 0.9
     assert 0.75 * 0.85 < row["prompt_right"] <= 0.75
@@ -267,4 +265,4 @@ def test_without_a_yardstick_nothing_is_sampled(run, tokenizer, dataset_of):
     with mock.patch.object(GPT, "sample", side_effect=AssertionError):
         prior = GPT(K, N, 1, 1, 1, 1, 8)
         arguments = (prior, tokenizer, dataset, [PLAIN], None)
-        assert evaluate_settings(*arguments, num_samples=4, run=run) == ([], {})
+        assert evaluate_samples(*arguments, num_samples=4, run=run) == ([], {})

@@ -31,10 +31,10 @@ def test_train_and_test_folders_are_kept_apart(image_folder, tmp_path):
     assert len(dataset.train_images) == 30 and len(dataset.test_images) == 10
     assert dataset.test_labels.bincount().tolist() == [5, 5]
     (root / "test" / "dogs").rename(root / "test" / "wolves")
-    with pytest.raises(InputError, match="dogs, wolves"):
+    with pytest.raises(InputError, match="dogs.*wolves"):
         load_dataset(str(root))
     (root / "test").rename(root / "val")
-    with pytest.raises(InputError, match="train/ but no test/"):
+    with pytest.raises(InputError, match="train.* give train/ and test/"):
         load_dataset(str(root))
 
 
@@ -83,7 +83,7 @@ def test_unreadable_files_are_named_skipped_and_counted(image_folder, capsys, mo
     dataset = load_dataset(str(image_folder))
     printed = capsys.readouterr().out
     assert "broken.png" in printed and "00.png" in printed
-    assert "skipped 1 more" in printed and "skipped 3 of 42" in printed
+    assert printed.count("skipped ") == 3 and "skipped 3 of 42" in printed  # two are named
     assert len(dataset.train_images) + len(dataset.test_images) == 39
 
 
@@ -101,7 +101,7 @@ def test_folders_without_images_are_refused(tmp_path, image_folder):
         load_dataset(str(tmp_path / "empty"))
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_text("text")
-    with pytest.raises(InputError, match="none of the 1 files"):
+    with pytest.raises(InputError, match="none of the 1 files.*bad"):
         load_dataset(str(tmp_path / "bad"))
     (image_folder / "eels").mkdir()
     with pytest.raises(InputError, match="eels"):

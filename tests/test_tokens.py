@@ -17,6 +17,7 @@ from vqgan.errors import InputError
 from vqgan.image_folder import ImageFiles
 from vqgan.images import from_uint8
 from vqgan.tokens import TokenDataset, TokenLoader, condition_on, load_tokens, tokenize
+from vqgan.training import Run
 from vqgan.vqvae import VQVAE
 
 K, N = 32, 16  # codes in the book, tokens of an image
@@ -45,19 +46,24 @@ def tokenizer(few):
 class Once:
     """`load_tokens`, and how often it encoded."""
 
-    def __init__(self, path, data):
-        self.path, self.data = path, data
+    def __init__(self, out, data):
+        self.path, self.data = out / "codes.pt", data
 
     def __call__(self, tokenizer, condition=NO_CONDITION, flip=True):
         with mock.patch.object(tokens, "tokenize", wraps=tokens.tokenize) as encoding:
-            dataset = load_tokens(self.path, self.data, tokenizer, condition, flip=flip, device=CPU)
+            run = Run(
+                out=self.path.parent, data=self.data, variance=1.0, device=CPU,
+                dtype=torch.float32, about={}, epochs=1, seed=0, flip=flip,
+                checkpoint_every=1, resume=False,
+            )  # fmt: skip
+            dataset = load_tokens(run, tokenizer, condition)
         self.times = encoding.call_count
         return dataset
 
 
 @pytest.fixture
 def once(tmp_path, few):
-    return Once(tmp_path / "tokens.pt", few)
+    return Once(tmp_path, few)
 
 
 # --- once --------------------------------------------------------------------------------------
@@ -172,7 +178,7 @@ def test_an_image_is_the_tokens_of_its_picture(once, tokenizer, few, picture):
 
 
 def test_tokenize_needs_no_gradient(tokenizer, few):
-    rows = tokenize(few.test_images[:5], tokenizer, None, flip=False, device=CPU)
+    rows = tokenize(few.test_images[:5], tokenizer, transform=None, flip=False, device=CPU)
     assert rows.shape == (5, 1, N) and not rows.requires_grad
 
 
@@ -233,7 +239,7 @@ def test_captions_are_those_of_the_training_images(shapes, tokenizer):
 
 def test_what_the_data_set_does_not_have_is_refused(few, tokenizer):
     for data in (replace(few, train_labels=None), replace(few, class_names=())):
-        with pytest.raises(InputError, match="condition=class.*condition=none"):
+        with pytest.raises(InputError, match="condition=class.*none"):
             condition_on("class", data, tokenizer, picture="edges")
     without = replace(few, train_captions=None, test_captions=None)
     with pytest.raises(InputError, match="condition=caption"):

@@ -98,6 +98,14 @@ def test_the_loader_is_of_the_training_images_with_the_runs_seed_and_flips(run):
     assert len(first) == 7 and first.flip and not replace(run, flip=False).loader(4).flip
     a, b, c = (torch.cat(list(loader)) for loader in (first, again, other))
     assert torch.equal(a, b) and not torch.equal(a, c) and a.min() >= -1 and a.max() <= 1
+    assert torch.equal(c, torch.cat(list(run.loader(4, seed=5))))
+
+
+def test_labels_come_with_their_images_on_request(run):
+    labels = torch.arange(29)
+    images = run.data.train_images.float() / 127.5 - 1
+    for x, label in replace(run, flip=False).loader(4, labels=labels):
+        assert torch.allclose(x, images[label], atol=1e-6)
 
 
 def test_metrics_say_what_was_measured_on_what_by_what(run):
@@ -171,18 +179,20 @@ def test_rows_end_where_a_checkpoint_is_saved_and_at_the_end(run):
 def test_rows_end_every_so_many_steps_and_where_the_script_says(run, monkeypatch):
     monkeypatch.setattr(training, "LOG_EVERY", 5)
     _, _, session = start(replace(run, checkpoint_every=1000))
+    assert session.rows == []
     returned = [
         session.log({"loss": torch.tensor(float(step))}, end_row=step + 1 == 8)
         for step, _ in session
     ]
     assert [step + 1 for step, row in enumerate(returned) if row] == [5, 8, 10, 15, 20, 21]
     assert returned[7] == {"step": 8, "epoch": 1.1429, "loss": 6.0}  # of 5, 6 and 7
-    assert read_log(run.out / "tiny" / "log.csv") == [row for row in returned if row]
+    rows = [row for row in returned if row]
+    assert read_log(run.out / "tiny" / "log.csv") == session.rows == rows
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_and_the_last_checkpoint_stays(run):
     _, _, session = start(run)
-    with pytest.raises(InputError, match="'half' is nan at step 6"):
+    with pytest.raises(InputError, match="'half' is nan at step 6.*diverged"):
         for step, _ in session:
             bad = torch.tensor(torch.nan if step == 5 else 1.0)
             session.log({"loss": bad, "half": bad})
@@ -398,15 +408,27 @@ def test_rows_average_the_steps_between_them(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("torn", ["", "10,1.0,9.5,2", "10,1.0"])
-def test_rows_past_the_checkpoint_are_cut(tmp_path, torn):
-    """A log that was killed, also in the middle of a row, and resumed is the uninterrupted one."""
+def test_rows_past_the_checkpoint_are_cut(tmp_path):
+    """A log that was killed and resumed is the uninterrupted one."""
     fill(Log(tmp_path / "whole.csv", resume_at=0), range(1, 13))
     fill(Log(tmp_path / "killed.csv", resume_at=0), range(1, 9))
-    with open(tmp_path / "killed.csv", "a") as file:
-        file.write(torn)
     fill(Log(tmp_path / "killed.csv", resume_at=6), range(7, 13))
     assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_a_row_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Also where the process is killed while it writes one."""
+    log = Log(tmp_path / "log.csv", resume_at=0)
+    fill(log, range(1, 5))
+    before = (tmp_path / "log.csv").read_bytes()
+
+    def killed(*args):
+        raise Stopped
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(Stopped):
+        fill(log, range(5, 7))
+    assert (tmp_path / "log.csv").read_bytes() == before
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -422,7 +444,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(tmp_path, bad):
 
 def test_no_log_has_no_rows_and_another_file_is_named(tmp_path):
     assert read_log(tmp_path / "gone.csv") == []
-    for text in ("a,b\n1,2\n", "step,loss\n1,much\n", "step,loss\n1\n"):
+    for text in ("step,loss\n1,much\n", "step,loss\n1\n", "step,loss\n1,2,3\n"):
         (tmp_path / "log.csv").write_text(text)
         with pytest.raises(InputError, match="log.csv is not a log"):
             read_log(tmp_path / "log.csv")
