@@ -71,5 +71,5 @@ def test_bad_arguments_are_named(x):
         VQVAE(quantizer="product")
     with pytest.raises(ValueError, match="num_downsamples"):
         VQVAE(num_downsamples=0)
-    with pytest.raises(ValueError, match="30x32 .* 4 divides"):
+    with pytest.raises(ValueError, match="30x32.* 4"):
         small()(x[:, :, :30])
