@@ -231,7 +231,7 @@ def main(args: argparse.Namespace) -> None:
         perceptual={"network": args.perceptual, "accuracy": perceptual_accuracy},
         yardstick={"accuracy": yardstick_accuracy},
     )
-    columns = report.VQGAN_COLUMNS + (("rfid",) if args.rfid else ())
+    columns = report.VQGAN_COLUMNS + (["rfid"] if args.rfid else [])
     titled = {report.OBJECTIVES[name]: result for name, result in results.items()}
     report.print_table(titled, columns)
     report.print_yardstick(yardstick_accuracy, len(run.data.class_names))
@@ -244,8 +244,8 @@ def network_arguments(args: argparse.Namespace) -> dict:
 
     Builds the network once, so that sizes that do not fit stop before anything is written.
     """
-    names = ("channels", "channel_multipliers", "num_residual_blocks", "attention_resolutions")
-    names += ("latent_channels", "embedding_dim", "num_embeddings", "quantizer")
+    names = ["channels", "channel_multipliers", "num_residual_blocks", "attention_resolutions"]
+    names += ["latent_channels", "embedding_dim", "num_embeddings", "quantizer"]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     arguments = NETWORKS[args.network] | {"resolution": args.image_size} | given
     with user_input(), torch.device("meta"):  # shapes only

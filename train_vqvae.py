@@ -120,7 +120,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def build_model(name: str, args: argparse.Namespace) -> tuple[nn.Module, dict]:
+def build_model(name: str, args: argparse.Namespace) -> tuple[VAE | VQVAE, dict]:
     """The model and its constructor arguments, which its checkpoint keeps."""
     if name == "vae":
         arguments = {

@@ -179,7 +179,7 @@ def test_where_none_is_found_a_new_one_is_trained(run, folder):
 
 def test_a_yardstick_of_other_classes_is_refused(run, save):
     path = save(run.out / "three.pt", num_classes=3)
-    with pytest.raises(InputError, match="three.pt.* 3 classes.* 2"):
+    with pytest.raises(InputError, match="yardstick=.*three.pt.* 3 classes.* 2"):
         load_yardstick(run, epochs=1, file=str(path))
 
 

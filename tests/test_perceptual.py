@@ -24,11 +24,17 @@ def heads():
     return load_lpips_heads(Path("not there"))
 
 
+@pytest.fixture(scope="module")
+def lpips_distance(vgg_weights, heads):
+    """Made once: it takes a second, and nothing changes it."""
+    return LPIPS(vgg_weights, heads)
+
+
 @pytest.fixture(params=["classifier", "lpips"])
 def distance(request):
     if request.param == "classifier":
         return ClassifierDistance(Classifier(10, width=8))
-    return LPIPS(request.getfixturevalue("vgg_weights"), request.getfixturevalue("heads"))
+    return request.getfixturevalue("lpips_distance")
 
 
 def pair():

@@ -141,7 +141,7 @@ def test_a_tokenizer_is_taken_from_where_it_is_said_to_be(tmp_path):
 def test_another_tokenizer_is_refused(tmp_path):
     save_pair(tmp_path)
     save(tmp_path / "other.pt", VQVAE, seed=1)
-    with pytest.raises(InputError, match="other.pt is not the tokenizer.*runs/vqvae/checkpoint"):
+    with pytest.raises(InputError, match="other.pt is not the tokenizer.*runs/vqvae/checkpoint.pt"):
         load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "other.pt")
     (tmp_path / "other.pt").replace(tmp_path / "tokenizer.pt")
     with pytest.raises(InputError, match="tokenizer.pt is not the tokenizer"):
@@ -233,14 +233,14 @@ def test_the_shipped_pair_is_of_an_earlier_version_and_loads():
     assert pair.tokenizer.grids == [tuple(old["grid_size"])] and pair.tokenizer.image_size == 32
 
 
-def test_the_shipped_pair_is_small_and_the_readme_has_its_commands():
-    path = SHIPPED["shapes"]
-    files = [path, path.with_name("tokenizer.pt")]
-    assert sum(file.stat().st_size for file in files) <= 5e6
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    for file in files:
+def test_the_shipped_pair_is_small_and_its_commands_stand_beside_what_they_wrote():
+    results = Path(__file__).parents[1] / "docs" / "results"
+    for name, folder in (("tokenizer", "tokenizer"), ("checkpoint", "transformer")):
+        file = SHIPPED["shapes"].with_name(f"{name}.pt")
+        assert file.stat().st_size <= 2.5e6
+        script = " ".join((results / f"shapes-{folder}" / "run.sh").read_text().split())
         for command in read_checkpoint(file)["about"]["command"].split(" && "):
-            assert command in readme
+            assert command in script.replace("\\ ", "")
 
 
 def test_the_shipped_pair_is_as_good_as_it_was_before_it_was_rounded(shapes):

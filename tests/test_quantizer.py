@@ -303,13 +303,13 @@ def test_restarts_and_the_start_from_data_prevent_the_collapse():
 def test_indices_outside_of_the_codebook_are_refused(kind):
     quantizer = kind(16, 4)
     for bad in (-1, 16):
-        with pytest.raises(ValueError, match=f"{bad}.* 16 codes"):
+        with pytest.raises(ValueError, match=f"0 to 15.*{bad}"):
             quantizer.lookup(torch.tensor([[[0, bad]]]))
 
 
 @BOTH
 def test_shapes_that_do_not_fit_are_refused(kind):
-    with pytest.raises(ValueError, match="embedding_dim = 4"):
+    with pytest.raises(ValueError, match=r"\(B, 4, h, w\).*\(2, 5, 3, 3\)"):
         kind(16, 4)(torch.randn(2, 5, 3, 3))
     with pytest.raises(ValueError, match="num_embeddings=0"):
         kind(0, 4)

@@ -325,7 +325,7 @@ def test_every_kind_of_condition_trains_and_is_drawn(flags, tmp_path, tokenizer)
         out = run(tmp_path / "run", *flags)
     condition = checkpoint(out)["about"]["condition"]
     assert condition["kind"] == flags[flags.index("--condition") + 1]
-    assert condition["picture"] == ("gray" if condition["kind"] == "image" else None)
+    assert condition["picture"] == ("gray" if condition["kind"] == "image" else "")
     pixels = np.asarray(Image.open(out / "samples.png").convert("L"))
     assert pixels.std() > 5
     (sample,) = metrics_of(out)["samples"]
@@ -521,8 +521,8 @@ def test_another_tokenizers_yardstick_does_not_measure_other_data(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--data", "textures"], "--data textures: the tokenizer"),
-        (["--image-size", "64"], "--image-size 64: the tokenizer"),
+        (["--data", "textures"], "--data textures, but"),
+        (["--image-size", "64"], "--image-size 64, but"),
         (["--image-size", "36", "--other-data"], "36x36 pixels"),
         (
             ["--data", "textures", "--condition", "caption", "--other-data"],
@@ -639,7 +639,7 @@ def test_a_yardstick_of_other_classes_is_refused_before_anything_is_encoded(tmp_
     save_classifier(tmp_path / "three.pt", Classifier(3, 4), 0.5)
     flags = ["--tokenizer", tokenizer, "--yardstick", tmp_path / "three.pt"]
     message = error_of(tmp_path / "run", *SMALL, *flags)
-    assert "3 classes apart, not 10" in message and "--yardstick FILE" in message
+    assert "three.pt knows 3 classes, not 10" in message and "--yardstick" in message
     assert not (tmp_path / "run" / "codes.pt").exists()
 
 

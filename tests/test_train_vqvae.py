@@ -290,12 +290,12 @@ def test_help_states_every_default(tmp_path, capsys):
         (["--data", "imagenet"], "--data imagenet"),
         (["--data", "EMPTY"], "has no files"),
         (["--data", "shapes", "--batch-size", "128", "--limit", "100"], "1 to 100"),
-        (["--data", "shapes", "--device", "tpu"], "'tpu'"),
+        (["--data", "shapes", "--device", "tpu"], "--device tpu"),
         (["--data", "shapes", "--image-size", "64"], "32 pixels"),
         (["--data", "shapes", "--image-size", "40"], "multiple of 16"),
         (["--data", "EMPTY", "--models", "vqvae", "--image-size", "8"], "at least 11"),
         (["--data", "shapes", "--quantizer", "gradient", "--no-restart-dead"], "ema"),
-        (["--data", "shapes", "--resume"], "no config.json"),
+        (["--data", "shapes", "--resume"], "no run in"),
     ],
 )
 def test_what_cannot_work_stops_with_one_line(flags, expected, tmp_path):

@@ -383,8 +383,9 @@ def test_average_of_weights_by_hand():
         decay = min(0.9, (1 + step) / (10 + step))
         weight = decay * weight + (1 - decay) * step
         mean = decay * mean - (1 - decay) * step
-    assert average.model.weight.item() == pytest.approx(weight)
-    assert average.model.running_mean.item() == pytest.approx(mean)
+    # In float32, whose roundings add up to a few times 1e-7 over the steps.
+    assert average.model.weight.item() == pytest.approx(weight, rel=1e-5)
+    assert average.model.running_mean.item() == pytest.approx(mean, rel=1e-5)
     assert average.model.num_batches_tracked == 199  # what has no average is copied
     assert model.weight.item() == 199 and not average.model.training
     assert not average.model.weight.requires_grad and model.weight.requires_grad

@@ -28,7 +28,8 @@ def test_indices_hold_the_whole_reconstruction(x, quantizer, multipliers, attent
     model.eval()
     reconstruction, indices, _ = model(x)
     assert indices.shape == (16, side, side) and reconstruction.shape == x.shape
-    assert torch.allclose(model.decode_indices(model.encode(x).indices), reconstruction, atol=1e-5)
+    # The model decodes z + (e - z), which is e but for rounding, and its many layers add to that.
+    assert torch.allclose(model.decode_indices(model.encode(x).indices), reconstruction, atol=1e-4)
 
 
 def test_parameters_counted_by_hand():

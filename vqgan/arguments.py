@@ -59,7 +59,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Every default in the help, but "None", which says nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default is None else super()._get_help_string(action)
+        text = action.help if action.default is None else super()._get_help_string(action)
+        return text or ""
 
 
 def common_parser(
@@ -112,9 +113,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
         stored = json.loads((folder / "config.json").read_text())
         is_ours = {"command", "epochs", "precision"} <= stored.keys()
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"--resume: --out {folder} has no config.json of a run ({error})"
-        ) from error
+        raise InputError(f"--resume: there is no run in {folder} ({error})") from error
     if not is_ours or not stored.keys() <= vars(args).keys() | {"command"}:
         raise InputError(f"--resume: --out {folder} is not a run of this script: name another")
     # Flags that are newer than the run had their defaults.
@@ -176,8 +175,7 @@ def open_tokenizer(args: argparse.Namespace) -> tuple[VQAutoencoder, dict]:
             setattr(args, name, own)
         elif own is not None and Path(str(own)) != Path(str(given)) and not args.other_data:
             raise InputError(
-                f"{flag} {given}: the tokenizer {args.tokenizer} was trained with {own}; leave "
-                "the flag out, or add --other-data"
+                f"{flag} {given}, but {args.tokenizer} was trained with {own}: add --other-data"
             )
     with user_input():
         tokenizer.check_resolution(args.image_size, args.image_size)

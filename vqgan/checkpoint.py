@@ -12,6 +12,7 @@ import io
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -62,7 +63,7 @@ def save_checkpoint(
     *,
     model: nn.Module,
     arguments: dict,
-    optimizers: dict[str, torch.optim.Optimizer],
+    optimizers: Mapping[str, torch.optim.Optimizer],
     batches,
     step: int,
     seconds: float,
@@ -201,7 +202,7 @@ def restore(
     state: dict,
     *,
     model: nn.Module,
-    optimizers: dict[str, torch.optim.Optimizer],
+    optimizers: Mapping[str, torch.optim.Optimizer],
     batches,
     companions: dict | None = None,
 ) -> None:
@@ -214,7 +215,8 @@ def restore(
             optimizer.load_state_dict(state["optimizers"][name])
     except (KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"the checkpoint does not fit {state['model']} ({reason})") from error
+        advice = "put the right one back, or start in another folder"
+        raise InputError(f"the checkpoint does not fit this run ({reason}): {advice}") from error
     batches.load_state_dict(state["batches"])
     set_random_state(state["random"])
     if state["threads"] != torch.get_num_threads():

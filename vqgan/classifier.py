@@ -12,8 +12,8 @@ He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016, arXiv
 """
 
 import pickle
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
@@ -86,7 +86,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Any,
     *,
     num_classes: int,
     width: int,

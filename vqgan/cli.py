@@ -79,9 +79,8 @@ def export(args: argparse.Namespace) -> None:
     if (out / "checkpoint.pt").exists():
         raise InputError(f"--out {out} holds a checkpoint.pt already: name another folder")
     state = pretrained.read_checkpoint(path)
-    save_model(
-        out / "tokenizer.pt", pretrained.read_checkpoint(path.with_name("tokenizer.pt")), half=True
-    )
+    tokenizer_state = pretrained.read_checkpoint(path.with_name("tokenizer.pt"))
+    save_model(out / "tokenizer.pt", tokenizer_state, half=True)
     tokenizer, _ = pretrained.load_tokenizer(
         out / "tokenizer.pt"
     )  # rounded: other weights, another hash
@@ -114,7 +113,7 @@ def parse() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for function, add_flags in COMMANDS.items():
-        name, help = function.__name__, function.__doc__.splitlines()[0].rstrip(".")
+        name, help = function.__name__, (function.__doc__ or "").splitlines()[0].rstrip(".")
         subparser = commands.add_parser(
             name, help=help, description=help, formatter_class=HelpFormatter, allow_abbrev=False
         )

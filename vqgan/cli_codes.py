@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     out, device = png_path(args.out, args.images), choose_device(args.device)
     config = _read_config(args.config)
     if config is not None or read_checkpoint(args.checkpoint)["model"] == "VAE":
-        model = load_model(args.checkpoint, config=config).to(device)
+        model: Any = load_model(args.checkpoint, config=config).to(device)
     else:
         model = _tokenizer(args.checkpoint).to(device)
     size = _size(model, args.image_size)
@@ -125,7 +126,7 @@ def decode(args: argparse.Namespace) -> None:
         numbers = ("num_embeddings", "checkpoint", "fingerprint")
         K, path, encoder = (content[name].item() for name in numbers)
         names, packed = content["names"], content["codes"]
-        indices = torch.from_numpy(_unpack(packed, *content["grid_size"].tolist(), K))
+        indices = torch.from_numpy(_unpack(packed, content["grid_size"].tolist(), K))
         if len(names) != len(indices) or indices.max() >= K:
             raise ValueError(f"code {indices.max()} of {K}")
     except Exception as error:  # numpy's, zipfile's and zlib's, of many types
@@ -133,10 +134,8 @@ def decode(args: argparse.Namespace) -> None:
         raise InputError(f"{args.codes} is not a file of `encode` ({reason})") from error
     model = _tokenizer(args.checkpoint or path)
     if (fingerprint(model), model.num_embeddings) != (encoder, K):
-        raise InputError(
-            f"{args.checkpoint or path} is not the model that encoded {args.codes} ({path}): name "
-            "that one with --checkpoint"
-        )
+        wrong = args.checkpoint or path
+        raise InputError(f"{wrong} did not encode {args.codes}: give --checkpoint {path}")
     model, parts = model.to(device), indices.to(device).split(64)
     images = torch.cat([to_uint8(model.decode_indices(part)) for part in parts]).cpu()
     width = len(str(len(images)))
@@ -191,9 +190,9 @@ def _pack(indices: np.ndarray, num_embeddings: int) -> np.ndarray:
     return np.packbits(binary.reshape(len(indices), -1).astype(np.uint8), axis=1)
 
 
-def _unpack(packed: np.ndarray, h: int, w: int, num_embeddings: int) -> np.ndarray:
-    """What `_pack` was given: uint8 (N, bytes) -> int64 (N, h, w)."""
-    bits = _bits(num_embeddings)
+def _unpack(packed: np.ndarray, grid: list[int], num_embeddings: int) -> np.ndarray:
+    """What `_pack` was given: uint8 (N, bytes) -> int64 (N, h, w), `grid` being h, w."""
+    (h, w), bits = grid, _bits(num_embeddings)
     binary = np.unpackbits(packed, axis=1)[:, : h * w * bits].reshape(len(packed), h, w, bits)
     return (binary.astype(np.int64) << np.arange(bits)).sum(axis=3)
 

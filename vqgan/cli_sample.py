@@ -85,9 +85,8 @@ def sample(args: argparse.Namespace) -> None:
                 if (height, width) == (h, w):
                     x = pair.tokenizer.decode_tokens(pair.transformer.sample(part, **more))
                 else:
-                    grid = sample_sliding_window(
-                        pair.transformer, pair.tokenizer, part, height, width, **more
-                    )
+                    models = (pair.transformer, pair.tokenizer)
+                    grid = sample_sliding_window(*models, part, height, width, **more)
                     x = pair.tokenizer.decode_indices(grid)
                 images.append(to_unit(x).cpu())
             chunks = torch.cat(images).split(COLUMNS)

@@ -241,7 +241,7 @@ class Placeholder(list):
     A list, since torch appends to nothing else; hashable, since it may be a dictionary's key.
     """
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     def __init__(self, *args):
         super().__init__()

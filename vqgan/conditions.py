@@ -40,7 +40,7 @@ class Condition:
     vocabulary: int
     length: int
     names: tuple[str, ...] = ()
-    picture: str | None = None
+    picture: str = ""
 
     def to_dict(self) -> dict:
         """For a checkpoint: numbers, strings and a list of names."""
@@ -49,7 +49,8 @@ class Condition:
     @staticmethod
     def from_dict(state: dict) -> "Condition":
         """What `to_dict` gave, a condition again."""
-        return Condition(**state | {"names": tuple(state["names"])})
+        names, picture = tuple(state["names"]), state["picture"] or ""
+        return Condition(**state | {"names": names, "picture": picture})
 
     def of_nothing(self, count: int) -> Tensor:
         """(count, 1) start tokens, for the kind none."""

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,11 +38,11 @@ class ImageDataset:
 
     train_images: Tensor | ImageFiles
     test_images: Tensor | ImageFiles
-    train_labels: Tensor | None
-    test_labels: Tensor | None
+    train_labels: Any
+    test_labels: Any
     class_names: tuple[str, ...]
-    train_captions: list[str] | None = None
-    test_captions: list[str] | None = None
+    train_captions: Any = None
+    test_captions: Any = None
 
     def first(self, limit: int) -> "ImageDataset":
         """The same set with at most `limit` training and `limit` test images."""
@@ -97,7 +98,7 @@ def _draw(source: str, seed: int, num_drawn: int) -> ImageDataset:
         train_labels=torch.from_numpy(np.concatenate([more_labels, labels[train]])),
         test_labels=torch.from_numpy(labels[NUM_TRAIN:]),
         class_names=class_names,
-        train_captions=captions and more_captions + captions[train],
+        train_captions=captions and (more_captions or []) + captions[train],
         test_captions=captions and captions[NUM_TRAIN:],
     )
 
@@ -114,11 +115,10 @@ def _load_cifar10(root: Path) -> ImageDataset:
             f"{CIFAR10.url} there, give another data_root=FOLDER, or data=shapes"
         ) from error
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in (train, test)]
-    return ImageDataset(
-        *(part.contiguous() for part in images),
-        *(torch.tensor(part.targets) for part in (train, test)),
-        class_names=tuple(train.classes),
-    )
+    train_images, test_images = (part.contiguous() for part in images)
+    train_labels, test_labels = (torch.tensor(part.targets) for part in (train, test))
+    names = tuple(train.classes)
+    return ImageDataset(train_images, test_images, train_labels, test_labels, names)
 
 
 # --- batches -----------------------------------------------------------------------------------
@@ -203,7 +203,8 @@ def batches_in_order(
 
     `batch_size`: None takes what is measured at once (`evaluation_batch`).
     """
-    batch_size = batch_size or evaluation_batch(images[0].shape[-1])
+    side = images.shape[-1] if isinstance(images, Tensor) else images.image_size
+    batch_size = batch_size or evaluation_batch(side)
     for chunk in _fetch(images, torch.arange(len(images)).split(batch_size), torch.device(device)):
         yield from_uint8(chunk)
 
@@ -217,7 +218,7 @@ def _fetch(images, indices, device: torch.device) -> Iterator[Tensor]:
         loader = DataLoader(
             images,
             batch_sampler=[row.tolist() for row in indices],
-            num_workers=min(4, os.cpu_count()),
+            num_workers=min(4, os.cpu_count() or 1),
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # its own, or it would advance the global one
         )

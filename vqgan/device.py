@@ -3,14 +3,16 @@
 import platform
 import shutil
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from vqgan.errors import InputError
 
+Model = TypeVar("Model", bound=nn.Module)
 # What the processor can do; versions of torch that cannot be asked compute in float32.
-CAPABILITIES = getattr(torch.cpu, "get_capabilities", dict)()
+CAPABILITIES: dict = getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def choose_device(name: str) -> torch.device:
@@ -25,10 +27,8 @@ def choose_device(name: str) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # whose random state is saved, and precision asked for
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise InputError(
-            f"device {name!r} cannot be used here ({str(error).splitlines()[0]}): "
-            "give auto, cpu, cuda or mps"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device={name}: {reason}; give auto, cpu, cuda or mps") from error
     return device
 
 
@@ -60,9 +60,9 @@ def has_fused_optimizers(device: torch.device) -> bool:
     return device.type in ("cpu", "cuda")
 
 
-def prepare_model(model: nn.Module, device: torch.device, *, compile: bool) -> nn.Module:
+def prepare_model(model: Model, device: torch.device, *, compile: bool) -> Model:
     """Move to the device, channels last (the layout that convolutions are fastest in)."""
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compile and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise InputError("compile needs a C++ compiler on a CPU: install one, or leave it out")
     if compile:

@@ -16,13 +16,9 @@ class InputError(ValueError):
 
 
 @contextmanager
-def user_input(where: str = "") -> Iterator[None]:
-    """Turn a `ValueError` into an `InputError`: what is checked inside was given by a user.
-
-    Args:
-        where: what the message begins with, a file's path for example.
-    """
+def user_input() -> Iterator[None]:
+    """Turn a `ValueError` into an `InputError`: what is checked inside was given by a user."""
     try:
         yield
     except ValueError as error:
-        raise InputError(f"{where}: {error}" if where else str(error)) from error
+        raise InputError(str(error)) from error

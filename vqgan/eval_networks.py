@@ -8,6 +8,7 @@ Inception       on request: the Frechet distance in its features is the true FID
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,8 @@ def trained_classifier(
         raise InputError("perceptual=classifier needs class folders: give them, or lpips or none")
     batch_size = min(CLASSIFIER_BATCH_SIZE, len(data.train_images))
     loader = run.loader(batch_size, seed=seed, labels=data.train_labels)
-    sizes = {"num_classes": len(data.class_names), "width": width}
-    where = {"device": run.device, "dtype": run.dtype}
+    sizes: dict[str, Any] = {"num_classes": len(data.class_names), "width": width}
+    where: dict[str, Any] = {"device": run.device, "dtype": run.dtype}
     model = train_classifier(loader, **sizes, epochs=epochs, seed=seed, **where, name=path.stem)
     share = accuracy(model, data, run.device)
     print(f"{path.stem}: {share:.1%} of the test images recognised")
@@ -69,7 +70,7 @@ def perceptual_distance(
 
 
 def load_yardstick(
-    run: Run, *, epochs: int, file: str | None = None, folder: Path | None = None
+    run: Run, *, epochs: int, file: str | Path | None = None, folder: Path | None = None
 ) -> tuple[Classifier | None, float | None]:
     """A classifier that no model is trained with, and its accuracy; None for unlabelled images.
 
@@ -93,10 +94,8 @@ def load_yardstick(
         return trained_classifier(path, run, width=width, epochs=epochs, seed=YARDSTICK_SEED)
     yardstick, share = load_classifier(Path(file), run.device)
     if yardstick.head.out_features != num_classes:
-        raise InputError(
-            f"{file} tells {yardstick.head.out_features} classes apart, not {num_classes}: give "
-            "another yardstick=FILE"
-        )
+        known = yardstick.head.out_features
+        raise InputError(f"yardstick={file} knows {known} classes, not {num_classes}: give another")
     return yardstick, share
 
 
@@ -112,7 +111,7 @@ def accuracy(model: Classifier, data: ImageDataset, device: torch.device) -> flo
     """Share of the test images that are recognised, 0 to 1."""
     batches = batches_in_order(data.test_images, device=device)
     predicted = torch.cat([model(x).argmax(dim=1).cpu() for x in batches])
-    return (predicted == data.test_labels).double().mean().item()
+    return predicted.eq(data.test_labels).double().mean().item()
 
 
 def inception_distance(device: torch.device, feature: int | nn.Module = 2048):

@@ -4,9 +4,10 @@ The networks that look at them are those of `eval_networks.py`; the measures are
 """
 
 from collections import defaultdict
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from vqgan import metrics
@@ -35,7 +36,7 @@ def evaluate_autoencoder(
     *,
     distance: PerceptualDistance | None = None,
     yardstick: Classifier | None = None,
-    inception: nn.Module | None = None,
+    inception: Any = None,
 ) -> tuple[dict, Tensor | None]:
     """Measures over the test set, in float32; and how often each code is used, (K,).
 
@@ -45,7 +46,7 @@ def evaluate_autoencoder(
     """
     model.eval()
     generator = torch.Generator().manual_seed(0)  # its own: evaluation must not disturb training
-    usage = None if isinstance(model, VAE) else metrics.CodebookUsage(model.num_embeddings)
+    usage: Any = None if isinstance(model, VAE) else metrics.CodebookUsage(model.num_embeddings)
     per_image, features, features_hat = defaultdict(list), [], []
     for x in batches_in_order(run.data.test_images, device=run.device):
         output = model(x)
@@ -72,7 +73,7 @@ def evaluate_autoencoder(
             inception.update(to_unit(x).to(inception.device), real=True)
             inception.update(to_unit(x_hat).to(inception.device), real=False)
 
-    result = {"perceptual": None, "frechet": None, "recognised": None}
+    result: dict[str, Any] = {"perceptual": None, "frechet": None, "recognised": None}
     result |= {name: torch.cat(values).mean().item() for name, values in per_image.items()}
     if yardstick is not None:
         real, reconstructed = torch.cat(features), torch.cat(features_hat)
@@ -120,10 +121,8 @@ def reference_frechet(
     reconstructed = features_of(yardstick, reconstructions)
     train = run.data.train_images[: len(test)]
     real = features_of(yardstick, batches_in_order(train, device=device))
-    return features, {
-        "reconstructions": metrics.frechet_distance(reconstructed, features),
-        "training images": metrics.frechet_distance(real, features),
-    }
+    compared = {"reconstructions": reconstructed, "training images": real}
+    return features, {n: metrics.frechet_distance(f, features) for n, f in compared.items()}
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Each function writes one PNG. Colours are Okabe and Ito's, which colour-blind re
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ def image_rows(path: Path, rows: Sequence[tuple[str, Tensor]], *, title: str) ->
         # Pixels stay squares: at this size, smoothing would hide the very blur that is shown.
         axes.imshow(strip, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
-        place = {"transform": axes.transAxes, "ha": "right", "va": "center"}
+        place: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "center"}
         axes.text(-0.09 / strip_width, 0.5, label, fontsize=ROWS_FONT_SIZE, **place)  # 0.09 inches
     save_figure(figure, path)
 
@@ -116,8 +117,8 @@ def losses(
     """
     panels: dict[tuple[str, ...], list[str]] = {}
     for name, rows in logs.items():
-        terms = tuple(key for key in rows[0] if key not in ("step", "epoch"))
-        panels.setdefault(terms if share else (name, *terms), []).append(name)
+        key = tuple(key for key in rows[0] if key not in ("step", "epoch"))
+        panels.setdefault(key if share else (name, *key), []).append(name)
     figure = new_figure(5.0 * len(panels) + 0.5, 3.8, title)
     for number, names in enumerate(panels.values(), start=1):
         terms = [key for key in logs[names[0]][0] if key not in ("step", "epoch")]
@@ -156,7 +157,7 @@ def code_losses(
     points = {"marker": "o", "markersize": 4, "zorder": 4}
     _curve(axes, validation, "loss", label="validation", color=COLOURS[1], **points)
     for (name, value), colour in zip(baselines.items(), COLOURS[2:], strict=False):
-        style = {"color": colour, "linestyle": "--", "linewidth": 1.2}
+        style: dict[str, Any] = {"color": colour, "linestyle": "--", "linewidth": 1.2}
         axes.axhline(value, label=f"{name}: {value:.2f}", **style)
     axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_figure(figure, path)
@@ -200,13 +201,13 @@ def metric_by_batch_size(
     """One line a model over the batch sizes: {"VAE": {16: 0.61, 64: 0.60}, ...}."""
     figure = new_figure(5.6, 3.8, title)
     axes = plot_axes(figure, xlabel="batch size", ylabel=ylabel)
-    above = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+    above: dict[str, Any] = {"xytext": (0, 7), "textcoords": "offset points", "fontsize": 8}
     for (name, values), colour, marker in zip(results.items(), COLOURS, "os^Dv<>", strict=False):
         sizes = sorted(values)
         y = [values[size] for size in sizes]
         axes.plot(sizes, y, label=name, color=colour, marker=marker)
         for size in sizes:
-            axes.annotate(f"{values[size]:.3f}", (size, values[size]), **above)
+            axes.annotate(f"{values[size]:.3f}", (size, values[size]), ha="center", **above)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(sizes))
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -227,7 +228,7 @@ def codebook_usage(path: Path, counts: Mapping[str, Tensor], *, title: str) -> N
     for (name, count), colour in zip(counts.items(), itertools.cycle(COLOURS), strict=False):
         share = np.sort((count.double() / count.sum()).numpy())[::-1]
         axes.plot(np.arange(1, len(share) + 1), share, color=colour, label=name)
-    style = {"color": "0.4", "linestyle": "--", "linewidth": 1}
+    style: dict[str, Any] = {"color": "0.4", "linestyle": "--", "linewidth": 1}
     axes.axhline(1 / len(share), label="all codes alike (1/K)", **style)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")

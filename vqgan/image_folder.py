@@ -98,9 +98,9 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
     Resized so that the shorter side fits, then cropped in the middle. Transparency is laid over
     white. Raises OSError (or another of Pillow's errors) where the file is not an image.
     """
-    with Image.open(path) as image:
-        image.draft("RGB", (image_size, image_size))  # a large JPEG is decoded at a lower scale
-        image = ImageOps.exif_transpose(image)
+    with Image.open(path) as file:
+        file.draft("RGB", (image_size, image_size))  # a large JPEG is decoded at a lower scale
+        image: Image.Image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I;16"):  # convert() would clip its 65,536 levels at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if "A" in image.mode or "transparency" in image.info:

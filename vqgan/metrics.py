@@ -211,11 +211,8 @@ def code_baselines(train: Tensor, test: Tensor, num_embeddings: int) -> dict[str
         seen = torch.where(pairs[place] == wanted, pair_counts[place], 0)
     given_left = (seen + BACKOFF * single[code]) / (left_counts[left] + BACKOFF)  # p(s | l)
     first = single[test[..., 0].flatten()]  # of a row
-    return {
-        "uniform": math.log(K),
-        "single": -single[test].log().mean().item(),
-        "left": -torch.cat([given_left, first]).log().mean().item(),
-    }
+    nats = {"uniform": math.log(K), "single": -single[test].log().mean().item()}
+    return nats | {"left": -torch.cat([given_left, first]).log().mean().item()}
 
 
 def code_bits(seq_len: int, num_embeddings: int) -> float:

@@ -99,6 +99,9 @@ class LPIPS(PerceptualDistance):
         ValueError, RuntimeError: a state dict does not fit.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, vgg_weights: dict[str, Tensor], head_weights: dict[str, Tensor]):
         super().__init__()
         expected = {f"lin{i}.model.1.weight": (1, C, 1, 1) for i, C in enumerate(VGG_CHANNELS)}
@@ -149,7 +152,7 @@ def load_lpips() -> LPIPS:
 def load_lpips_heads(path: Path) -> dict[str, Tensor]:
     """The five heads: from `path` if it is there, else the package `lpips`, else downloaded."""
     package = importlib.util.find_spec("lpips")
-    packaged = package and Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"
+    packaged = package and Path(package.origin or "").parent / "weights" / "v0.1" / "vgg.pth"
     if not path.exists() and packaged and packaged.exists():
         path = packaged
     return _read_published("the heads of LPIPS (7 KB)", HEADS_URL, path, HEADS_SHA256)

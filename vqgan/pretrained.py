@@ -48,10 +48,8 @@ def build_model(state: dict, path: str | Path) -> VAE | VQVAE | VQGAN | GPT:
         model = MODELS[state["model"]](**state["arguments"])
         model.load_state_dict(state["weights"])
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{path} does not fit {state['model']} ({' '.join(str(error).split())[:200]}): it is "
-            "of another version, or damaged"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} does not fit {state['model']} ({reason}): damaged?") from error
     return model.eval().requires_grad_(False)
 
 
@@ -129,10 +127,8 @@ def load_pair(path: str | Path, *, tokenizer: str | Path | None = None) -> Pair:
     given = tokenizer or beside
     model, _ = load_tokenizer(given)
     if fingerprint(model) != about["tokenizer_fingerprint"]:
-        raise InputError(
-            f"{given} is not the tokenizer that {path} was trained with: its codes mean other "
-            f"things; name {about['tokenizer']}"
-        )
+        name = about["tokenizer"]
+        raise InputError(f"{given} is not the tokenizer of {path}: name a copy of {name}")
     model.image_size = about["image_size"]  # of the transformer's images
     condition = Condition.from_dict(about["condition"])
     return Pair(transformer, model, condition, knows_nothing=about["condition_drop"] > 0)

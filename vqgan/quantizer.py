@@ -23,7 +23,7 @@ Data flow: encoder -> z_e (B, D, h, w) -> quantizer -> z_q (B, D, h, w), indices
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -190,6 +190,9 @@ class EMAVectorQuantizer(nn.Module):
         restart_dead: put a code that is hardly chosen any more on a vector of the current batch.
     """
 
+    codebook: Tensor
+    ema_counts: Tensor
+    ema_sums: Tensor
     DEAD_BELOW = 0.1  # of the average count: 230 steps after its last choice, at decay 0.99
 
     def __init__(
@@ -309,11 +312,12 @@ def make_quantizer(
     """The quantizer that a model names: "ema" or "gradient". Only the first restarts codes."""
     if num_embeddings < 1 or embedding_dim < 1:
         raise ValueError("num_embeddings and embedding_dim must be at least 1")
-    sizes, shared = (num_embeddings, embedding_dim), {"beta": beta, "data_start": data_start}
+    shared: dict[str, Any] = {"beta": beta, "data_start": data_start}
     if kind == "ema":
-        return EMAVectorQuantizer(*sizes, **shared, restart_dead=restart_dead)
+        shared["restart_dead"] = restart_dead
+        return EMAVectorQuantizer(num_embeddings, embedding_dim, **shared)
     if kind == "gradient":
-        return VectorQuantizer(*sizes, **shared)
+        return VectorQuantizer(num_embeddings, embedding_dim, **shared)
     raise ValueError(f"quantizer must be 'ema' or 'gradient', not {kind!r}")
 
 
@@ -323,7 +327,7 @@ def make_quantizer(
 @contextmanager
 def exact_float32_matmul() -> Iterator[None]:
     """Switch off TF32 and the like, which a script may have allowed: they choose wrong codes."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,12 +39,12 @@ FORMATS = {
     "guidance": ("guidance", ".3g"), "temperature": ("temperature", ".3g"),
     "top_k": ("top-k", "d"), "top_p": ("top-p", ".3g"), "seconds": ("seconds", ".0f"),
 }  # fmt: skip
-STUDY_COLUMNS = ("nmse", "psnr", "ssim", "ssim_whole_image", "perplexity", "codes_used")
-STUDY_COLUMNS += ("bits_per_image", "seconds")
-VQGAN_COLUMNS = ("nmse", "psnr", "ssim", "perceptual", "frechet", "recognised", "codes_used")
-VQGAN_COLUMNS += ("perplexity", "seconds")
-SAMPLES_COLUMNS = ("guidance", "temperature", "top_k", "top_p", "frechet", "recognised")
-SAMPLES_COLUMNS += ("prompt_right", "seconds")
+STUDY_COLUMNS = ["nmse", "psnr", "ssim", "ssim_whole_image", "perplexity", "codes_used"]
+STUDY_COLUMNS += ["bits_per_image", "seconds"]
+VQGAN_COLUMNS = ["nmse", "psnr", "ssim", "perceptual", "frechet", "recognised", "codes_used"]
+VQGAN_COLUMNS += ["perplexity", "seconds"]
+SAMPLES_COLUMNS = ["guidance", "temperature", "top_k", "top_p", "frechet", "recognised"]
+SAMPLES_COLUMNS += ["prompt_right", "seconds"]
 
 
 def print_table(results: Mapping[str, dict], columns: Sequence[str]) -> None:
@@ -93,7 +94,7 @@ def draw_study(
     run: Run,
     sessions: Mapping[str, Session],
     results: Mapping[str, dict],
-    counts: Mapping[str, Tensor | None],
+    counts: Mapping[str, Any],
 ) -> None:
     """Every figure of the study; each mapping has an entry for each model that was trained."""
     titles = {name: study_title(name) for name in sessions}
@@ -119,7 +120,7 @@ def _draw_sweep(out: Path, results: Mapping[str, dict]) -> None:
     """SSIM by batch size, one line per model, where several sizes were trained."""
     if len({result["batch_size"] for result in results.values()}) == 1:
         return
-    by_model = defaultdict(dict)
+    by_model: dict[str, dict[int, float]] = defaultdict(dict)
     for name, result in results.items():
         by_model[STUDY_TITLES[name.partition("-")[0]]][result["batch_size"]] = result["ssim"]
     title = f"SSIM by batch size, {result['epochs']} epochs each\n"
@@ -170,7 +171,7 @@ def draw_vqgan(
     run: Run,
     sessions: Mapping[str, Session],
     results: Mapping[str, dict],
-    counts: Mapping[str, Tensor],
+    counts: Mapping[str, Any],
 ) -> None:
     """Every figure of a VQGAN's run; each mapping has an entry for each objective."""
     x = shown_images(run)
@@ -268,7 +269,7 @@ def draw_transformer(
         rows += [(f"sample {i}", sample(conditions)) for i in (1, 2, 3)]
         figures.image_rows(path, rows, title=f"Samples given {condition.picture} ({how})")
     else:
-        names = condition.names if condition.kind == "class" else run.data.test_captions
+        names = condition.names if condition.kind == "class" else run.data.test_captions or ()
         ask = condition.of_classes if condition.kind == "class" else condition.of_captions
         rows = [(name, sample(ask([name] * SAMPLES_PER_ROW))) for name in names[:10]]
         figures.image_rows(path, rows, title=f"Samples by {condition.kind} ({how})")

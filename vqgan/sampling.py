@@ -9,6 +9,7 @@ those of the training.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,8 +110,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def sample_sliding_window(
-    prior: nn.Module,
-    tokenizer: nn.Module,
+    prior: Any,
+    tokenizer: Any,
     condition: Tensor,
     height: int,
     width: int,

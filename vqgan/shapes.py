@@ -10,8 +10,7 @@ machine (sines and exponentials it does not), so a seed gives the same bytes any
 
 import numpy as np
 
-CLASSES = ("circle", "ring", "square", "triangle", "diamond")
-CLASSES += ("cross", "star", "heart", "crescent", "hourglass")
+CLASSES = tuple("circle ring square triangle diamond cross star heart crescent hourglass".split())
 TEXTURES = ("stripes", "checks", "bumps", "speckle")
 SIZES = ("small", "medium", "large")
 COLOURS = {
@@ -33,8 +32,8 @@ SUPERSAMPLING = 2  # each pixel's coverage is the mean of 2x2 points, so that ed
 # Outward normals of the sides of a regular triangle and pentagon, first one pointing down
 # (y grows downwards). Decimals, not np.cos: see the module's word on sines.
 TRIANGLE = ((0.0, 1.0), (0.8660254, -0.5), (-0.8660254, -0.5))
-PENTAGON = ((0.0, 1.0), (0.9510565, 0.3090170), (0.5877853, -0.8090170))
-PENTAGON += ((-0.5877853, -0.8090170), (-0.9510565, 0.3090170))
+PENTAGON = [(0.0, 1.0), (0.9510565, 0.3090170), (0.5877853, -0.8090170)]
+PENTAGON += [(-0.5877853, -0.8090170), (-0.9510565, 0.3090170)]
 
 
 def draw_shapes(
@@ -87,10 +86,8 @@ def draw_shapes(
         images[part] = np.clip(pixels + np.float32(0.5), 0, 255)
 
     names = list(COLOURS)
-    captions = [
-        f"{SIZES[s]} {names[c]} {CLASSES[k]} on {names[b]}"
-        for s, c, k, b in zip(size, colour, labels, background, strict=True)
-    ]
+    traits = zip(size, colour, labels, background, strict=True)
+    captions = [f"{SIZES[s]} {names[c]} {CLASSES[k]} on {names[b]}" for s, c, k, b in traits]
     return images, labels.astype(np.int64), captions, CLASSES
 
 
@@ -151,13 +148,13 @@ def _is_inside(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     if name == "square":
         return np.maximum(abs(x), abs(y)) <= 0.85
     if name == "triangle":
-        return sum((a * x + b * y <= 0.5).view(np.uint8) for a, b in TRIANGLE) == 3
+        return np.sum([a * x + b * y <= 0.5 for a, b in TRIANGLE], axis=0) == 3
     if name == "diamond":
         return 1.6 * abs(x) + abs(y) <= 1
     if name == "cross":
         return (np.minimum(abs(x), abs(y)) <= 0.28) & (np.maximum(abs(x), abs(y)) <= 0.95)
     if name == "star":  # the five tips lie outside of one side of the pentagon, no point of two
-        return sum((a * x + b * y <= 0.31).view(np.uint8) for a, b in PENTAGON) >= 4
+        return np.sum([a * x + b * y <= 0.31 for a, b in PENTAGON], axis=0) >= 4
     if name == "heart":  # (x^2 + y^2 - 1)^3 <= x^2 y^3 with y upwards, shrunk into the unit circle
         x, y = 1.2 * x, 0.1 - 1.2 * y
         body = x * x + y * y - 1

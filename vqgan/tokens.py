@@ -8,7 +8,7 @@ rows -> `TokenLoader` -> condition (B, C), tokens (B, N)
 import hashlib
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def load_tokens(run: Run, tokenizer: VQAutoencoder, condition: Condition) -> Tok
     """
     data, path = run.data, run.out / "codes.pt"
     key = hashlib.sha256()
-    for part in (fingerprint(tokenizer), str(run.flip), condition.picture or ""):
+    for part in (fingerprint(tokenizer), str(run.flip), condition.picture):
         key.update(part.encode())
     for images in (data.train_images, data.test_images):
         if isinstance(images, ImageFiles):  # by name and size: to read them all takes a while
@@ -112,12 +112,11 @@ def load_tokens(run: Run, tokenizer: VQAutoencoder, condition: Condition) -> Tok
     except Exception:  # no file yet, or a damaged one: torch raises many types
         is_current = False
     if not is_current:
-        shared = {"transform": conditions.PICTURES.get(condition.picture), "device": run.device}
-        cached = {
-            "key": key.hexdigest(),
-            "train": tokenize(data.train_images, tokenizer, flip=run.flip, **shared),
-            "test": tokenize(data.test_images, tokenizer, flip=False, **shared),
-        }
+        transform = conditions.PICTURES.get(condition.picture)
+        shared: dict[str, Any] = {"transform": transform, "device": run.device}
+        train = tokenize(data.train_images, tokenizer, flip=run.flip, **shared)
+        test = tokenize(data.test_images, tokenizer, flip=False, **shared)
+        cached = {"key": key.hexdigest(), "train": train, "test": test}
         save_plain(path, cached)
     train, test = cached["train"], cached["test"]
     if condition.kind != "image":  # whose tokens stand before those of the image already
@@ -140,8 +139,8 @@ def tokenize(
     The tokens of transform(image) stand before those of the image.
     """
     sequences = []
-    num_batches = math.ceil(len(images) / evaluation_batch(images[0].shape[-1]))
     batches = batches_in_order(images, device=device)
+    num_batches = math.ceil(len(images) / evaluation_batch(tokenizer.image_size))
     for x in tqdm(batches, desc="encoding", total=num_batches, unit="batch"):
         augmentations = []
         for view in (x, x.flip(3)) if flip else (x,):
@@ -153,8 +152,8 @@ def tokenize(
 
 def _prepend(
     condition: Condition,
-    labels: Tensor | None,
-    captions: list[str] | None,
+    labels: Any,
+    captions: Any,
     tokens: Tensor,
 ) -> Tensor:
     """Labels or captions before tokens (images, augmentations, N): (.., .., C + N)."""

@@ -24,9 +24,10 @@ import io
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -72,8 +73,8 @@ class Run:
     ) -> Batches:
         """Shuffled batches of the training images, and of labels if they are given."""
         seed = self.seed if seed is None else seed
-        shared = {"device": self.device, "seed": seed, "flip": self.flip, "labels": labels}
-        return Batches(self.data.train_images, batch_size, **shared)
+        images, device = self.data.train_images, self.device
+        return Batches(images, batch_size, device=device, seed=seed, flip=self.flip, labels=labels)
 
     def write_metrics(self, models: dict[str, dict], **more) -> None:
         """metrics.json: what was measured of each model, on which data, by what; and more keys."""
@@ -132,7 +133,7 @@ class Session:
         *,
         model: nn.Module,
         arguments: dict,
-        optimizers: dict[str, torch.optim.Optimizer],
+        optimizers: Mapping[str, torch.optim.Optimizer],
         loader: Batches,
         state: dict | None = None,
         companions: dict | None = None,
@@ -144,13 +145,14 @@ class Session:
         self.epochs, self.total_steps = run.epochs, run.epochs * len(loader)
         self.checkpoint_every = run.checkpoint_every
         self.ema = ModelEMA(model, ema_decay) if ema_decay else None
-        self.kept = self.ema.model if self.ema else (kept or model)
+        self.kept: Any = self.ema.model if self.ema else (kept or model)
         self.state = TrainState(state or {})
         companions = {"state": self.state} | (companions or {})
         if self.kept is not model:
             companions["trained"] = model
-        self.parts = {"optimizers": optimizers, "batches": loader, "companions": companions}
-        self.about = {"arguments": arguments, "about": run.about | (about or {})}
+        self.parts: dict[str, Any] = {"optimizers": optimizers, "companions": companions}
+        self.parts["batches"] = loader
+        self.about: dict[str, Any] = {"arguments": arguments, "about": run.about | (about or {})}
 
         # The start, or the last checkpoint of a run that was cut off.
         self.step, self.seconds = 0, 0.0
@@ -166,7 +168,7 @@ class Session:
             initial=self.step * loader.batch_size, unit="img", unit_scale=True, mininterval=0.5,
         )  # fmt: skip
 
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
         self.model.train()
         watch = Stopwatch(self.seconds)
         with self.bar:
@@ -178,7 +180,7 @@ class Session:
                         raise RuntimeError("each step of a session ends with one session.log()")
                     if self.save_is_due:
                         self.seconds = watch.seconds
-                        now = {"step": self.step, "seconds": self.seconds}
+                        now: dict[str, Any] = {"step": self.step, "seconds": self.seconds}
                         files = self.parts | self.about
                         save_checkpoint(self.checkpoint, model=self.kept, **now, **files)
                     self.bar.update(self.loader.batch_size)
@@ -274,7 +276,8 @@ class Log:
 
     def __init__(self, path: Path, *, resume_at: int):
         """Start a log, or go on after step `resume_at`: rows beyond it are cut."""
-        self.path, self.pending = path, []
+        self.path = path
+        self.pending: list[tuple[int, dict[str, Tensor]]] = []
         rows = read_log(path) if resume_at > 0 else []
         self.rows = [row for row in rows if row["step"] <= resume_at]
         self._write()

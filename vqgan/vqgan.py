@@ -15,6 +15,8 @@ Data flow, for 32 pixels and three levels:
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ from vqgan.quantizer import make_quantizer
 from vqgan.vqvae import VQAutoencoder
 
 # Networks by name: `VQGAN(**NETWORKS["f16"])`. Compression counts 24 bits a pixel.
-NETWORKS = {
+NETWORKS: dict[str, dict[str, Any]] = {
     # 32 pixels, 8x8 codes: the defaults of `VQGAN`. 1.08 M parameters; 38 times smaller images.
     "small": {},
     # The paper's for 256 pixels: 16x16 codes. 71.9 M parameters; 439 times smaller images.
@@ -71,7 +73,7 @@ class ResNetBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         self.norm2 = group_norm(out_channels, num_groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
-        self.shortcut = nn.Identity()
+        self.shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
@@ -187,9 +189,9 @@ class VQGAN(VQAutoencoder):
         self,
         resolution: int = 32,
         channels: int = 32,
-        channel_multipliers: tuple[int, ...] = (1, 2, 2),
+        channel_multipliers: Sequence[int] = (1, 2, 2),
         num_residual_blocks: int = 1,
-        attention_resolutions: tuple[int, ...] | None = None,
+        attention_resolutions: Sequence[int] | None = None,
         latent_channels: int = 64,
         embedding_dim: int = 32,
         num_embeddings: int = 1024,
@@ -200,7 +202,7 @@ class VQGAN(VQAutoencoder):
         super().__init__(resolution, num_downsamples=len(channel_multipliers) - 1)
         sides = [resolution // 2**level for level in range(len(channel_multipliers))]
         if attention_resolutions is None:
-            attention_resolutions = sides[-1:]
+            attention_resolutions = tuple(sides[-1:])
         for side in attention_resolutions:
             if side not in sides:
                 raise ValueError(f"attention at {side} never occurs: choose from {sides}")
@@ -209,7 +211,8 @@ class VQGAN(VQAutoencoder):
         groups = norm_groups or max(1, channels // 4)
         widths = [channels * multiplier for multiplier in channel_multipliers]
 
-        layers, width = [nn.Conv2d(3, channels, kernel_size=3, padding=1)], channels
+        layers: list[nn.Module] = [nn.Conv2d(3, channels, kernel_size=3, padding=1)]
+        width = channels
         for next_width, side in zip(widths, sides, strict=True):
             attention = side in attention_resolutions
             layers += level(width, next_width, num_residual_blocks, groups, attention=attention)

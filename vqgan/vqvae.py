@@ -15,7 +15,7 @@ Data flow, for 32 pixels and two downsamplings:
     z_q (B, 64, 8, 8) -> decoder -> reconstruction (B, 3, 32, 32)
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class VQAutoencoder(nn.Module):
 
     encoder: nn.Module
     quantizer: Quantizer
-    decoder: nn.Module
+    decoder: Any  # a Sequential
 
     def __init__(self, image_size: int, num_downsamples: int):
         super().__init__()
@@ -173,9 +173,8 @@ class VQVAE(VQAutoencoder):
             nn.Conv2d(num_hiddens, embedding_dim, kernel_size=1),  # to the codebook's dimensions
         )
 
-        guards = {"data_start": data_start, "restart_dead": restart_dead}
-        sizes = (num_embeddings, embedding_dim)
-        self.quantizer = make_quantizer(quantizer, *sizes, beta=beta, **guards)
+        options: dict = {"beta": beta, "data_start": data_start, "restart_dead": restart_dead}
+        self.quantizer = make_quantizer(quantizer, num_embeddings, embedding_dim, **options)
 
         # The mirror image: transposed convolutions double the side.
         layers, channels = [], num_hiddens
