@@ -123,7 +123,7 @@ def load_pair(path: str | Path, *, tokenizer: str | Path | None = None) -> Pair:
     about = state["about"]
     beside = checkpoint_path(path).with_name("tokenizer.pt")
     if tokenizer is None and not beside.exists():
-        raise InputError(f"the tokenizer {about['tokenizer']} of {path} is missing: copy it there")
+        raise InputError(f"there is no {beside}: copy {about['tokenizer']} there, or name it")
     given = tokenizer or beside
     model, _ = load_tokenizer(given)
     if fingerprint(model) != about["tokenizer_fingerprint"]:
