@@ -32,6 +32,20 @@ def test_indices_hold_the_whole_reconstruction(x, quantizer, multipliers, attent
     assert torch.allclose(model.decode_indices(model.encode(x).indices), reconstruction, atol=1e-4)
 
 
+@pytest.mark.parametrize("quantizer", ["ema", "gradient"])
+def test_as_a_tokenizer_it_turns_images_into_sequences_and_back(x, quantizer):
+    model = small(quantizer=quantizer)
+    model(x)  # the codebook starts from data
+    model.eval()
+    tokens = model.tokens(x)
+    assert tokens.dtype == torch.int64 and tokens.min() >= 0 and tokens.max() < 16
+    assert torch.equal(tokens, model.encode(x).indices.flatten(1))
+    assert model.grids == [(8, 8)] and tokens.shape == (16, 64)
+    assert model.num_embeddings == 16 and model.image_size == model.resolution == 32
+    assert torch.allclose(model.decode_tokens(tokens), model(x).reconstruction, atol=1e-4)
+    assert small(resolution=64).grids == [(16, 16)]
+
+
 def test_parameters_counted_by_hand():
     """The docstring's 1.08 M, layer by layer; and the paper's network."""
 
