@@ -1,13 +1,31 @@
+import re
+from pathlib import Path
+
 from setuptools import setup
+
+HERE = Path(__file__).parent
 
 setup(
     name="vqgan",
-    version="0.1.0",
-    description="VAE, VQ-VAE, VQGAN and a transformer over their codes, in plain PyTorch",
+    version=re.search(r'__version__ = "(.*)"', (HERE / "vqgan" / "__init__.py").read_text())[1],
+    description="VAE, VQ-VAE, VQGAN and a minGPT-style prior in plain PyTorch, to be read",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The vqgan maintainers",
     license="MIT",
+    keywords="vae vq-vae vqgan vector-quantization transformer generative-models pytorch education",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Education",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.10",
     packages=["vqgan"],
-    package_data={"vqgan": ["pretrained/*/*.pt"]},
+    package_data={"vqgan": ["py.typed", "pretrained/*/*.pt"]},
     entry_points={"console_scripts": ["vqgan = vqgan.cli:command_line"]},
     install_requires=["torch>=2.10", "torchvision>=0.25", "numpy", "matplotlib", "tqdm"],
     extras_require={
@@ -15,6 +33,9 @@ setup(
         "test": [
             "pytest",
             "ruff",
+            "mypy",
+            "types-tqdm",
+            "pyyaml",
             "scikit-image",
             "vector-quantize-pytorch",
             "lpips",
@@ -28,8 +49,9 @@ setup(
         # The tutorial, docs/tutorial.ipynb, and its test.
         "notebook": ["notebook", "nbclient", "ipykernel"],
         "benchmark": ["diffusers", "transformers"],
-        # The published heads of LPIPS; true rFID, with Inception's weights.
+        # The published heads of LPIPS; true rFID, with Inception's weights; the authors' configs.
         "lpips": ["lpips"],
         "fid": ["torchmetrics[image]"],
+        "yaml": ["pyyaml"],
     },
 )

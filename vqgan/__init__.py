@@ -1,3 +1,13 @@
-"""VAE, VQ-VAE, VQGAN and a transformer over their codes, in plain PyTorch. One concept a file."""
+"""VAE, VQ-VAE, VQGAN and a transformer over their tokens, in plain PyTorch. One concept a file."""
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # before the imports: checkpoint.py writes it
+
+from vqgan.pretrained import load_model, load_pair
+from vqgan.quantizer import EMAVectorQuantizer, VectorQuantizer
+from vqgan.transformer import GPT
+from vqgan.vae import VAE
+from vqgan.vqgan import VQGAN
+from vqgan.vqvae import VQVAE
+
+__all__ = ["VAE", "VQVAE", "VQGAN", "GPT", "VectorQuantizer", "EMAVectorQuantizer"]
+__all__ += ["load_model", "load_pair", "__version__"]

@@ -42,8 +42,8 @@ class Quantized(NamedTuple):
     loss: Tensor  # (), every term but the reconstruction
 
 
-@torch.compiler.disable  # the switch of the precision cannot be compiled
-@torch.no_grad()
+# An operator of its own, since torch.compile cannot look into the switch of the precision.
+@torch.library.custom_op("vqgan::nearest_codes", mutates_args=())
 def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code for each vector: (N, D), (K, D) -> (N,) int64.
 
@@ -66,6 +66,11 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
             torch.addmm(squared_norms, part, codebook.T, alpha=-2, out=distances)
             indices.append(distances.argmin(dim=1))  # (chunk,)
     return torch.cat(indices)
+
+
+@nearest_codes.register_fake
+def _(vectors: Tensor, codebook: Tensor) -> Tensor:
+    return vectors.new_empty(len(vectors), dtype=torch.int64)  # what torch.compile has to know
 
 
 def straight_through(z_e: Tensor, z_q: Tensor) -> Tensor:
