@@ -111,7 +111,7 @@ def test_another_size_on_request(tmp_path, images, capsys):
         (["c.pt", "0.png", "--config", "theirs.json"], "leave the config out"),
         (["c.pt", "gone.png"], "gone.png cannot be read"),
         (["c.pt", "c.pt"], "c.pt cannot be read as an image"),
-        (["0.png", "0.png"], "0.png is not a checkpoint"),
+        (["0.png", "0.png"], "0.png is no checkpoint"),
         (["c.pt", "0.png", "--image-size", "30"], "multiples of 4"),
         (["vae.pt", "0.png", "--image-size", "64"], "32 pixels"),
         (["theirs.ckpt", "0.png"], "--config"),
@@ -738,10 +738,15 @@ def test_an_export_never_replaces_a_checkpoint(pairs, tmp_path):
     assert (tmp_path / "other" / "checkpoint.pt").read_bytes() == before
 
 
-def test_reconstruct_takes_the_size_that_the_checkpoint_says(tmp_path, images, capsys):
+@pytest.mark.parametrize("version", ["old", "new"])
+def test_reconstruct_takes_the_size_that_the_checkpoint_says(tmp_path, images, capsys, version):
     save(tmp_path / "c.pt", VQVAE)
     state = torch.load(tmp_path / "c.pt", weights_only=True)
-    torch.save(state | {"about": ABOUT | {"image_size": 64}}, tmp_path / "c.pt")
+    if version == "old":  # not among the arguments, but beside them
+        changed = {"arguments": ARGUMENTS[VQVAE], "about": ABOUT | {"image_size": 64}}
+    else:
+        changed = {"arguments": state["arguments"] | {"image_size": 64}}
+    torch.save(state | changed, tmp_path / "c.pt")
     main("reconstruct", tmp_path / "c.pt", images[0], "--out", tmp_path / "out.png")
     assert "64x64 pixels" in capsys.readouterr().out
 
