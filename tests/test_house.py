@@ -111,10 +111,17 @@ def test_networks_that_look_at_images_know_no_data_set_no_flags_and_no_figures(n
     assert not wrong, [" -> ".join(way) for way in wrong]
 
 
+MODELS = {*PARTS, "perceptual", "classifier", "compvis", "pretrained"} - {"images"}
+
+
 @pytest.mark.parametrize("name", ["figures", "metrics"])
 def test_figures_and_metrics_know_no_model(name):
-    models = {*PARTS, "perceptual", "classifier", "compvis", "pretrained"} - {"images"}
-    assert not {*reached(name)} & (models | SURROUNDINGS - {name})
+    assert not {*reached(name)} & (MODELS | SURROUNDINGS - {name})
+
+
+@pytest.mark.parametrize("name", ["training", "checkpoint"])
+def test_a_session_and_its_checkpoints_are_of_any_model(name):
+    assert not {*reached(name)} & (MODELS | {"arguments", "figures", "report", *SCRIPTS})
 
 
 def test_a_model_is_imported_without_what_only_scripts_need():
