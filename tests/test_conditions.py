@@ -56,14 +56,14 @@ def test_captions_become_words_whatever_their_case_padded_at_the_end():
 
 
 def test_unknown_words_are_named_and_the_known_are_listed():
-    with pytest.raises(InputError, match="know moon, green; it knows blue, heart, on, red,"):
+    with pytest.raises(InputError, match="'moon'.*blue, heart, on, red,"):
         caption_condition(CAPTIONS).of_captions(["heart", "red moon on green"])
 
 
 @pytest.mark.parametrize("caption", ["", "  ", "small small blue heart on red"])
 def test_empty_and_too_long_captions_are_refused(caption):
     words = len(caption.split())
-    with pytest.raises(InputError, match=f"has {words} words.*reads 1 to 5"):
+    with pytest.raises(InputError, match=f"1 to 5 words, not {words}"):
         caption_condition(CAPTIONS).of_captions([caption])
 
 
@@ -76,8 +76,8 @@ def test_the_tokens_of_every_drawn_caption_say_its_words(shapes):
     assert read == captions
 
 
-def test_an_image_condition_is_as_long_as_its_grid():
-    condition = image_condition("edges", 512, (8, 4))
+def test_an_image_condition_is_as_long_as_its_tokens():
+    condition = image_condition("edges", 512, 32)
     assert (condition.vocabulary, condition.length, condition.picture) == (512, 32, "edges")
 
 
@@ -87,7 +87,7 @@ def test_an_image_condition_is_as_long_as_its_grid():
         NO_CONDITION,
         class_condition(("cat", "dog")),
         caption_condition(CAPTIONS),
-        image_condition("gray", 16, (2, 3)),
+        image_condition("gray", 16, 6),
     ],
     ids=lambda condition: condition.kind,
 )

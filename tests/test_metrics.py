@@ -1,5 +1,4 @@
 import math
-import sys
 
 import numpy as np
 import pytest
@@ -8,12 +7,12 @@ from skimage.data import astronaut
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from vqgan import metrics
-from vqgan.errors import InputError
 from vqgan.metrics import (
     BACKOFF,
     CodebookUsage,
     code_baselines,
     code_bits,
+    codes_in_batch,
     nats_to_bits,
     normalised_mse,
     psnr,
@@ -123,8 +122,13 @@ def test_perplexity_of_a_set_does_not_depend_on_the_batches():
     assert whole.perplexity == parts.perplexity
 
 
+def test_codes_in_a_batch_are_counted_once():
+    indices = torch.tensor([[[0, 3], [3, 3]], [[7, 0], [0, 1]]])
+    assert codes_in_batch(indices, 8).item() == 4
+
+
 def test_bits():
-    assert code_bits(8, 8, 512) == 576
+    assert code_bits(64, 512) == 576
     assert nats_to_bits(math.log(8)) == pytest.approx(3)
 
 
@@ -236,30 +240,6 @@ def test_frechet_distance_of_a_set_to_itself_its_symmetry_and_fewer_images_than_
     assert metrics.frechet_distance(x[:3], x[:3]) == pytest.approx(0, abs=1e-4)
     with pytest.raises(ValueError, match=r"\(1, 6\)"):
         metrics.frechet_distance(x[:1], y)
-
-
-def test_rfid_is_torchmetrics_own():
-    """With a small network in Inception's place, whose weights need a download."""
-    pytest.importorskip("torchmetrics")
-
-    class Means(torch.nn.Module):
-        num_features = 3
-
-        def forward(self, images):
-            return images.mean(dim=(2, 3))
-
-    x, y = torch.rand(64, 3, 8, 8), torch.rand(64, 3, 8, 8) / 2
-    fid = metrics.inception_distance(torch.device("cpu"), feature=Means())
-    fid.update(x, real=True)
-    fid.update(y, real=False)
-    features = [Means()(images) for images in (x, y)]
-    assert fid.compute().item() == pytest.approx(metrics.frechet_distance(*features), rel=1e-3)
-
-
-def test_rfid_without_its_package_or_weights_says_what_to_do(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchmetrics.image.fid", None)
-    with pytest.raises(InputError, match=r"\[fid\]"):
-        metrics.inception_distance(torch.device("cpu"))
 
 
 def test_reconstruction_quality_has_each_measure_of_each_image(shape_images):

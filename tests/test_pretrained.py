@@ -1,12 +1,13 @@
 """Transformers with their tokenizers, from files."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from vqgan import loading
+from vqgan import pretrained
 from vqgan.checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_model, save_plain
 from vqgan.conditions import class_condition
 from vqgan.data import Batches
@@ -25,7 +26,7 @@ ARGUMENTS = {
     VQGAN: {"channels": 8, "num_embeddings": 16},
     GPT: {
         "num_embeddings": 16,
-        "grid_size": [8, 8],
+        "seq_len": 64,
         "condition_vocabulary": 2,
         "condition_length": 1,
         "n_layer": 1,
@@ -77,34 +78,33 @@ def same_weights(a, b):
     )
 
 
-# --- fingerprints --------------------------------------------------------------------------------
+# --- models --------------------------------------------------------------------------------------
 
 
-def test_the_same_weights_have_one_fingerprint_whichever_file_they_come_from(tmp_path):
-    model = save(tmp_path / "a.pt", VQVAE)
-    save_model(tmp_path / "b.pt", load_checkpoint(tmp_path / "a.pt"))
-    expected = fingerprint(model)
-    assert len(expected) == 64 and int(expected, 16) > 0
-    assert fingerprint(load_model(tmp_path / "a.pt")) == expected
-    assert fingerprint(load_model(tmp_path / "b.pt")) == expected
-    assert fingerprint(model.to(memory_format=torch.channels_last)) == expected
+@pytest.mark.parametrize("kind", [VAE, VQVAE, VQGAN])
+def test_a_loaded_model_is_the_saved_one(tmp_path, kind, shape_images):
+    model = save(tmp_path / "c.pt", kind)
+    loaded = load_model(tmp_path / "c.pt")
+    x = shape_images * 2 - 1
+    assert torch.equal(loaded(x).reconstruction, model(x).reconstruction)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.image_size == 32
 
 
-@pytest.mark.parametrize("part", ["encoder", "quantizer", "decoder"])
-def test_one_changed_weight_changes_the_fingerprint(part):
-    model = VQVAE(**ARGUMENTS[VQVAE])
-    before = fingerprint(model)
-    tensors = [t for t in getattr(model, part).state_dict().values() if torch.is_tensor(t)]
-    weight = tensors[-1].view(-1)  # of the model itself, no copy
-    weight[-1] += 1
-    assert fingerprint(model) != before
-    weight[-1] -= 1
-
-
-def test_weights_under_another_name_have_another_fingerprint():
-    layer = torch.nn.Linear(2, 2)
-    a, b = (torch.nn.ModuleDict({name: layer}) for name in ("encoder", "decoder"))
-    assert fingerprint(a) != fingerprint(b)
+def test_checkpoints_of_something_else_are_named(tmp_path):
+    save(tmp_path / "c.pt", VQVAE)
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    torch.save(state | {"model": "Diffusion"}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="'Diffusion'.*VQGAN"):
+        load_model(tmp_path / "other.pt")
+    for arguments, expected in (
+        ({"depth": 3}, "depth"),
+        (state["arguments"] | {"num_downsamples": 0}, "num_downsamples"),
+        (state["arguments"] | {"num_hiddens": 16}, "encoder.0.weight"),
+    ):
+        torch.save(state | {"arguments": arguments}, tmp_path / "arguments.pt")
+        with pytest.raises(InputError, match=f"arguments.pt does not fit VQVAE.*{expected}"):
+            load_model(tmp_path / "arguments.pt")
 
 
 # --- pairs ---------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_a_pair_is_the_transformer_and_the_tokenizer_beside_it(tmp_path):
     transformer, tokenizer = save_pair(tmp_path)
     pair = load_pair(tmp_path / "checkpoint.pt")
     assert same_weights(pair.transformer, transformer) and same_weights(pair.tokenizer, tokenizer)
-    assert pair.condition == CONDITION and pair.image_size == 24
+    assert pair.condition == CONDITION and pair.tokenizer.image_size == 24
     for model in (pair.transformer, pair.tokenizer):
         assert not model.training and not any(p.requires_grad for p in model.parameters())
 
@@ -124,7 +124,7 @@ def test_a_missing_tokenizer_is_refused_where_it_was_expected_and_where_it_came_
     (tmp_path / "tokenizer.pt").unlink()
     with pytest.raises(InputError) as error:
         load_pair(tmp_path / "checkpoint.pt")
-    for part in (str(tmp_path / "tokenizer.pt"), "copy runs/vqvae/checkpoint.pt"):
+    for part in (str(tmp_path / "tokenizer.pt"), "runs/vqvae/checkpoint.pt"):
         assert part in str(error.value)
 
 
@@ -141,7 +141,7 @@ def test_a_tokenizer_is_taken_from_where_it_is_said_to_be(tmp_path):
 def test_another_tokenizer_is_refused(tmp_path):
     save_pair(tmp_path)
     save(tmp_path / "other.pt", VQVAE, seed=1)
-    with pytest.raises(InputError, match="other.pt is not the tokenizer.*runs/vqvae/checkpoint"):
+    with pytest.raises(InputError, match="other.pt is not the tokenizer.*runs/vqvae/checkpoint.pt"):
         load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "other.pt")
     (tmp_path / "other.pt").replace(tmp_path / "tokenizer.pt")
     with pytest.raises(InputError, match="tokenizer.pt is not the tokenizer"):
@@ -150,10 +150,10 @@ def test_another_tokenizer_is_refused(tmp_path):
 
 def test_a_tokenizer_is_no_transformer(tmp_path):
     save_pair(tmp_path)
-    with pytest.raises(InputError, match="of a VQVAE, and a transformer was expected"):
+    with pytest.raises(InputError, match="of a VQVAE, not a transformer"):
         load_pair(tmp_path / "tokenizer.pt")
     save_old(tmp_path / "tokenizer.pt", VQVAE)
-    with pytest.raises(InputError, match="of a VQVAE, and a transformer was expected"):
+    with pytest.raises(InputError, match="of a VQVAE, not a transformer"):
         load_pair(tmp_path / "tokenizer.pt")
 
 
@@ -161,9 +161,9 @@ def test_a_tokenizer_is_no_transformer(tmp_path):
 def test_a_model_without_codes_of_pictures_is_no_tokenizer(tmp_path, kind):
     save_pair(tmp_path)
     save(tmp_path / "c.pt", kind)
-    with pytest.raises(InputError, match=f"of a {kind.__name__}, and a tokenizer was expected"):
+    with pytest.raises(InputError, match=f"of a {kind.__name__}, not a tokenizer"):
         load_tokenizer(tmp_path / "c.pt")
-    with pytest.raises(InputError, match=f"of a {kind.__name__}, and a tokenizer was expected"):
+    with pytest.raises(InputError, match=f"of a {kind.__name__}, not a tokenizer"):
         load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "c.pt")
 
 
@@ -208,7 +208,7 @@ def test_a_name_is_the_model_that_comes_with_the_package_unless_a_file_has_it(
     tmp_path, monkeypatch
 ):
     packaged, tokenizer = save_pair(tmp_path / "package")
-    monkeypatch.setattr(loading, "SHIPPED", {"shapes": tmp_path / "package" / "checkpoint.pt"})
+    monkeypatch.setattr(pretrained, "SHIPPED", {"shapes": tmp_path / "package" / "checkpoint.pt"})
     monkeypatch.chdir(tmp_path)
     pair = load_pair("shapes")
     assert same_weights(pair.transformer, packaged) and same_weights(pair.tokenizer, tokenizer)
@@ -224,14 +224,24 @@ def test_a_name_is_the_model_that_comes_with_the_package_unless_a_file_has_it(
 # --- the pair that comes with the package --------------------------------------------------------
 
 
-def test_the_shipped_pair_is_small_and_the_readme_has_its_commands():
-    path = SHIPPED["shapes"]
-    files = [path, path.with_name("tokenizer.pt")]
-    assert sum(file.stat().st_size for file in files) <= 5e6
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    for file in files:
+def test_the_shipped_pair_is_of_an_earlier_version_and_loads():
+    """Its transformer knew its grid, which is the length of its sequences now."""
+    old = torch.load(SHIPPED["shapes"], weights_only=True)["arguments"]
+    assert "grid_size" in old and "seq_len" not in old
+    pair = load_pair("shapes")
+    assert pair.transformer.seq_len == math.prod(old["grid_size"])
+    assert pair.tokenizer.grids == [tuple(old["grid_size"])] and pair.tokenizer.image_size == 32
+
+
+def test_the_shipped_pair_is_small_and_its_commands_stand_beside_what_they_wrote():
+    results = Path(__file__).parents[1] / "docs" / "results"
+    files = {"transformer": SHIPPED["shapes"]}
+    files["tokenizer"] = SHIPPED["shapes"].with_name("tokenizer.pt")
+    assert sum(file.stat().st_size for file in files.values()) <= 5e6
+    for folder, file in files.items():
+        script = " ".join((results / f"shapes-{folder}" / "run.sh").read_text().split())
         for command in read_checkpoint(file)["about"]["command"].split(" && "):
-            assert command in readme
+            assert command in script.replace("\\ ", "")
 
 
 def test_the_shipped_pair_is_as_good_as_it_was_before_it_was_rounded(shapes):

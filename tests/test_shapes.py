@@ -92,14 +92,15 @@ def test_a_shape_is_never_said_to_have_the_colour_of_its_background():
 
 
 def test_a_seed_gives_the_same_textures_on_every_machine():
-    images, labels, _ = draw_textures(500, seed=3)
+    images, labels, *_ = draw_textures(500, seed=3)
     digest = hashlib.sha256(images.tobytes() + labels.tobytes())
     assert digest.hexdigest()[:16] == "44cca8178e282ce1"
     assert not np.array_equal(images, draw_textures(500, seed=4)[0])
 
 
 def test_every_texture_is_drawn_of_two_colours_of_the_palette():
-    images, labels, class_names = draw_textures(400, seed=0)
+    images, labels, captions, class_names = draw_textures(400, seed=0)
+    assert captions is None
     assert images.shape == (400, 3, 32, 32) and images.dtype == np.uint8
     assert class_names == TEXTURES and set(labels) == set(range(4))
     palette, pairs = {colour: name for name, colour in COLOURS.items()}, set()
@@ -122,7 +123,7 @@ def test_every_texture_is_drawn_of_two_colours_of_the_palette():
 
 def test_stripes_and_checks_look_alike_everywhere():
     """The share of one colour in the quadrants of 16 pixels, of which a wave takes 10 at most."""
-    images, labels, _ = draw_textures(2000, seed=0)
+    images, labels, *_ = draw_textures(2000, seed=0)
     for name in ("stripes", "checks"):
         chosen = images[labels == TEXTURES.index(name)]
         first = (chosen == chosen[:, :, :1, :1]).all(axis=1)  # (n, 32, 32)

@@ -179,7 +179,7 @@ def test_a_finished_run_can_be_resumed_for_more_epochs(finished, tmp_path):
     at_once = run(tmp_path / "at_once", *SMALL, "--epochs", 3)
     assert same_weights(weights(out, "vae"), weights(at_once, "vae"))
     assert same_weights(weights(out, "vqvae"), weights(at_once, "vqvae"))
-    assert "not 1" in error_of(out, "--resume", "--epochs", 1)
+    assert "--epochs 1" in error_of(out, "--resume", "--epochs", 1)
     run(out, "--resume")  # which has changed nothing
 
 
@@ -287,10 +287,10 @@ def test_help_states_every_default(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--data", "imagenet"], "'imagenet'"),
+        (["--data", "imagenet"], "--data imagenet"),
         (["--data", "EMPTY"], "has no files"),
-        (["--data", "shapes", "--batch-size", "128", "--limit", "100"], "100 training images"),
-        (["--data", "shapes", "--device", "tpu"], "'tpu'"),
+        (["--data", "shapes", "--batch-size", "128", "--limit", "100"], "1 to 100"),
+        (["--data", "shapes", "--device", "tpu"], "--device tpu"),
         (["--data", "shapes", "--image-size", "64"], "32 pixels"),
         (["--data", "shapes", "--image-size", "40"], "multiple of 16"),
         (["--data", "EMPTY", "--models", "vqvae", "--image-size", "8"], "at least 11"),
@@ -319,7 +319,7 @@ def test_a_run_is_not_overwritten_and_not_continued_as_another(finished):
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     assert "--resume" in error_of(out, *SMALL)
-    assert "num_embeddings = 128" in error_of(out, "--resume", "--num-embeddings", 64)
+    assert "num_embeddings=128" in error_of(out, "--resume", "--num-embeddings", 64)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
@@ -334,7 +334,7 @@ def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_checkpoint(t
     """A first step of 1e30 leaves weights that are finite; the second loss is not."""
     out = tmp_path / "run"
     message = error_of(out, *SMALL, "--models", "vqvae", "--lr", "1e30", "--checkpoint-every", 1)
-    assert "'reconstruction'" in message and "at step 2" in message and "--lr" in message
+    assert "'reconstruction'" in message and "at step 2" in message and "diverged" in message
     assert torch.load(out / "vqvae" / "checkpoint.pt", weights_only=True)["step"] == 1
     for value in weights(out, "vqvae").values():
         assert not torch.is_tensor(value) or torch.isfinite(value).all()
@@ -353,7 +353,7 @@ def test_a_full_disk_stops_with_one_line_and_keeps_what_was_written(finished, tm
     process = start(out, "--resume", "--epochs", 3, preexec_fn=limit)
     _, stderr = process.communicate(timeout=300)
     message = stderr.strip().splitlines()[-1]
-    assert process.returncode != 0 and message.startswith("error: ") and "--resume" in message
+    assert process.returncode != 0 and message.startswith("error: ") and "room" in message
     assert "Traceback" not in stderr
     assert (out / "vae" / "checkpoint.pt").read_bytes() == before
 

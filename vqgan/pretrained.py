@@ -125,9 +125,7 @@ def load_pipeline(path: str | Path, *, tokenizer: str | Path | None = None) -> P
     metadata = state["metadata"]
     beside = checkpoint_path(path).with_name("tokenizer.pt")
     if tokenizer is None and not beside.exists():
-        raise InputError(
-            f"the tokenizer {metadata['tokenizer']} of {path} is missing: copy it there"
-        )
+        raise InputError(f"there is no {beside}: copy {metadata['tokenizer']} there, or name it")
     given = tokenizer or beside
     model, _ = load_tokenizer(given)
     if fingerprint(model) != metadata["tokenizer_fingerprint"]:
