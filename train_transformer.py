@@ -189,7 +189,7 @@ def main(args: argparse.Namespace) -> None:
         "condition_vocabulary": condition.vocabulary,
         "condition_length": condition.length,
     }
-    arguments |= {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "dropout")}
+    model_args |= {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "dropout")}
     with user_input(), torch.device("meta"):  # sizes that do not fit stop here
         GPT(**model_args)
     save_model(run.out / "tokenizer.pt", tokenizer_state)  # what the checkpoint cannot do without

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from vqgan.checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_model
-from vqgan.data import Batches
+from vqgan.data import TrainLoader
 from vqgan.images import from_uint8
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
@@ -34,21 +34,21 @@ def save(path, kind):
     model = kind(**ARGUMENTS[kind])
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     save_checkpoint(
-        path, model=model, arguments=ARGUMENTS[kind], optimizers={}, batches=Batches(images, 2),
-        step=0, seconds=0.0,
+        path, model=model, model_args=ARGUMENTS[kind], optimizers={},
+        batches=TrainLoader(images, 2), step=0, seconds=0.0,
     )  # fmt: skip
     return model.eval()
 
 
 def save_tokenizer(path, images, seed=0):
     torch.manual_seed(seed)
-    arguments = {"num_hiddens": 8, "num_embeddings": K, "num_downsamples": 3}
-    model = VQVAE(**arguments)
+    model_args = {"num_hiddens": 8, "num_embeddings": K, "num_downsamples": 3}
+    model = VQVAE(**model_args)
     with torch.no_grad():
         model.train().encode(from_uint8(images[:64]))  # the codebook starts from them
     save_checkpoint(
-        path, model=model.eval(), arguments=arguments, optimizers={}, batches=Batches(images, 2),
-        step=120, seconds=90.0, about=ABOUT,
+        path, model=model.eval(), model_args=model_args, optimizers={},
+        batches=TrainLoader(images, 2), step=120, seconds=90.0, metadata=ABOUT,
     )  # fmt: skip
     return model
 
@@ -57,7 +57,7 @@ def save_pair(folder, condition, images, condition_drop=0.1):
     """As train_transformer.py writes it, untrained; its codes are far from alike."""
     tokenizer = save_tokenizer(folder / "vqvae" / "checkpoint.pt", images)
     save_model(folder / "tokenizer.pt", load_checkpoint(folder / "vqvae" / "checkpoint.pt"))
-    arguments = {
+    model_args = {
         "num_embeddings": K,
         "seq_len": 16,
         "condition_vocabulary": condition.vocabulary,
@@ -67,11 +67,11 @@ def save_pair(folder, condition, images, condition_drop=0.1):
         "n_embd": 16,
         "dropout": 0.1,
     }
-    model = GPT(**arguments)
+    model = GPT(**model_args)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    about = ABOUT | {
+    metadata = ABOUT | {
         "command": "python train_transformer.py --tokenizer vqvae/checkpoint.pt",
         "condition": condition.to_dict(),
         "condition_drop": condition_drop,
@@ -79,20 +79,20 @@ def save_pair(folder, condition, images, condition_drop=0.1):
         "tokenizer_fingerprint": fingerprint(tokenizer),
     }
     save_checkpoint(
-        folder / "checkpoint.pt", model=model, arguments=arguments,
-        optimizers={"adamw": torch.optim.AdamW(model.parameters())}, batches=Batches(images, 2),
-        step=240, seconds=120.0, companions={"last": model}, about=about,
+        folder / "checkpoint.pt", model=model, model_args=model_args,
+        optimizers={"adamw": torch.optim.AdamW(model.parameters())}, batches=TrainLoader(images, 2),
+        step=240, seconds=120.0, extra_state={"last": model}, metadata=metadata,
     )  # fmt: skip
 
 
-def main(*arguments):
-    with mock.patch.object(sys, "argv", ["vqgan", *map(str, arguments)]):
+def main(*model_args):
+    with mock.patch.object(sys, "argv", ["vqgan", *map(str, model_args)]):
         runpy.run_module("vqgan", run_name="__main__")
 
 
-def error_of(*arguments):
+def error_of(*model_args):
     with pytest.raises(SystemExit) as stopped:
-        main(*arguments)
+        main(*model_args)
     assert isinstance(stopped.value.code, str) and "\n" not in stopped.value.code
     return stopped.value.code
 

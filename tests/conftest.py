@@ -14,14 +14,14 @@ from vqgan.conditions import (
     image_condition,
 )
 from vqgan.data import load_dataset
-from vqgan.shapes import draw_shapes
+from vqgan.shapes import render_shapes
 from vqgan.transformer import GPT
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shapes_drawn_once():
     """Runs in this process share the drawn shapes, which take seconds to draw."""
-    with mock.patch("vqgan.data.draw_shapes", functools.cache(draw_shapes)):
+    with mock.patch("vqgan.data.render_shapes", functools.cache(render_shapes)):
         yield
 
 

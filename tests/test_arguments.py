@@ -81,7 +81,10 @@ def test_a_run_is_what_its_flags_say(begun, tmp_path):
     assert run.out == tmp_path / "run" and run.device.type == "cpu" and not run.resume
     assert (run.epochs, run.seed, run.flip, run.checkpoint_every) == (2, 3, False, 200)
     assert run.dtype == torch.bfloat16 and len(run.data.train_images) == 20
-    assert run.about.keys() == {"data", "image_size", "command"} and run.about["data"] == "shapes"
+    assert (
+        run.metadata.keys() == {"data", "image_size", "command"}
+        and run.metadata["data"] == "shapes"
+    )
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["seed"] == 3 and config["precision"] == "bf16" and "resume" not in config
 
@@ -102,7 +105,7 @@ def test_what_would_make_it_another_run_is_refused(begun, parse):
 
 
 def test_what_changes_no_result_may_change_and_more_epochs_are_told(begun, parse):
-    command = begun("--epochs", 2).about["command"]
+    command = begun("--epochs", 2).metadata["command"]
     assert parse("--resume", "--checkpoint-every", 3).checkpoint_every == 3
     assert parse("--resume", "--checkpoint-every", 3).command == command
     args = parse("--resume", "--epochs", 3)
@@ -156,12 +159,12 @@ def test_the_help_states_every_default_but_none(parse, capsys):
 @pytest.fixture
 def tokenizer(tmp_path):
     """A small tokenizer's checkpoint, trained on a folder in this test's."""
-    arguments = {"num_hiddens": 8, "num_embeddings": 16}
+    model_args = {"num_hiddens": 8, "num_embeddings": 16}
     (tmp_path / "images").mkdir()
-    about = {"data": str(tmp_path / "images"), "image_size": 32, "command": "python train.py"}
-    model = VQVAE(**arguments)
-    state = {"model": "VQVAE", "arguments": arguments, "weights": model.state_dict()}
-    save_plain(tmp_path / "t.pt", state | {"about": about})
+    metadata = {"data": str(tmp_path / "images"), "image_size": 32, "command": "python train.py"}
+    model = VQVAE(**model_args)
+    state = {"model": "VQVAE", "model_args": model_args, "weights": model.state_dict()}
+    save_plain(tmp_path / "t.pt", state | {"metadata": metadata})
     return tmp_path / "t.pt"
 
 
@@ -176,7 +179,7 @@ def test_data_and_size_are_the_tokenizers_unless_they_are_given(tokenizer):
     model, state = open_tokenizer(args)
     assert args.data == str(tokenizer.parent / "images") and args.image_size == 32
     assert model.image_size == 32 and model.num_embeddings == 16
-    assert state["about"]["data"] == args.data
+    assert state["metadata"]["data"] == args.data
 
 
 def test_a_trailing_slash_does_not_make_other_data(tokenizer):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vqgan.checkpoint import (
-    all_arguments,
+    all_model_args,
     fingerprint,
     is_float,
     load_checkpoint,
@@ -21,7 +21,7 @@ from vqgan.checkpoint import (
     write_atomically,
     write_json,
 )
-from vqgan.data import Batches
+from vqgan.data import TrainLoader
 from vqgan.errors import InputError
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
@@ -44,7 +44,7 @@ def make_run():
     model = Tiny(8)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     images = torch.randint(0, 256, (20, 3, 2, 2), dtype=torch.uint8)
-    return model, optimizer, Batches(images, 6, seed=4)
+    return model, optimizer, TrainLoader(images, 6, seed=4)
 
 
 def train_steps(model, optimizer, batches, steps):
@@ -61,7 +61,7 @@ def train_steps(model, optimizer, batches, steps):
 
 def save(path, model, optimizer, batches, step=0, **more):
     save_checkpoint(
-        path, model=model, arguments={"width": 8}, optimizers={"adam": optimizer},
+        path, model=model, model_args={"width": 8}, optimizers={"adam": optimizer},
         batches=batches, step=step, seconds=1.5, **more,
     )  # fmt: skip
 
@@ -78,7 +78,7 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path, stop):
 
     other, other_optimizer, other_batches = make_run()
     torch.manual_seed(77)
-    state = load_checkpoint(tmp_path / "c.pt", model_class=Tiny, arguments={"width": 8})
+    state = load_checkpoint(tmp_path / "c.pt", model_class=Tiny, model_args={"width": 8})
     restore(state, model=other, optimizers={"adam": other_optimizer}, batches=other_batches)
     train_steps(other, other_optimizer, other_batches, 5)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
@@ -88,18 +88,18 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path, stop):
 def test_companions_are_saved_and_restored(tmp_path):
     model, optimizer, batches = make_run()
     companion, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    companions = {"discriminator": companion}
-    save(tmp_path / "c.pt", model, optimizer, batches, companions=companions)
+    extra_state = {"discriminator": companion}
+    save(tmp_path / "c.pt", model, optimizer, batches, extra_state=extra_state)
     state = load_checkpoint(tmp_path / "c.pt")
     parts = {"model": model, "optimizers": {"adam": optimizer}, "batches": batches}
-    restore(state, **parts, companions={"discriminator": other})
+    restore(state, **parts, extra_state={"discriminator": other})
     assert torch.equal(other.weight, companion.weight)
     with pytest.raises(InputError, match="does not fit"):
-        restore(state, **parts, companions={"generator": other})
+        restore(state, **parts, extra_state={"generator": other})
     with torch.no_grad():
         companion.weight[0, 0] = torch.nan
     with pytest.raises(InputError, match="weight is not finite"):
-        save(tmp_path / "c.pt", model, optimizer, batches, companions=companions)
+        save(tmp_path / "c.pt", model, optimizer, batches, extra_state=extra_state)
 
 
 def test_the_random_state_is_put_back():
@@ -172,12 +172,12 @@ SOME_ARGUMENTS = {
 ANY_MODEL = pytest.mark.parametrize("kind", SOME_ARGUMENTS, ids=lambda kind: kind.__name__)
 
 
-def save_untrained(path, kind, about=None):
+def save_untrained(path, kind, metadata=None):
     model = kind(**SOME_ARGUMENTS[kind])
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     save_checkpoint(
-        path, model=model, arguments=SOME_ARGUMENTS[kind], optimizers={},
-        batches=Batches(images, 2), step=0, seconds=0.0, about=about,
+        path, model=model, model_args=SOME_ARGUMENTS[kind], optimizers={},
+        batches=TrainLoader(images, 2), step=0, seconds=0.0, metadata=metadata,
     )  # fmt: skip
     return model
 
@@ -188,7 +188,7 @@ def test_a_checkpoint_holds_every_argument_with_the_defaults_written_out(tmp_pat
     save_model(tmp_path / "m.pt", load_checkpoint(tmp_path / "c.pt"))
     parameters = inspect.signature(kind).parameters
     for name in ("c.pt", "m.pt"):
-        written = torch.load(tmp_path / name, weights_only=True)["arguments"]
+        written = torch.load(tmp_path / name, weights_only=True)["model_args"]
         assert written.keys() == parameters.keys() and is_plain(written)
         for argument, value in written.items():
             default = parameters[argument].default
@@ -203,15 +203,15 @@ def test_a_default_that_changes_later_does_not_change_an_old_model(tmp_path, mon
     state = load_checkpoint(tmp_path / "c.pt")
     with pytest.raises(RuntimeError, match="Missing key"):
         VQVAE(**SOME_ARGUMENTS[VQVAE]).load_state_dict(state["weights"])
-    VQVAE(**state["arguments"]).load_state_dict(state["weights"])
+    VQVAE(**state["model_args"]).load_state_dict(state["weights"])
 
 
 def test_arguments_that_a_constructor_does_not_have_are_a_fault():
-    assert all_arguments(Tiny, {"width": 3}) == {"width": 3, "dropout": 0.5}
+    assert all_model_args(Tiny, {"width": 3}) == {"width": 3, "dropout": 0.5}
     with pytest.raises(TypeError, match="depth"):
-        all_arguments(Tiny, {"width": 3, "depth": 1})
+        all_model_args(Tiny, {"width": 3, "depth": 1})
     with pytest.raises(TypeError, match="width"):
-        all_arguments(Tiny, {})
+        all_model_args(Tiny, {})
 
 
 @ANY_MODEL
@@ -219,27 +219,29 @@ def test_a_run_goes_on_with_the_arguments_that_it_began_with(tmp_path, kind):
     """However many of them are spelled out."""
     save_untrained(tmp_path / "c.pt", kind)
     given = SOME_ARGUMENTS[kind]
-    for arguments in (given, all_arguments(kind, given)):
-        load_checkpoint(tmp_path / "c.pt", model_class=kind, arguments=arguments)
-    for name, value in all_arguments(kind, given).items():
+    for model_args in (given, all_model_args(kind, given)):
+        load_checkpoint(tmp_path / "c.pt", model_class=kind, model_args=model_args)
+    for name, value in all_model_args(kind, given).items():
         if type(value) is int:
             with pytest.raises(InputError, match=f"{name}={value}.*{name}={value + 1}"):
-                arguments = given | {name: value + 1}
-                load_checkpoint(tmp_path / "c.pt", model_class=kind, arguments=arguments)
+                model_args = given | {name: value + 1}
+                load_checkpoint(tmp_path / "c.pt", model_class=kind, model_args=model_args)
 
 
 def test_a_model_is_saved_without_what_only_its_training_needs(tmp_path):
     model, optimizer, batches = make_run()
     train_steps(model, optimizer, batches, 2)
-    about = {"data": "shapes", "condition": {"names": ["a", "b"]}}
-    companions = {"d": nn.Linear(2, 2)}
-    save(tmp_path / "c.pt", model, optimizer, batches, 2, companions=companions, about=about)
+    metadata = {"data": "shapes", "condition": {"names": ["a", "b"]}}
+    extra_state = {"d": nn.Linear(2, 2)}
+    save(
+        tmp_path / "c.pt", model, optimizer, batches, 2, extra_state=extra_state, metadata=metadata
+    )
     save_model(tmp_path / "m.pt", load_checkpoint(tmp_path / "c.pt"))
     state = load_checkpoint(tmp_path / "m.pt")
-    kept = {"model", "arguments", "weights", "about", "step", "seconds", "code_version"}
+    kept = {"model", "model_args", "weights", "metadata", "step", "seconds", "code_version"}
     assert set(state) == kept
-    assert state["model"] == "Tiny" and state["arguments"] == {"width": 8, "dropout": 0.5}
-    assert state["about"] == about
+    assert state["model"] == "Tiny" and state["model_args"] == {"width": 8, "dropout": 0.5}
+    assert state["metadata"] == metadata
     for name, weight in model.state_dict().items():
         assert torch.equal(state["weights"][name], weight)
 
@@ -248,7 +250,7 @@ def test_half_precision_halves_the_file_and_rounds_the_weights(tmp_path):
     model = nn.BatchNorm1d(20_000)  # with a count of batches, which is no float
     nn.init.normal_(model.weight)
     model.num_batches_tracked += 70_001  # more than half precision could hold
-    state = {"model": "BatchNorm1d", "arguments": {}, "weights": model.state_dict()}
+    state = {"model": "BatchNorm1d", "model_args": {}, "weights": model.state_dict()}
     save_model(tmp_path / "whole.pt", state)
     save_model(tmp_path / "half.pt", state, half=True)
     sizes = [(tmp_path / name).stat().st_size for name in ("half.pt", "whole.pt")]
@@ -265,58 +267,6 @@ def test_what_is_a_float():
     assert not any(map(is_float, (torch.zeros(1, dtype=torch.int64), {"a": 1}, 1.0)))
 
 
-# --- files of earlier versions -----------------------------------------------------------------
-
-
-def make_old(path, arguments):
-    """The file as it was: with these arguments alone."""
-    state = torch.load(path, weights_only=True)
-    save_plain(path, state | {"arguments": arguments})
-    return state
-
-
-@pytest.mark.parametrize(
-    ("about", "size"), [({"image_size": 64}, 64), ({"data": "shapes"}, 32), ({}, 32), (None, 32)]
-)
-def test_an_old_vqvae_has_the_size_of_its_images(tmp_path, about, size):
-    """Its arguments did not say it."""
-    save_untrained(tmp_path / "c.pt", VQVAE, about)
-    make_old(tmp_path / "c.pt", SOME_ARGUMENTS[VQVAE])
-    state = load_checkpoint(tmp_path / "c.pt")
-    model = VQVAE(**state["arguments"])
-    model.load_state_dict(state["weights"])
-    assert model.image_size == size
-
-
-def test_an_old_vqvae_without_about_has_32_pixels(tmp_path):
-    save_untrained(tmp_path / "c.pt", VQVAE)
-    state = make_old(tmp_path / "c.pt", SOME_ARGUMENTS[VQVAE])
-    old = {key: state[key] for key in ("model", "weights")} | {"arguments": SOME_ARGUMENTS[VQVAE]}
-    save_plain(tmp_path / "c.pt", old)
-    assert load_checkpoint(tmp_path / "c.pt")["arguments"]["image_size"] == 32
-
-
-def test_an_old_transformer_knew_its_grid(tmp_path):
-    model = save_untrained(tmp_path / "c.pt", GPT)
-    arguments = {k: v for k, v in SOME_ARGUMENTS[GPT].items() if k != "seq_len"}
-    make_old(tmp_path / "c.pt", arguments | {"grid_size": [4, 16]})
-    state = load_checkpoint(tmp_path / "c.pt")
-    assert "grid_size" not in state["arguments"] and state["arguments"]["seq_len"] == 64
-    loaded = GPT(**state["arguments"])
-    loaded.load_state_dict(state["weights"])
-    assert fingerprint(loaded) == fingerprint(model)
-
-
-def test_an_old_vqgan_said_its_resolution_alone(tmp_path):
-    model = VQGAN()
-    state = {"model": "VQGAN", "arguments": {"resolution": 32}, "weights": model.state_dict()}
-    save_plain(tmp_path / "c.pt", state)
-    state = load_checkpoint(tmp_path / "c.pt")
-    loaded = VQGAN(**state["arguments"])
-    loaded.load_state_dict(state["weights"])
-    assert fingerprint(loaded) == fingerprint(model)
-
-
 # --- files that are refused --------------------------------------------------------------------
 
 
@@ -329,7 +279,7 @@ def test_a_checkpoint_that_carries_code_is_refused_and_not_run(tmp_path):
         ("a.pt", torch.save),
         ("b.pt", lambda o, p: p.write_bytes(pickle.dumps(o))),
     ):
-        write({"weights": Evil(), "arguments": {}}, tmp_path / name)
+        write({"weights": Evil(), "model_args": {}}, tmp_path / name)
         with pytest.raises(InputError, match=f"{name} .*code.* not run"):
             load_checkpoint(tmp_path / name)
     assert not (tmp_path / "was-run").exists()
@@ -340,9 +290,9 @@ def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path):
     path = tmp_path / "c.pt"
     save(path, model, optimizer, batches)
     with pytest.raises(InputError, match="c.pt is of Tiny.*VQVAE.*another folder"):
-        load_checkpoint(path, model_class=VQVAE, arguments={})
+        load_checkpoint(path, model_class=VQVAE, model_args={})
     with pytest.raises(InputError, match="width=8.*width=9"):
-        load_checkpoint(path, model_class=Tiny, arguments={"width": 9})
+        load_checkpoint(path, model_class=Tiny, model_args={"width": 9})
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match="c.pt"):
         load_checkpoint(path)
@@ -359,7 +309,7 @@ def test_a_run_does_not_go_on_from_a_model_alone(tmp_path):
     save_model(tmp_path / "c.pt", load_checkpoint(tmp_path / "c.pt"))
     assert load_checkpoint(tmp_path / "c.pt")["model"] == "Tiny"
     with pytest.raises(InputError, match="c.pt is not a checkpoint of this package"):
-        load_checkpoint(tmp_path / "c.pt", model_class=Tiny, arguments={"width": 8})
+        load_checkpoint(tmp_path / "c.pt", model_class=Tiny, model_args={"width": 8})
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
@@ -408,7 +358,7 @@ def test_the_same_weights_have_one_fingerprint_whichever_file_they_come_from(tmp
     assert len(expected) == 64 and int(expected, 16) > 0
     for name in ("a.pt", "b.pt"):
         state = load_checkpoint(tmp_path / name)
-        loaded = VQVAE(**state["arguments"])
+        loaded = VQVAE(**state["model_args"])
         loaded.load_state_dict(state["weights"])
         assert fingerprint(loaded) == expected
     assert fingerprint(model.to(memory_format=torch.channels_last)) == expected

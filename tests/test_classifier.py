@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vqgan.classifier import Classifier, load_classifier, save_classifier, train_classifier
-from vqgan.data import Batches
+from vqgan.data import TrainLoader
 from vqgan.errors import InputError
 from vqgan.images import from_uint8
 
@@ -23,7 +23,7 @@ def train(easy, **kwargs):
     images, labels = easy
     flags = {"num_classes": 2, "width": 8, "epochs": 4, "seed": 0, "name": "test"}
     flags |= {"device": CPU, "dtype": torch.float32}
-    return train_classifier(Batches(images, 128, labels=labels), **flags | kwargs)
+    return train_classifier(TrainLoader(images, 128, labels=labels), **flags | kwargs)
 
 
 def test_it_learns_is_frozen_and_leaves_the_random_state(easy):

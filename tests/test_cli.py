@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import error_of, main, save
 
-from vqgan.pretrained import load_model, load_pair
+from vqgan.pretrained import load_model, load_pipeline
 from vqgan.vae import VAE
 
 
@@ -23,7 +23,7 @@ def test_it_runs_as_a_module_and_explains_itself():
 def measured(tmp_path, pairs):
     """A copy of the classes' run with its metrics.json, and its tokenizer's with its own."""
     folder = shutil.copytree(pairs / "class", tmp_path / "run")
-    result = {"nats_per_code": 2.125, "frechet": None, "epochs": 7, "arguments": {"n_layer": 1}}
+    result = {"nats_per_token": 2.125, "frechet": None, "epochs": 7, "model_args": {"n_layer": 1}}
     models = {"transformer": result, "vqvae": {"nmse": 0.0625}}
     (folder / "metrics.json").write_text(json.dumps({"models": models}))
     return folder
@@ -43,7 +43,7 @@ def test_info_says_what_a_transformer_is(measured, capsys):
     assert "tokenizer: vqvae/checkpoint.pt" in text
     assert "trained on shapes, 32 pixels: python train_transformer.py --tokenizer" in text
     assert "240 steps, 2.0 minutes" in text
-    assert "nats_per_code: 2.125" in text and "epochs: 7" in text and "frechet" not in text
+    assert "nats_per_token: 2.125" in text and "epochs: 7" in text and "frechet" not in text
 
 
 def test_info_finds_the_result_of_a_vqvae_in_its_runs_folder(measured, capsys):
@@ -53,7 +53,7 @@ def test_info_finds_the_result_of_a_vqvae_in_its_runs_folder(measured, capsys):
 
 def test_info_does_not_take_the_transformers_result_for_its_tokenizers(measured, capsys):
     text = info_of(capsys, measured / "tokenizer.pt")
-    assert "VQVAE," in text and "nats_per_code" not in text
+    assert "VQVAE," in text and "nats_per_token" not in text
 
 
 def test_info_says_that_there_is_no_result(pairs, capsys):
@@ -69,7 +69,7 @@ def test_info_says_what_a_model_is_asked(kind, what, pairs, capsys):
 def test_info_on_models_of_earlier_versions(tmp_path, capsys):
     save(tmp_path / "c.pt", VAE)
     state = torch.load(tmp_path / "c.pt", weights_only=True)
-    torch.save({key: state[key] for key in ("model", "arguments", "weights")}, tmp_path / "c.pt")
+    torch.save({key: state[key] for key in ("model", "model_args", "weights")}, tmp_path / "c.pt")
     assert "VAE," in info_of(capsys, tmp_path / "c.pt")
     assert "there is no checkpoint" in error_of("info", tmp_path / "gone.pt")
 
@@ -86,14 +86,14 @@ def test_an_exported_pair_is_small_and_whole(tmp_path, measured, capsys, rows):
             if torch.is_tensor(value)
         }
         assert torch.float32 not in dtypes
-    exported, own = load_pair(out / "checkpoint.pt"), load_pair(measured / "checkpoint.pt")
+    exported, own = load_pipeline(out / "checkpoint.pt"), load_pipeline(measured / "checkpoint.pt")
     condition, indices = torch.tensor([[1]]), torch.arange(16)[None]
-    logits = [pair.transformer(condition, indices) for pair in (exported, own)]
+    logits = [pipeline.transformer(condition, indices) for pipeline in (exported, own)]
     assert torch.allclose(*logits, atol=0.05) and not torch.equal(*logits)
     main("sample", out / "checkpoint.pt", "--count", 1)
     assert len(rows) == 1
     text = info_of(capsys, out / "checkpoint.pt")
-    assert "nats_per_code: 2.125" in text and "no metrics.json" not in text
+    assert "nats_per_token: 2.125" in text and "no metrics.json" not in text
 
 
 def test_export_does_not_replace_the_run_that_it_exports(measured):

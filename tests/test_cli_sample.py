@@ -5,11 +5,11 @@ import torch
 from commands import CLASSES, error_of, is_picture, main
 
 from vqgan.conditions import (
-    PICTURES,
+    TRANSFORMS,
 )
 from vqgan.image_folder import read_image
 from vqgan.images import from_uint8
-from vqgan.pretrained import load_model, load_pair
+from vqgan.pretrained import load_model, load_pipeline
 from vqgan.transformer import GPT
 
 # --- sample ------------------------------------------------------------------------------------
@@ -49,9 +49,9 @@ def test_captions_are_asked_for(pairs, rows, asked, shapes):
     main("sample", pairs / "caption" / "checkpoint.pt", "--caption", *captions, "--count", 2)
     ((drawn, _),) = rows
     assert [label for label, _ in drawn] == captions
-    condition = load_pair(pairs / "caption" / "checkpoint.pt").condition
+    condition = load_pipeline(pairs / "caption" / "checkpoint.pt").condition
     for call, caption in zip(asked, captions, strict=True):
-        assert torch.equal(call["condition"], condition.of_captions([caption] * 2))
+        assert torch.equal(call["condition"], condition.encode_captions([caption] * 2))
 
 
 def test_without_a_condition_nothing_is_asked(pairs, rows):
@@ -65,7 +65,7 @@ def test_a_model_of_pictures_is_asked_with_one(pairs, rows, asked, images, flags
     main("sample", pairs / "image" / "checkpoint.pt", *flags)
     tokenizer = load_model(pairs / "image" / "tokenizer.pt")
     x = from_uint8(torch.tensor(read_image(images[0], 32)))[None]
-    picture = x if "--as-is" in flags else PICTURES["gray"](x)
+    picture = x if "--as-is" in flags else TRANSFORMS["gray"](x)
     expected = tokenizer.encode(picture).indices.flatten(1)
     assert torch.equal(asked[0]["condition"], expected.expand(2, -1))
     labels = [label for label, _ in rows[0][0]]
@@ -201,19 +201,21 @@ def test_a_completion_may_be_told_its_class(pairs, images, rows, asked):
     main("complete", path, images[0], "--class", "horse", "--count", 2)
     main("complete", path, images[0], "--count", 2)
     assert asked[0]["condition"].tolist() == [[2], [2]]
-    assert asked[1]["condition"].tolist() == [[3], [3]]  # `nothing`
+    assert asked[1]["condition"].tolist() == [[3], [3]]  # `null_token`
 
 
 def test_a_completion_may_be_told_its_caption(pairs, images, rows, asked, shapes):
     path, caption = pairs / "caption" / "checkpoint.pt", shapes.train_captions[0]
     main("complete", path, images[0], "--caption", caption, "--count", 1)
-    assert torch.equal(asked[0]["condition"], load_pair(path).condition.of_captions([caption]))
+    assert torch.equal(
+        asked[0]["condition"], load_pipeline(path).condition.encode_captions([caption])
+    )
 
 
 def test_a_model_of_pictures_completes_with_the_pictures_own(pairs, images, rows, asked):
     main("complete", pairs / "image" / "checkpoint.pt", images[0], "--count", 1)
     x = from_uint8(torch.tensor(read_image(images[0], 32)))[None]
-    codes = load_model(pairs / "image" / "tokenizer.pt").encode(PICTURES["gray"](x)).indices
+    codes = load_model(pairs / "image" / "tokenizer.pt").encode(TRANSFORMS["gray"](x)).indices
     assert torch.equal(asked[0]["condition"], codes.flatten(1))
 
 

@@ -237,8 +237,8 @@ def test_same_logits_as_the_authors_transformer(written, seq_len, C):
 
 def test_their_conditions_are_ids_of_their_codes_and_nothing_is_zero(written):
     model = load_compvis_transformer(TRANSFORMER, written["config"])
-    assert torch.equal(model.condition_table.weight[:32], model.code_table.weight)
-    assert (model.condition_table.weight[model.nothing] == 0).all()
+    assert torch.equal(model.cond_emb.weight[:32], model.tok_emb.weight)
+    assert (model.cond_emb.weight[model.null_token] == 0).all()
 
 
 def test_the_transformers_config_may_be_nested_as_in_their_yaml(written):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from vqgan.data import Batches, batches_in_order, evaluation_batch, load_dataset, pixel_variance
+from vqgan.data import TrainLoader, eval_batch_size, eval_batches, load_dataset, pixel_variance
 from vqgan.errors import InputError
 from vqgan.image_folder import ImageFiles
 from vqgan.images import from_uint8
@@ -30,24 +30,24 @@ def numbers(x):
 
 
 def test_an_epoch_shows_every_image_once_and_the_next_in_another_order():
-    batches = Batches(numbered(20), 5, seed=1)
+    batches = TrainLoader(numbered(20), 5, seed=1)
     first = [i for x in batches for i in numbers(x)]
     second = [i for x in batches for i in numbers(x)]
     assert sorted(first) == sorted(second) == list(range(20)) and first != second
-    assert first == [i for x in Batches(numbered(20), 5, seed=1) for i in numbers(x)]
-    assert first != [i for x in Batches(numbered(20), 5, seed=2) for i in numbers(x)]
+    assert first == [i for x in TrainLoader(numbered(20), 5, seed=1) for i in numbers(x)]
+    assert first != [i for x in TrainLoader(numbered(20), 5, seed=2) for i in numbers(x)]
 
 
 def test_the_last_incomplete_batch_is_left_out():
-    assert [len(x) for x in Batches(numbered(23), 5)] == [5, 5, 5, 5]
+    assert [len(x) for x in TrainLoader(numbered(23), 5)] == [5, 5, 5, 5]
 
 
 def test_flips_mirror_about_half_of_the_images_and_can_be_switched_off():
     gradient = torch.arange(0, 200, 50, dtype=torch.uint8).expand(400, 3, 4, 4).contiguous()
-    (x,) = Batches(gradient, 400, flip=True)
+    (x,) = TrainLoader(gradient, 400, flip=True)
     mirrored = x[:, 0, 0, 0] > x[:, 0, 0, -1]
     assert 150 < mirrored.sum() < 250
-    (x,) = Batches(gradient, 400, flip=False)
+    (x,) = TrainLoader(gradient, 400, flip=False)
     assert torch.equal(x, from_uint8(gradient))
 
 
@@ -57,40 +57,40 @@ def test_batches_go_on_where_their_state_was_taken(stop):
         while True:
             yield from batches
 
-    whole = Batches(numbered(20), 5, seed=1)
+    whole = TrainLoader(numbered(20), 5, seed=1)
     stream = endless(whole)
     for _ in range(stop):
         next(stream)
     state = whole.state_dict()
     expected = [next(stream) for _ in range(6)]
-    resumed = Batches(numbered(20), 5, seed=99)
+    resumed = TrainLoader(numbered(20), 5, seed=99)
     resumed.load_state_dict(state)
     stream = endless(resumed)
     assert all(torch.equal(next(stream), x) for x in expected)
 
 
 def test_batches_of_another_set_are_refused():
-    batches = Batches(numbered(21), 5)
+    batches = TrainLoader(numbered(21), 5)
     with pytest.raises(InputError, match="20 training images.*21"):
-        batches.load_state_dict(Batches(numbered(20), 5).state_dict())
+        batches.load_state_dict(TrainLoader(numbered(20), 5).state_dict())
 
 
 def test_batches_leave_the_global_generator_alone(image_folder):
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    list(Batches(numbered(20), 5))
-    list(batches_in_order(ImageFiles(sorted(image_folder.rglob("*.png")), 16), 20))
+    list(TrainLoader(numbered(20), 5))
+    list(eval_batches(ImageFiles(sorted(image_folder.rglob("*.png")), 16), 20))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1, 21])
 def test_a_batch_size_that_does_not_fit_is_refused(batch_size):
     with pytest.raises(InputError, match=f"{batch_size}.*1 to 20"):
-        Batches(numbered(20), batch_size)
+        TrainLoader(numbered(20), batch_size)
 
 
 def test_batches_in_order_give_all():
-    x = torch.cat(list(batches_in_order(numbered(23), 5)))
+    x = torch.cat(list(eval_batches(numbered(23), 5)))
     assert numbers(x) == list(range(23))
 
 
@@ -132,7 +132,7 @@ def test_textures_have_classes_and_no_captions_and_the_same_seed_the_same_images
 
 
 def test_more_training_shapes_leave_the_others_and_the_test_images_as_they_are(shapes):
-    more, fewer = (load_dataset("shapes", seed=0, num_drawn=count) for count in (10_300, 200))
+    more, fewer = (load_dataset("shapes", seed=0, num_rendered=count) for count in (10_300, 200))
     for name in ("images", "labels", "captions"):
         usual = getattr(shapes, f"train_{name}")
         longer, shorter = getattr(more, f"train_{name}"), getattr(fewer, f"train_{name}")
@@ -146,7 +146,7 @@ def test_more_training_shapes_leave_the_others_and_the_test_images_as_they_are(s
     # The new ones are new: none of them is among the first.
     flat = {image.numpy().tobytes() for image in shapes.train_images}
     assert not any(image.numpy().tobytes() in flat for image in more.train_images[:-10_000])
-    assert len(load_dataset("textures", num_drawn=10_001).train_images) == 10_001
+    assert len(load_dataset("textures", num_rendered=10_001).train_images) == 10_001
 
 
 def test_textures_of_another_size_are_refused():
@@ -156,7 +156,7 @@ def test_textures_of_another_size_are_refused():
 
 def test_labels_come_with_their_images_and_resume():
     images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 2, 2)
-    batches = Batches(images, 8, seed=3, labels=torch.arange(40) * 10)
+    batches = TrainLoader(images, 8, seed=3, labels=torch.arange(40) * 10)
     seen = []
     for x, labels in batches:
         numbers = ((x[:, 0, 0, 0] + 1) * 127.5).round().long()
@@ -165,13 +165,13 @@ def test_labels_come_with_their_images_and_resume():
         if batches.position == 2:
             state = batches.state_dict()
     assert sorted(seen) == [10 * i for i in range(40)]
-    other = Batches(images, 8, seed=9, labels=torch.arange(40) * 10)
+    other = TrainLoader(images, 8, seed=9, labels=torch.arange(40) * 10)
     other.load_state_dict(state)
     assert [label for _, labels in other for label in labels.tolist()] == seen[16:]
 
 
 def test_fewer_images_are_measured_at_once_the_larger_they_are():
-    assert [evaluation_batch(size) for size in (32, 64, 256, 10_000)] == [500, 125, 7, 1]
+    assert [eval_batch_size(size) for size in (32, 64, 256, 10_000)] == [500, 125, 7, 1]
     images = numbered(23).repeat(1, 1, 8, 8)  # 32 pixels
-    (x,) = batches_in_order(images)
+    (x,) = eval_batches(images)
     assert numbers(x) == list(range(23))

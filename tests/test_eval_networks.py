@@ -11,9 +11,9 @@ from vqgan.data import ImageDataset
 from vqgan.errors import InputError
 from vqgan.eval_networks import (
     accuracy,
-    features_of,
+    extract_features,
     inception_distance,
-    load_yardstick,
+    load_eval_classifier,
     perceptual_distance,
     trained_classifier,
 )
@@ -47,7 +47,7 @@ def run(tmp_path, easy):
         flip=True,
         checkpoint_every=100,
         resume=False,
-        about={},
+        metadata={},
     )
 
 
@@ -70,7 +70,7 @@ def test_a_classifier_is_trained_measured_and_written(run, capsys):
     path = run.out / "c.pt"
     model, share = trained_classifier(path, run, width=8, epochs=12, seed=0)
     assert share == accuracy(model, run.data, CPU) > 0.9
-    assert f"c: {share:.1%} of the test images recognised" in capsys.readouterr().out
+    assert f"c: {share:.1%} of the test images class_accuracy" in capsys.readouterr().out
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     again, same_share = trained_classifier(
         path, replace(run, resume=True), width=8, epochs=12, seed=0
@@ -103,7 +103,7 @@ def test_accuracy_counted_by_hand(run):
 def test_features_of_batches_are_those_of_all(run):
     model = Classifier(2, width=4).eval()
     x = from_uint8(run.data.test_images)
-    features = features_of(model, x.split(10))
+    features = extract_features(model, x.split(10))
     assert features.shape == (64, 16) and not features.requires_grad
     assert torch.allclose(features, model.features(x), atol=1e-5)
 
@@ -124,25 +124,25 @@ def test_the_distance_may_be_lpips(run, monkeypatch):
     assert perceptual_distance(run, "lpips", epochs=1) == (lpips, None)
 
 
-# --- the yardstick -----------------------------------------------------------------------------
+# --- the evaluation classifier -----------------------------------------------------------------
 
 
 def test_the_yardstick_is_another_network_and_the_same_for_every_seed(run):
-    yardstick, share = load_yardstick(run, epochs=1)
-    assert 0 <= share <= 1 and (run.out / "yardstick.pt").exists()
-    assert yardstick.stem.out_channels != eval_networks.CLASSIFIER_WIDTH
-    assert eval_networks.YARDSTICK_SEED != eval_networks.CLASSIFIER_SEED
-    assert same(load_yardstick(replace(run, seed=7), epochs=1)[0], yardstick)
+    eval_classifier, share = load_eval_classifier(run, epochs=1)
+    assert 0 <= share <= 1 and (run.out / "eval_classifier.pt").exists()
+    assert eval_classifier.stem.out_channels != eval_networks.CLASSIFIER_WIDTH
+    assert eval_networks.EVAL_SEED != eval_networks.CLASSIFIER_SEED
+    assert same(load_eval_classifier(replace(run, seed=7), epochs=1)[0], eval_classifier)
 
 
 def test_without_classes_or_with_one_test_image_there_is_no_yardstick(run, save, capsys):
     single = replace(run, data=replace(run.data, test_images=run.data.test_images[:1]))
-    given = save(run.out / "given" / "yardstick.pt")
+    given = save(run.out / "given" / "eval_classifier.pt")
     for few in (loose(run), single):
         for where in ({}, {"file": given}, {"folder": given.parent}):
-            assert load_yardstick(few, epochs=1, **where) == (None, None)
-            assert "no yardstick, and no Frechet distance" in capsys.readouterr().out
-    assert not (run.out / "yardstick.pt").exists()
+            assert load_eval_classifier(few, epochs=1, **where) == (None, None)
+            assert "no eval_classifier, and no Frechet distance" in capsys.readouterr().out
+    assert not (run.out / "eval_classifier.pt").exists()
 
 
 @pytest.fixture
@@ -157,30 +157,30 @@ def save(run):
 
 @pytest.mark.parametrize("place", ["model", "."])
 def test_another_runs_yardstick_is_found_beside_its_model_or_above(run, save, place):
-    save(run.out / "other" / place / "yardstick.pt")
-    yardstick, share = load_yardstick(run, epochs=1, folder=run.out / "other" / "model")
-    assert share == 0.25 and yardstick.stem.out_channels == 4
-    assert not (run.out / "yardstick.pt").exists()
+    save(run.out / "other" / place / "eval_classifier.pt")
+    eval_classifier, share = load_eval_classifier(run, epochs=1, folder=run.out / "other" / "model")
+    assert share == 0.25 and eval_classifier.stem.out_channels == 4
+    assert not (run.out / "eval_classifier.pt").exists()
 
 
 def test_a_yardstick_that_is_given_comes_first(run, save):
-    save(run.out / "other" / "yardstick.pt")
+    save(run.out / "other" / "eval_classifier.pt")
     given = run.out / "mine.pt"
     save_classifier(given, Classifier(2, 6), 0.75)
-    assert load_yardstick(run, epochs=1, file=str(given), folder=run.out / "other")[1] == 0.75
+    assert load_eval_classifier(run, epochs=1, file=str(given), folder=run.out / "other")[1] == 0.75
 
 
 @pytest.mark.parametrize("folder", [None, "nothing"])
 def test_where_none_is_found_a_new_one_is_trained(run, folder):
     folder = folder and run.out / folder / "model"
-    load_yardstick(run, epochs=1, folder=folder)
-    assert (run.out / "yardstick.pt").exists()
+    load_eval_classifier(run, epochs=1, folder=folder)
+    assert (run.out / "eval_classifier.pt").exists()
 
 
 def test_a_yardstick_of_other_classes_is_refused(run, save):
     path = save(run.out / "three.pt", num_classes=3)
-    with pytest.raises(InputError, match="yardstick=.*three.pt.* 3 classes.* 2"):
-        load_yardstick(run, epochs=1, file=str(path))
+    with pytest.raises(InputError, match="eval_classifier=.*three.pt.* 3 classes.* 2"):
+        load_eval_classifier(run, epochs=1, file=str(path))
 
 
 # --- Inception ---------------------------------------------------------------------------------

@@ -40,15 +40,15 @@ def run(shapes, tmp_path_factory):
         flip=True,
         checkpoint_every=100,
         resume=False,
-        about={},
+        metadata={},
     )
 
 
 @pytest.fixture(autouse=True)
 def small_batches():
     with (
-        mock.patch("vqgan.data.evaluation_batch", lambda image_size: 20),
-        mock.patch.object(evaluation, "evaluation_batch", lambda image_size: 20),
+        mock.patch("vqgan.data.eval_batch_size", lambda image_size: 20),
+        mock.patch.object(evaluation, "eval_batch_size", lambda image_size: 20),
     ):
         yield
 
@@ -68,7 +68,7 @@ def tokenizer(run):
 
 
 @pytest.fixture(scope="module")
-def yardstick():
+def eval_classifier():
     torch.manual_seed(0)
     return Classifier(10, 4).eval().requires_grad_(False)
 
@@ -77,10 +77,12 @@ def yardstick():
 
 
 @torch.no_grad()
-def test_a_tokenizer_is_measured_over_the_whole_test_set(run, x, tokenizer, yardstick):
+def test_a_tokenizer_is_measured_over_the_whole_test_set(run, x, tokenizer, eval_classifier):
     distance = ClassifierDistance(Classifier(10, 4))
     tokenizer.train()
-    result, counts = evaluate_autoencoder(tokenizer, run, distance=distance, yardstick=yardstick)
+    result, counts = evaluate_autoencoder(
+        tokenizer, run, distance=distance, eval_classifier=eval_classifier
+    )
     assert not tokenizer.training
     x_hat = tokenizer(x).reconstruction
     quality = metrics.reconstruction_quality(x, x_hat, 0.3)
@@ -89,10 +91,10 @@ def test_a_tokenizer_is_measured_over_the_whole_test_set(run, x, tokenizer, yard
     assert result["nmse_sampled"] == pytest.approx(result["nmse"], rel=1e-6)
     assert result["ssim_sampled"] == pytest.approx(result["ssim"], rel=1e-6)
     assert result["perceptual"] == pytest.approx(distance(x, x_hat).mean().item(), rel=1e-4)
-    features = [yardstick.features(images) for images in (x, x_hat)]
+    features = [eval_classifier.features(images) for images in (x, x_hat)]
     assert result["frechet"] == pytest.approx(metrics.frechet_distance(*features), rel=1e-3)
-    right = yardstick(x_hat).argmax(dim=1) == run.data.test_labels
-    assert result["recognised"] == pytest.approx(right.float().mean().item())
+    right = eval_classifier(x_hat).argmax(dim=1) == run.data.test_labels
+    assert result["class_accuracy"] == pytest.approx(right.float().mean().item())
     expected = tokenizer.tokens(x).flatten().bincount(minlength=K)
     assert torch.equal(counts, expected) and result["codes_used"] == (expected > 0).sum()
     assert result["bits_per_image"] == N * 5
@@ -109,7 +111,7 @@ def test_a_vae_is_measured_at_the_mean_and_at_a_sample(run, x):
     assert torch.equal(torch.get_rng_state(), before)  # its noise is its own
     assert counts is None and result["perplexity"] is result["codes_used"] is None
     at_mean = model.decode(model.encode(x)[0])
-    nmse = metrics.normalised_mse(x, at_mean, 0.3).mean().item()
+    nmse = metrics.normalized_mse(x, at_mean, 0.3).mean().item()
     assert result["nmse"] == pytest.approx(nmse, rel=1e-4)
     assert result["nmse_sampled"] > result["nmse"] and result["ssim_sampled"] != result["ssim"]
     bits = metrics.nats_to_bits(model(x).kl.mean().item())
@@ -120,7 +122,7 @@ def test_a_vae_is_measured_at_the_mean_and_at_a_sample(run, x):
 
 def test_what_is_not_measured_is_none(run, tokenizer):
     result, _ = evaluate_autoencoder(tokenizer, run)
-    assert result["perceptual"] is result["frechet"] is result["recognised"] is None
+    assert result["perceptual"] is result["frechet"] is result["class_accuracy"] is None
     assert "rfid" not in result
 
 
@@ -162,11 +164,11 @@ def test_tokens_are_decoded_in_parts(tokenizer, x):
 
 
 @torch.no_grad()
-def test_distances_to_read_a_samples_beside(run, x, tokenizer, yardstick):
-    features, references = reference_frechet(yardstick, tokenizer, run)
-    assert torch.allclose(features, yardstick.features(x), atol=1e-5)
-    of_hat = yardstick.features(tokenizer(x).reconstruction)
-    of_train = yardstick.features(from_uint8(run.data.train_images))
+def test_distances_to_read_a_samples_beside(run, x, tokenizer, eval_classifier):
+    features, references = reference_frechet(eval_classifier, tokenizer, run)
+    assert torch.allclose(features, eval_classifier.features(x), atol=1e-5)
+    of_hat = eval_classifier.features(tokenizer(x).reconstruction)
+    of_train = eval_classifier.features(from_uint8(run.data.train_images))
     assert references == {
         "reconstructions": pytest.approx(metrics.frechet_distance(of_hat, features), rel=1e-3),
         "training images": pytest.approx(metrics.frechet_distance(of_train, features), rel=1e-3),
@@ -199,70 +201,74 @@ class Recites(GPT):
 
 @torch.no_grad()
 def test_samples_stand_under_the_conditions_of_the_test_images(
-    run, x, tokenizer, yardstick, dataset_of
+    run, x, tokenizer, eval_classifier, dataset_of
 ):
     dataset = dataset_of(class_condition(run.data.class_names))
     prior = Recites(dataset)
     setting = PLAIN | {"temperature": 0.5, "top_k": 4}
     (row,), references = evaluate_samples(
-        prior, tokenizer, dataset, [setting], yardstick, num_samples=None, run=run
+        prior, tokenizer, dataset, [setting], eval_classifier, num_samples=None, run=run
     )
     assert torch.equal(torch.cat(prior.asked)[:, 0], run.data.test_labels)
     for settings in prior.settings:
         assert settings.pop("generator").initial_seed() == 0 and settings == setting
     # What it recites are the reconstructions.
     assert row["frechet"] == pytest.approx(references["reconstructions"], rel=1e-3, abs=1e-6)
-    right = yardstick(tokenizer(x).reconstruction).argmax(dim=1) == run.data.test_labels
-    assert row["recognised"] == pytest.approx(right.float().mean().item())
+    right = eval_classifier(tokenizer(x).reconstruction).argmax(dim=1) == run.data.test_labels
+    assert row["class_accuracy"] == pytest.approx(right.float().mean().item())
     assert {name: row[name] for name in setting} == setting
     assert row["num_samples"] == 48 and row["seconds"] >= 0
-    assert row["colour_right"] is row["prompt_right"] is None
+    assert row["color_accuracy"] is row["prompt_accuracy"] is None
 
 
 @pytest.mark.parametrize("num_samples", [2, 100])
 def test_more_samples_than_test_images_go_around_again(
-    num_samples, run, tokenizer, yardstick, dataset_of
+    num_samples, run, tokenizer, eval_classifier, dataset_of
 ):
     dataset = dataset_of(class_condition(run.data.class_names))
     prior = Recites(dataset)
     ((row,), _) = evaluate_samples(
-        prior, tokenizer, dataset, [PLAIN], yardstick, num_samples=num_samples, run=run
+        prior, tokenizer, dataset, [PLAIN], eval_classifier, num_samples=num_samples, run=run
     )
     asked = torch.cat(prior.asked)[:, 0]
     assert row["num_samples"] == len(asked) == num_samples
     assert torch.equal(asked, run.data.test_labels.repeat(3)[:num_samples])
 
 
-def test_without_a_condition_nothing_is_to_be_recognised(run, tokenizer, yardstick, dataset_of):
+def test_without_a_condition_nothing_is_to_be_recognised(
+    run, tokenizer, eval_classifier, dataset_of
+):
     dataset = dataset_of(NO_CONDITION)
     settings = [PLAIN, PLAIN | {"temperature": 0.0}]
     rows, _ = evaluate_samples(
-        Recites(dataset), tokenizer, dataset, settings, yardstick, num_samples=4, run=run
+        Recites(dataset), tokenizer, dataset, settings, eval_classifier, num_samples=4, run=run
     )
     assert [row["temperature"] for row in rows] == [1, 0]
-    assert all(row["recognised"] is None for row in rows)
+    assert all(row["class_accuracy"] is None for row in rows)
 
 
-def test_a_prompt_is_right_where_shape_and_colours_are(run, x, tokenizer, yardstick, dataset_of):
-    """The test images themselves in place of samples, and a yardstick that knows every shape."""
+def test_a_prompt_is_right_where_shape_and_colours_are(
+    run, x, tokenizer, eval_classifier, dataset_of
+):
+    """The test images themselves in place of samples, and a classifier that knows every shape."""
     dataset = dataset_of(caption_condition(run.data.train_captions + run.data.test_captions))
     labels = run.data.test_labels.clone()
     labels[:12] = (labels[:12] + 1) % 10  # a quarter is taken for another shape
-    knows = mock.Mock(wraps=yardstick)
+    knows = mock.Mock(wraps=eval_classifier)
     knows.head = lambda features: torch.nn.functional.one_hot(labels, 10).float()
-    knows.parameters = yardstick.parameters
+    knows.parameters = eval_classifier.parameters
     with mock.patch.object(evaluation, "decode_tokens", lambda tokenizer, tokens: x):
         ((row,), _) = evaluate_samples(
             Recites(dataset), tokenizer, dataset, [PLAIN], knows, num_samples=None, run=run
         )
-    assert row["frechet"] == pytest.approx(0, abs=1e-6) and row["recognised"] == 0.75
-    assert row["colour_right"] > 0.9
-    assert 0.75 * 0.85 < row["prompt_right"] <= 0.75
+    assert row["frechet"] == pytest.approx(0, abs=1e-6) and row["class_accuracy"] == 0.75
+    assert row["color_accuracy"] > 0.9
+    assert 0.75 * 0.85 < row["prompt_accuracy"] <= 0.75
 
 
 def test_without_a_yardstick_nothing_is_sampled(run, tokenizer, dataset_of):
     dataset = dataset_of(NO_CONDITION)
     with mock.patch.object(GPT, "sample", side_effect=AssertionError):
         prior = GPT(K, N, 1, 1, 1, 1, 8)
-        arguments = (prior, tokenizer, dataset, [PLAIN], None)
-        assert evaluate_samples(*arguments, num_samples=4, run=run) == ([], {})
+        model_args = (prior, tokenizer, dataset, [PLAIN], None)
+        assert evaluate_samples(*model_args, num_samples=4, run=run) == ([], {})

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from vqgan import image_folder as folders
-from vqgan.data import Batches, batches_in_order, load_dataset, pixel_variance
+from vqgan.data import TrainLoader, eval_batches, load_dataset, pixel_variance
 from vqgan.errors import InputError
 from vqgan.image_folder import ImageFiles, read_image, read_images
 
@@ -56,7 +56,9 @@ def test_a_large_folder_streams_the_same_images(image_folder, monkeypatch):
     monkeypatch.setattr(folders, "MEMORY_LIMIT", 0)
     streamed = load_dataset(str(image_folder))
     assert isinstance(streamed.train_images, ImageFiles)
-    for a, b in zip(Batches(held.train_images, 6), Batches(streamed.train_images, 6), strict=True):
+    for a, b in zip(
+        TrainLoader(held.train_images, 6), TrainLoader(streamed.train_images, 6), strict=True
+    ):
         assert torch.equal(a, b)
     assert pixel_variance(held.train_images) == pixel_variance(streamed.train_images)
 
@@ -91,7 +93,7 @@ def test_a_truncated_file_of_a_streamed_folder_is_named(image_folder):
     path = image_folder / "cats" / "00.png"
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(InputError, match="00.png") as error:
-        list(batches_in_order(ImageFiles([path], 32), 1))
+        list(eval_batches(ImageFiles([path], 32), 1))
     assert "\n" not in str(error.value)  # although a worker process raised it
 
 

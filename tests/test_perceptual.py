@@ -8,7 +8,7 @@ from torchvision.models import vgg16
 from vqgan import perceptual
 from vqgan.classifier import Classifier
 from vqgan.errors import InputError
-from vqgan.perceptual import LPIPS, ClassifierDistance, load_lpips, load_lpips_heads
+from vqgan.perceptual import LPIPS, ClassifierDistance, load_lpips, load_lpips_lins
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def vgg_weights():
 def heads():
     """The published heads, which the package `lpips` carries."""
     pytest.importorskip("lpips")
-    return load_lpips_heads(Path("not there"))
+    return load_lpips_lins(Path("not there"))
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_another_file_in_place_of_the_heads_is_refused(tmp_path):
     path = tmp_path / "vgg.pth"
     torch.save({"lin0.model.1.weight": torch.zeros(1, 64, 1, 1)}, path)
     with pytest.raises(InputError, match="vgg.pth is not the published file.*http"):
-        load_lpips_heads(path)
+        load_lpips_lins(path)
 
 
 def refuse(*args, **kwargs):
@@ -152,4 +152,4 @@ def test_without_network_the_error_says_where_files_go(tmp_path, monkeypatch):
         load_lpips()
     monkeypatch.setattr(perceptual.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="vgg.pth at .*heads.pth"):
-        load_lpips_heads(tmp_path / "heads.pth")
+        load_lpips_lins(tmp_path / "heads.pth")

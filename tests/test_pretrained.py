@@ -10,10 +10,10 @@ import torch
 from vqgan import pretrained
 from vqgan.checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_model, save_plain
 from vqgan.conditions import class_condition
-from vqgan.data import Batches
+from vqgan.data import TrainLoader
 from vqgan.errors import InputError
 from vqgan.images import from_uint8
-from vqgan.pretrained import SHIPPED, load_model, load_pair, load_tokenizer, read_checkpoint
+from vqgan.pretrained import PRETRAINED, load_model, load_pipeline, load_tokenizer, read_checkpoint
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
 from vqgan.vqgan import VQGAN
@@ -37,14 +37,14 @@ ARGUMENTS = {
 ABOUT = {"data": "textures", "image_size": 32, "command": "python train_vqvae.py --data textures"}
 
 
-def save(path, kind, *, about=None, seed=0):
+def save(path, kind, *, metadata=None, seed=0):
     """A checkpoint of a small model, untrained."""
     torch.manual_seed(seed)
     model = kind(**ARGUMENTS[kind])
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     save_checkpoint(
-        path, model=model, arguments=ARGUMENTS[kind], optimizers={}, batches=Batches(images, 2),
-        step=0, seconds=0.0, about=about,
+        path, model=model, model_args=ARGUMENTS[kind], optimizers={},
+        batches=TrainLoader(images, 2), step=0, seconds=0.0, metadata=metadata,
     )  # fmt: skip
     return model.eval()
 
@@ -53,22 +53,22 @@ def save_old(path, kind):
     """A checkpoint as they were before they said what they are about."""
     model = save(path, kind)
     state = load_checkpoint(path)
-    del state["about"]
+    del state["metadata"]
     save_plain(path, state)
     return model
 
 
 def save_pair(folder):
     """A transformer's run: its checkpoint, and its tokenizer beside it."""
-    tokenizer = save(folder / "tokenizer.pt", VQVAE, about=ABOUT)
-    about = ABOUT | {
+    tokenizer = save(folder / "tokenizer.pt", VQVAE, metadata=ABOUT)
+    metadata = ABOUT | {
         "image_size": 24,  # not the tokenizer's
         "condition": CONDITION.to_dict(),
         "condition_drop": 0.1,
         "tokenizer": "runs/vqvae/checkpoint.pt",
         "tokenizer_fingerprint": fingerprint(tokenizer),
     }
-    return save(folder / "checkpoint.pt", GPT, about=about), tokenizer
+    return save(folder / "checkpoint.pt", GPT, metadata=metadata), tokenizer
 
 
 def same_weights(a, b):
@@ -97,14 +97,14 @@ def test_checkpoints_of_something_else_are_named(tmp_path):
     torch.save(state | {"model": "Diffusion"}, tmp_path / "other.pt")
     with pytest.raises(InputError, match="'Diffusion'.*VQGAN"):
         load_model(tmp_path / "other.pt")
-    for arguments, expected in (
+    for model_args, expected in (
         ({"depth": 3}, "depth"),
-        (state["arguments"] | {"num_downsamples": 0}, "num_downsamples"),
-        (state["arguments"] | {"num_hiddens": 16}, "encoder.0.weight"),
+        (state["model_args"] | {"num_downsamples": 0}, "num_downsamples"),
+        (state["model_args"] | {"num_hiddens": 16}, "encoder.0.weight"),
     ):
-        torch.save(state | {"arguments": arguments}, tmp_path / "arguments.pt")
-        with pytest.raises(InputError, match=f"arguments.pt does not fit VQVAE.*{expected}"):
-            load_model(tmp_path / "arguments.pt")
+        torch.save(state | {"model_args": model_args}, tmp_path / "other_args.pt")
+        with pytest.raises(InputError, match=f"other_args.pt does not fit VQVAE.*{expected}"):
+            load_model(tmp_path / "other_args.pt")
 
 
 # --- pairs ---------------------------------------------------------------------------------------
@@ -112,10 +112,12 @@ def test_checkpoints_of_something_else_are_named(tmp_path):
 
 def test_a_pair_is_the_transformer_and_the_tokenizer_beside_it(tmp_path):
     transformer, tokenizer = save_pair(tmp_path)
-    pair = load_pair(tmp_path / "checkpoint.pt")
-    assert same_weights(pair.transformer, transformer) and same_weights(pair.tokenizer, tokenizer)
-    assert pair.condition == CONDITION and pair.tokenizer.image_size == 24
-    for model in (pair.transformer, pair.tokenizer):
+    pipeline = load_pipeline(tmp_path / "checkpoint.pt")
+    assert same_weights(pipeline.transformer, transformer) and same_weights(
+        pipeline.tokenizer, tokenizer
+    )
+    assert pipeline.condition == CONDITION and pipeline.tokenizer.image_size == 24
+    for model in (pipeline.transformer, pipeline.tokenizer):
         assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
@@ -123,7 +125,7 @@ def test_a_missing_tokenizer_is_refused_where_it_was_expected_and_where_it_came_
     save_pair(tmp_path)
     (tmp_path / "tokenizer.pt").unlink()
     with pytest.raises(InputError) as error:
-        load_pair(tmp_path / "checkpoint.pt")
+        load_pipeline(tmp_path / "checkpoint.pt")
     for part in (str(tmp_path / "tokenizer.pt"), "runs/vqvae/checkpoint.pt"):
         assert part in str(error.value)
 
@@ -131,30 +133,30 @@ def test_a_missing_tokenizer_is_refused_where_it_was_expected_and_where_it_came_
 def test_a_tokenizer_is_taken_from_where_it_is_said_to_be(tmp_path):
     _, tokenizer = save_pair(tmp_path)
     (tmp_path / "tokenizer.pt").rename(tmp_path / "moved.pt")
-    pair = load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "moved.pt")
-    assert same_weights(pair.tokenizer, tokenizer)
+    pipeline = load_pipeline(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "moved.pt")
+    assert same_weights(pipeline.tokenizer, tokenizer)
     save(tmp_path / "tokenizer.pt", VQVAE, seed=1)  # another one beside it is not looked at
-    pair = load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "moved.pt")
-    assert same_weights(pair.tokenizer, tokenizer)
+    pipeline = load_pipeline(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "moved.pt")
+    assert same_weights(pipeline.tokenizer, tokenizer)
 
 
 def test_another_tokenizer_is_refused(tmp_path):
     save_pair(tmp_path)
     save(tmp_path / "other.pt", VQVAE, seed=1)
     with pytest.raises(InputError, match="other.pt is not the tokenizer.*runs/vqvae/checkpoint.pt"):
-        load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "other.pt")
+        load_pipeline(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "other.pt")
     (tmp_path / "other.pt").replace(tmp_path / "tokenizer.pt")
     with pytest.raises(InputError, match="tokenizer.pt is not the tokenizer"):
-        load_pair(tmp_path / "checkpoint.pt")
+        load_pipeline(tmp_path / "checkpoint.pt")
 
 
 def test_a_tokenizer_is_no_transformer(tmp_path):
     save_pair(tmp_path)
     with pytest.raises(InputError, match="of a VQVAE, not a transformer"):
-        load_pair(tmp_path / "tokenizer.pt")
+        load_pipeline(tmp_path / "tokenizer.pt")
     save_old(tmp_path / "tokenizer.pt", VQVAE)
     with pytest.raises(InputError, match="of a VQVAE, not a transformer"):
-        load_pair(tmp_path / "tokenizer.pt")
+        load_pipeline(tmp_path / "tokenizer.pt")
 
 
 @pytest.mark.parametrize("kind", [VAE, GPT])
@@ -164,7 +166,7 @@ def test_a_model_without_codes_of_pictures_is_no_tokenizer(tmp_path, kind):
     with pytest.raises(InputError, match=f"of a {kind.__name__}, not a tokenizer"):
         load_tokenizer(tmp_path / "c.pt")
     with pytest.raises(InputError, match=f"of a {kind.__name__}, not a tokenizer"):
-        load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "c.pt")
+        load_pipeline(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "c.pt")
 
 
 # --- tokenizers ----------------------------------------------------------------------------------
@@ -172,11 +174,11 @@ def test_a_model_without_codes_of_pictures_is_no_tokenizer(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", [VQVAE, VQGAN])
 def test_a_tokenizer_says_what_it_was_trained_on(tmp_path, kind):
-    model = save(tmp_path / "c.pt", kind, about=ABOUT)
+    model = save(tmp_path / "c.pt", kind, metadata=ABOUT)
     (tmp_path / "config.json").write_text(json.dumps(ABOUT | {"data": "cifar10"}))  # not asked
     loaded, state = load_tokenizer(tmp_path / "c.pt")
     assert type(loaded) is kind and same_weights(loaded, model)
-    assert state["about"] == ABOUT
+    assert state["metadata"] == ABOUT
 
 
 @pytest.mark.parametrize("folder", [".", "vqvae"], ids=["beside it", "above it"])
@@ -184,7 +186,7 @@ def test_for_an_old_tokenizer_the_config_of_its_run_says_it(tmp_path, folder):
     path = tmp_path / folder / "checkpoint.pt"
     save_old(path, VQVAE)
     (tmp_path / "config.json").write_text(json.dumps(ABOUT | {"lr": 0.1}))
-    assert load_tokenizer(path)[1]["about"] == ABOUT
+    assert load_tokenizer(path)[1]["metadata"] == ABOUT
 
 
 @pytest.mark.parametrize("config", [None, "{", "[]", "{}"])
@@ -192,7 +194,7 @@ def test_an_old_tokenizer_without_a_config_says_nothing(tmp_path, config):
     save_old(tmp_path / "a" / "b" / "c.pt", VQVAE)
     if config is not None:
         (tmp_path / "a" / "b" / "config.json").write_text(config)
-    assert load_tokenizer(tmp_path / "a" / "b" / "c.pt")[1]["about"] == {}
+    assert load_tokenizer(tmp_path / "a" / "b" / "c.pt")[1]["metadata"] == {}
 
 
 def test_an_old_tokenizer_can_be_saved_as_a_model(tmp_path):
@@ -208,10 +210,14 @@ def test_a_name_is_the_model_that_comes_with_the_package_unless_a_file_has_it(
     tmp_path, monkeypatch
 ):
     packaged, tokenizer = save_pair(tmp_path / "package")
-    monkeypatch.setattr(pretrained, "SHIPPED", {"shapes": tmp_path / "package" / "checkpoint.pt"})
+    monkeypatch.setattr(
+        pretrained, "PRETRAINED", {"shapes": tmp_path / "package" / "checkpoint.pt"}
+    )
     monkeypatch.chdir(tmp_path)
-    pair = load_pair("shapes")
-    assert same_weights(pair.transformer, packaged) and same_weights(pair.tokenizer, tokenizer)
+    pipeline = load_pipeline("shapes")
+    assert same_weights(pipeline.transformer, packaged) and same_weights(
+        pipeline.tokenizer, tokenizer
+    )
     (tmp_path / "shapes").mkdir()  # a folder of images, say
     assert same_weights(load_model("shapes"), packaged)
     (tmp_path / "shapes").rmdir()
@@ -226,29 +232,32 @@ def test_a_name_is_the_model_that_comes_with_the_package_unless_a_file_has_it(
 
 def test_the_shipped_pair_is_of_an_earlier_version_and_loads():
     """Its transformer knew its grid, which is the length of its sequences now."""
-    old = torch.load(SHIPPED["shapes"], weights_only=True)["arguments"]
+    old = torch.load(PRETRAINED["shapes"], weights_only=True)["model_args"]
     assert "grid_size" in old and "seq_len" not in old
-    pair = load_pair("shapes")
-    assert pair.transformer.seq_len == math.prod(old["grid_size"])
-    assert pair.tokenizer.grids == [tuple(old["grid_size"])] and pair.tokenizer.image_size == 32
+    pipeline = load_pipeline("shapes")
+    assert pipeline.transformer.seq_len == math.prod(old["grid_size"])
+    assert (
+        pipeline.tokenizer.grids == [tuple(old["grid_size"])]
+        and pipeline.tokenizer.image_size == 32
+    )
 
 
 def test_the_shipped_pair_is_small_and_its_commands_stand_beside_what_they_wrote():
     results = Path(__file__).parents[1] / "docs" / "results"
-    files = {"transformer": SHIPPED["shapes"]}
-    files["tokenizer"] = SHIPPED["shapes"].with_name("tokenizer.pt")
+    files = {"transformer": PRETRAINED["shapes"]}
+    files["tokenizer"] = PRETRAINED["shapes"].with_name("tokenizer.pt")
     assert sum(file.stat().st_size for file in files.values()) <= 5e6
     for folder, file in files.items():
         script = " ".join((results / f"shapes-{folder}" / "run.sh").read_text().split())
-        for command in read_checkpoint(file)["about"]["command"].split(" && "):
+        for command in read_checkpoint(file)["metadata"]["command"].split(" && "):
             assert command in script.replace("\\ ", "")
 
 
 def test_the_shipped_pair_is_as_good_as_it_was_before_it_was_rounded(shapes):
-    pair = load_pair("shapes")
+    pipeline = load_pipeline("shapes")
     tokens = shapes.test_labels[:500, None]
-    indices = pair.tokenizer.encode(from_uint8(shapes.test_images[:500])).indices
-    loss = pair.transformer.loss(tokens, indices.flatten(1)).item()
-    measured = read_checkpoint("shapes")["about"]["result"]["nats_per_code"]
+    indices = pipeline.tokenizer.encode(from_uint8(shapes.test_images[:500])).indices
+    loss = pipeline.transformer.loss(tokens, indices.flatten(1)).item()
+    measured = read_checkpoint("shapes")["metadata"]["result"]["nats_per_token"]
     assert loss == pytest.approx(measured, abs=0.05)
-    assert pair.condition.names == shapes.class_names
+    assert pipeline.condition.names == shapes.class_names

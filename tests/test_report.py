@@ -32,29 +32,29 @@ def test_titles_of_the_study():
 def test_a_price_by_hand():
     prior = SimpleNamespace(seq_len=64, num_embeddings=512)
     price = report.price(math.log(256), prior, 32)
-    assert price["nats_per_code"] == math.log(256)
+    assert price["nats_per_token"] == math.log(256)
     assert price["bits_per_image"] == pytest.approx(64 * 8)
-    assert price["plain_bits_per_image"] == 64 * 9
+    assert price["fixed_length_bits_per_image"] == 64 * 9
     assert price["compression"] == pytest.approx(3 * 8 * 32**2 / (64 * 8))
 
 
 @pytest.mark.parametrize(("accuracy", "warned"), [(None, None), (0.15, True), (0.9, False)])
 def test_a_yardstick_near_chance_is_warned_of(accuracy, warned, capsys):
-    report.print_yardstick(accuracy, 10)
+    report.print_eval_classifier(accuracy, 10)
     text = capsys.readouterr().out
     assert ("warning" in text) == bool(warned) and (text == "") == (accuracy is None)
 
 
 def test_baselines_are_printed_with_their_titles(capsys):
-    report.print_baselines({"uniform": 3.0, "single": 2.5, "left": 2.25})
+    report.print_baselines({"uniform": 3.0, "unigram": 2.5, "bigram": 2.25})
     text = capsys.readouterr().out
     assert all(title in text for title in report.BASELINES.values()) and "2.250" in text
 
 
 def test_the_same_few_test_images_are_shown_and_reconstructed_in_eval_mode(shapes):
     few = report.shown_images(SimpleNamespace(data=shapes))
-    assert few.shape == (report.NUM_PICTURES, 3, 32, 32)
-    assert torch.equal(few, shapes.test_images[: report.NUM_PICTURES].float() / 127.5 - 1)
+    assert few.shape == (report.NUM_SHOWN, 3, 32, 32)
+    assert torch.equal(few, shapes.test_images[: report.NUM_SHOWN].float() / 127.5 - 1)
     model = VQVAE(num_hiddens=8, num_embeddings=16).train()
     x = report.reconstruct(model, few)
     assert not model.training and model.quantizer.waits_for_data and not x.requires_grad
@@ -62,7 +62,7 @@ def test_the_same_few_test_images_are_shown_and_reconstructed_in_eval_mode(shape
 
 
 def test_without_samples_no_table_of_them(capsys):
-    result = {"nats_per_code": 2.0, "best_epoch": 3, "bits_per_image": 90.0}
-    report.print_transformer(result | {"plain_bits_per_image": 96.0}, [], {})
+    result = {"nats_per_token": 2.0, "best_epoch": 3, "bits_per_image": 90.0}
+    report.print_transformer(result | {"fixed_length_bits_per_image": 96.0}, [], {})
     text = capsys.readouterr().out
     assert "2.000" in text and "epoch 3" in text and "guidance" not in text

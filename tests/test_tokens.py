@@ -7,7 +7,7 @@ import torch
 from vqgan import tokens
 from vqgan.conditions import (
     NO_CONDITION,
-    PICTURES,
+    TRANSFORMS,
     caption_condition,
     class_condition,
     image_condition,
@@ -16,7 +16,7 @@ from vqgan.data import ImageDataset
 from vqgan.errors import InputError
 from vqgan.image_folder import ImageFiles
 from vqgan.images import from_uint8
-from vqgan.tokens import TokenDataset, TokenLoader, condition_on, load_tokens, tokenize
+from vqgan.tokens import TokenDataset, TokenLoader, build_condition, load_tokens, tokenize
 from vqgan.training import Run
 from vqgan.vqvae import VQVAE
 
@@ -47,13 +47,13 @@ class Once:
     """`load_tokens`, and how often it encoded."""
 
     def __init__(self, out, data):
-        self.path, self.data = out / "codes.pt", data
+        self.path, self.data = out / "tokens.pt", data
 
     def __call__(self, tokenizer, condition=NO_CONDITION, flip=True):
         with mock.patch.object(tokens, "tokenize", wraps=tokens.tokenize) as encoding:
             run = Run(
                 out=self.path.parent, data=self.data, variance=1.0, device=CPU,
-                dtype=torch.float32, about={}, epochs=1, seed=0, flip=flip,
+                dtype=torch.float32, metadata={}, epochs=1, seed=0, flip=flip,
                 checkpoint_every=1, resume=False,
             )  # fmt: skip
             dataset = load_tokens(run, tokenizer, condition)
@@ -81,7 +81,7 @@ def test_images_become_tokens_once(once, tokenizer):
 def test_tokens_of_something_else_are_not_taken(once, tokenizer, few):
     once(tokenizer)
     other = make_tokenizer(few.train_images, seed=1)
-    gray, edges = (image_condition(picture, K, N) for picture in ("gray", "edges"))
+    gray, edges = (image_condition(transform, K, N) for transform in ("gray", "edges"))
     for arguments in (
         (other,), (tokenizer, NO_CONDITION, False), (tokenizer, gray), (tokenizer, edges)
     ):  # fmt: skip
@@ -166,13 +166,13 @@ def test_no_condition_is_one_start_token(once, tokenizer):
     assert (dataset.train[..., 0] == 0).all() and (dataset.test_conditions == 0).all()
 
 
-@pytest.mark.parametrize("picture", PICTURES)
-def test_an_image_is_the_tokens_of_its_picture(once, tokenizer, few, picture):
-    dataset = once(tokenizer, image_condition(picture, K, N))
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_an_image_is_the_tokens_of_its_picture(once, tokenizer, few, transform):
+    dataset = once(tokenizer, image_condition(transform, K, N))
     assert dataset.train.shape == (128, 2, N + N)
     x = from_uint8(few.train_images)
     for augmentation, images in enumerate((x, x.flip(3))):
-        expected = tokenizer.tokens(PICTURES[picture](images))
+        expected = tokenizer.tokens(TRANSFORMS[transform](images))
         assert torch.equal(dataset.train[:, augmentation, :N].long(), expected)
         assert torch.equal(dataset.train[:, augmentation, N:].long(), tokenizer.tokens(images))
 
@@ -224,7 +224,7 @@ def test_batches_go_on_where_they_were():
 
 def test_each_kind_of_condition_is_of_its_data_and_tokenizer(few, tokenizer):
     kinds = {
-        kind: condition_on(kind, few, tokenizer, picture="edges")
+        kind: build_condition(kind, few, tokenizer, transform="edges")
         for kind in ("none", "class", "image")
     }
     assert kinds["none"] == NO_CONDITION
@@ -233,20 +233,20 @@ def test_each_kind_of_condition_is_of_its_data_and_tokenizer(few, tokenizer):
 
 
 def test_captions_are_those_of_the_training_images(shapes, tokenizer):
-    condition = condition_on("caption", shapes, tokenizer, picture="edges")
+    condition = build_condition("caption", shapes, tokenizer, transform="edges")
     assert condition == caption_condition(shapes.train_captions)
 
 
 def test_what_the_data_set_does_not_have_is_refused(few, tokenizer):
     for data in (replace(few, train_labels=None), replace(few, class_names=())):
         with pytest.raises(InputError, match="condition=class.*none"):
-            condition_on("class", data, tokenizer, picture="edges")
+            build_condition("class", data, tokenizer, transform="edges")
     without = replace(few, train_captions=None, test_captions=None)
     with pytest.raises(InputError, match="condition=caption"):
-        condition_on("caption", without, tokenizer, picture="edges")
+        build_condition("caption", without, tokenizer, transform="edges")
 
 
 def test_words_that_only_test_captions_have_are_refused(few, tokenizer):
     data = replace(few, test_captions=["small mauve star on blue"])
     with pytest.raises(InputError, match="mauve"):
-        condition_on("caption", data, tokenizer, picture="edges")
+        build_condition("caption", data, tokenizer, transform="edges")

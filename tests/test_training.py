@@ -48,7 +48,7 @@ def run(tmp_path):
         flip=True,
         checkpoint_every=4,
         resume=False,
-        about={"data": "noise", "image_size": 2, "command": "python train.py"},
+        metadata={"data": "noise", "image_size": 2, "command": "python train.py"},
     )
 
 
@@ -61,7 +61,7 @@ def start(run, seed=1, **more):
     torch.manual_seed(seed)
     model = Tiny(8)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    parts = {"arguments": {"width": 8}, "optimizers": {"adam": optimizer}}
+    parts = {"model_args": {"width": 8}, "optimizers": {"adam": optimizer}}
     parts |= {"loader": run.loader(4), "state": {"seen": []}}
     return model, optimizer, Session(run, "tiny", model=model, **parts | more)
 
@@ -110,12 +110,14 @@ def test_labels_come_with_their_images_on_request(run):
 
 def test_metrics_say_what_was_measured_on_what_by_what(run):
     models = {"a": {"ssim": 0.5, "seconds": 1.5}, "b": {"ssim": 0.25, "seconds": 2.0}}
-    run.write_metrics(models, yardstick={"accuracy": None})
+    run.write_metrics(models, eval_classifier={"accuracy": None})
     written = json.loads((run.out / "metrics.json").read_text())
-    keys = ["command", "data", "device", "versions", "seconds", "yardstick", "models"]
+    keys = ["command", "data", "device", "versions", "seconds", "eval_classifier", "models"]
     assert list(written) == keys
     assert written["models"] == models and written["seconds"] == 3.5
-    assert written["command"] == "python train.py" and written["yardstick"] == {"accuracy": None}
+    assert written["command"] == "python train.py" and written["eval_classifier"] == {
+        "accuracy": None
+    }
     assert written["data"] == {
         "source": "noise", "training_images": 29, "test_images": 5, "variance": 0.25
     }  # fmt: skip
@@ -206,7 +208,7 @@ def test_a_loss_that_is_not_finite_ends_the_training_and_the_last_checkpoint_sta
 def session_with(kind, run, seed=1):
     """The trained model is kept; or its average; or a copy that the script chooses."""
     if kind == "average":
-        return start(run, seed, ema_decay=0.9)
+        return start(run, seed, model_ema_decay=0.9)
     torch.manual_seed(10 + seed)
     return start(run, seed, **({"kept": Tiny(8)} if kind == "chosen" else {}))
 
@@ -227,16 +229,16 @@ def test_a_stopped_and_resumed_training_is_the_unstopped_one(run, tmp_path, kind
     rest = take_steps(model, optimizer, session)
     assert rest == losses[-len(rest) :] and len(rest) == 21 - stop // 4 * 4
     a, b = checkpoint(run), checkpoint(whole)
-    assert same(a["weights"], b["weights"]) and a["companions"].keys() == b["companions"].keys()
-    assert ("trained" in a["companions"]) == (kind != "trained")
+    assert same(a["weights"], b["weights"]) and a["extra_state"].keys() == b["extra_state"].keys()
+    assert ("trained" in a["extra_state"]) == (kind != "trained")
     if kind != "trained":
-        assert same(a["companions"]["trained"], b["companions"]["trained"])
+        assert same(a["extra_state"]["trained"], b["extra_state"]["trained"])
     logs = [(r.out / "tiny" / "log.csv").read_bytes() for r in (run, whole)]
     assert logs[0] == logs[1]
     # What the script remembers comes back: of the steps up to the checkpoint, and those after it.
     # (A checkpoint is saved once the script has done what it does after `log`.)
     assert session.state["seen"] == list(range(21))
-    assert a["companions"]["state"] == {"seen": list(range(21))}
+    assert a["extra_state"]["state"] == {"seen": list(range(21))}
 
 
 def test_a_finished_training_takes_no_step_and_writes_nothing_when_resumed(run):
@@ -254,9 +256,9 @@ def test_more_epochs_go_on_where_it_ended(run, tmp_path):
     take_steps(*start(run))
     model, optimizer, session = start(replace(run, resume=True, epochs=4))
     assert session.total_steps == 28 and len(take_steps(model, optimizer, session)) == 7
-    at_once = replace(run, out=tmp_path / "at once", epochs=4)
-    take_steps(*start(at_once))
-    assert same(checkpoint(run)["weights"], checkpoint(at_once)["weights"])
+    chunk_size = replace(run, out=tmp_path / "at once", epochs=4)
+    take_steps(*start(chunk_size))
+    assert same(checkpoint(run)["weights"], checkpoint(chunk_size)["weights"])
 
 
 def test_a_run_that_is_not_resumed_starts_anew(run):
@@ -269,15 +271,15 @@ def test_a_run_that_is_not_resumed_starts_anew(run):
 def test_another_models_checkpoint_is_refused(run):
     take_steps(*start(run))
     with pytest.raises(InputError, match="width=8.*width=9"):
-        start(replace(run, resume=True), arguments={"width": 9})
+        start(replace(run, resume=True), model_args={"width": 9})
 
 
 def test_companions_go_on_too(run):
     companion = nn.BatchNorm1d(2)
     companion.running_mean += 3
-    take_steps(*start(run, companions={"discriminator": companion}))
+    take_steps(*start(run, extra_state={"discriminator": companion}))
     other = nn.BatchNorm1d(2)
-    start(replace(run, resume=True), companions={"discriminator": other})
+    start(replace(run, resume=True), extra_state={"discriminator": other})
     assert torch.equal(other.running_mean, companion.running_mean)
 
 
@@ -297,7 +299,7 @@ def test_the_seconds_before_a_resume_count(run):
 
 
 def test_the_average_of_the_weights_is_what_is_kept(run):
-    model, optimizer, session = start(run, ema_decay=0.9)
+    model, optimizer, session = start(run, model_ema_decay=0.9)
     by_hand = ModelEMA(model, 0.9)
     for step, x in session:
         loss = model(x).square().mean()
@@ -306,29 +308,29 @@ def test_the_average_of_the_weights_is_what_is_kept(run):
         optimizer.step()
         session.log({"loss": loss})
         by_hand.update(model, step + 1)
-    assert session.kept is not model
-    assert same(session.kept.state_dict(), by_hand.model.state_dict())
-    assert not same(session.kept.state_dict(), model.state_dict())
-    assert same(checkpoint(run)["weights"], session.kept.state_dict())
-    assert same(checkpoint(run)["companions"]["trained"], model.state_dict())
+    assert session.eval_model is not model
+    assert same(session.eval_model.state_dict(), by_hand.model.state_dict())
+    assert not same(session.eval_model.state_dict(), model.state_dict())
+    assert same(checkpoint(run)["weights"], session.eval_model.state_dict())
+    assert same(checkpoint(run)["extra_state"]["trained"], model.state_dict())
 
 
 def test_without_an_average_the_trained_model_is_kept(run):
     model, _, session = start(run)
-    assert session.kept is model
+    assert session.eval_model is model
 
 
 def test_the_checkpoint_says_of_the_model_what_run_and_script_know(run):
-    take_steps(*start(run, about={"condition": "none"}))
+    take_steps(*start(run, metadata={"condition": "none"}))
     state = load_checkpoint(run.out / "tiny" / "checkpoint.pt")
-    assert state["about"] == run.about | {"condition": "none"}
-    assert state["arguments"] == {"width": 8, "dropout": 0.5} and state["step"] == 21
+    assert state["metadata"] == run.metadata | {"condition": "none"}
+    assert state["model_args"] == {"width": 8, "dropout": 0.5} and state["step"] == 21
 
 
 def test_a_script_of_one_model_has_no_subfolder(run):
     torch.manual_seed(1)
     model, loader = Tiny(8), run.loader(29)
-    session = Session(run, "", model=model, arguments={"width": 8}, optimizers={}, loader=loader)
+    session = Session(run, "", model=model, model_args={"width": 8}, optimizers={}, loader=loader)
     for _ in session:
         session.log({"loss": torch.tensor(1.0)})
     assert {path.name for path in run.out.iterdir()} == {"checkpoint.pt", "log.csv"}
@@ -341,7 +343,7 @@ def test_the_summary_says_what_training_it_was(run):
         "parameters": 8 * 13 + 12 * 9,
         "batch_size": 4,
         "epochs": 3,
-        "arguments": {"width": 8, "dropout": 0.5},
+        "model_args": {"width": 8, "dropout": 0.5},
         "seconds": round(session.seconds, 1),
     }
 

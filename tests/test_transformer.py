@@ -36,9 +36,9 @@ def by_hand(model, condition, indices):
     def linear(x, name):
         return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
 
-    rows = [w["condition_table.weight"][c] for c in condition]
-    rows += [w["code_table.weight"][s] for s in indices[:-1]]
-    places = [row + w["position_table"][t] for t, row in enumerate(rows)]
+    rows = [w["cond_emb.weight"][c] for c in condition]
+    rows += [w["tok_emb.weight"][s] for s in indices[:-1]]
+    places = [row + w["pos_emb"][t] for t, row in enumerate(rows)]
     size = len(places[0]) // model.n_head
     for layer in range(len(model.blocks)):
         block = f"blocks.{layer}"
@@ -93,8 +93,8 @@ def test_same_logits_as_gpt2_of_transformers():
             mine.weight.copy_(other.weight.normal_())
         for mine, other in pairs:
             mine.weight.copy_(other.weight.T)  # theirs is (in, out)
-        ours.position_table.copy_(body.wpe.weight)
-        for table in (ours.code_table.weight, ours.condition_table.weight[:K], ours.head.weight):
+        ours.pos_emb.copy_(body.wpe.weight)
+        for table in (ours.tok_emb.weight, ours.cond_emb.weight[:K], ours.head.weight):
             table.copy_(body.wte.weight)
         tokens = torch.randint(K, (3, 12))
         unread = torch.zeros(3, 1, dtype=torch.int64)
@@ -202,14 +202,14 @@ def test_the_head_has_the_codes_alone():
 @pytest.mark.parametrize("C", [1, 3])
 def test_logits_with_the_cache_are_those_without(C):
     model, (condition, indices) = make(C, dtype=torch.float32), data(C)
-    caches, x = model._new_caches(3), model.condition_table(condition)
+    caches, x = model._new_caches(3), model.cond_emb(condition)
     with torch.no_grad():
         expected = model(condition, indices)
         for i in range(12):
             logits = model._next_logits(x, caches)
             assert torch.allclose(logits, expected[:, i], atol=1e-4)
-            x = model.code_table(indices[:, i : i + 1])
-    assert caches[0].length == len(model.position_table) == C + 11
+            x = model.tok_emb(indices[:, i : i + 1])
+    assert caches[0].length == len(model.pos_emb) == C + 11
 
 
 @pytest.mark.parametrize("C", [1, 3])
@@ -247,7 +247,7 @@ def test_what_is_given_does_not_shift_what_is_drawn():
 
 def test_guidance_1_is_none_and_0_leaves_the_condition_out():
     model, (condition, _) = make(3), data(3)
-    nothing = torch.full_like(condition, model.nothing)
+    nothing = torch.full_like(condition, model.null_token)
     for sample in (model.sample, lambda *args, **kwargs: large(model, *args, 3, 5, **kwargs)):
         plain = sample(condition, generator=seeded())
         without = sample(nothing, generator=seeded())
@@ -260,7 +260,7 @@ def test_guidance_goes_beyond_the_condition():
     """3 l(condition) - 2 l(nothing), for g = 3."""
     model, (condition, _) = make(), data()
     told = from_forward(model, condition)
-    untold = from_forward(model, torch.full_like(condition, model.nothing))
+    untold = from_forward(model, torch.full_like(condition, model.null_token))
     plain = sample_plainly(condition, lambda s: 3 * told(s) - 2 * untold(s), top_k=5)
     settings = {"guidance": 3.0, "top_k": 5}
     assert torch.equal(model.sample(condition, generator=seeded(), **settings), plain)

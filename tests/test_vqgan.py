@@ -147,7 +147,7 @@ def test_any_side_that_the_levels_divide_goes_through():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("model_args", "expected"),
     [
         ({"resolution": 30}, "30x30.* 4"),
         ({"attention_resolutions": (12,)}, "12 never occurs.*32, 16, 8"),
@@ -155,6 +155,6 @@ def test_any_side_that_the_levels_divide_goes_through():
         ({"quantizer": "lattice"}, "'lattice'"),
     ],
 )
-def test_sizes_that_do_not_fit_are_named(arguments, expected):
+def test_sizes_that_do_not_fit_are_named(model_args, expected):
     with pytest.raises(ValueError, match=expected):
-        small(**arguments)
+        small(**model_args)

@@ -93,8 +93,8 @@ def test_the_residual_block_adds_what_it_was_given():
 
 
 def test_constructor_arguments_reach_the_quantizer():
-    quantizer = small(beta=0.7, data_start=False, restart_dead=False).quantizer
-    assert quantizer.beta == 0.7 and not quantizer.waits_for_data and not quantizer.restart_dead
+    quantizer = small(beta=0.7, data_init=False, restart_dead_codes=False).quantizer
+    assert quantizer.beta == 0.7 and quantizer.initialized and not quantizer.restart_dead_codes
 
 
 def test_bad_arguments_are_named(x):

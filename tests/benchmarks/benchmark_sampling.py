@@ -55,9 +55,9 @@ def new_peer(side, device):
 def copy_weights(model, peer):
     """Those of `peer`, whose matrices are (in, out), to `model`; token 0 becomes the condition."""
     theirs = peer.transformer
-    model.code_table.weight.copy_(theirs.wte.weight)
-    model.condition_table.weight.copy_(theirs.wte.weight[:1].expand(2, -1))
-    model.position_table.copy_(theirs.wpe.weight)
+    model.tok_emb.weight.copy_(theirs.wte.weight)
+    model.cond_emb.weight.copy_(theirs.wte.weight[:1].expand(2, -1))
+    model.pos_emb.copy_(theirs.wpe.weight)
     model.head.weight.copy_(peer.lm_head.weight)
     pairs = [(model.norm, theirs.ln_f)]
     for block, other in zip(model.blocks, theirs.h, strict=True):
@@ -80,7 +80,7 @@ def check_equal(model, peer):
     in_blocks = num_parameters(model.blocks), num_parameters(peer.transformer.h)
     assert in_blocks[0] == in_blocks[1], f"not the same network: {in_blocks}"
     totals = num_parameters(model), num_parameters(peer)
-    extra = model.condition_table.weight.numel()  # which the peer does not have
+    extra = model.cond_emb.weight.numel()  # which the peer does not have
     assert totals[0] - extra == totals[1], f"not the same network: {totals}"
     prompt = torch.randint(NUM_EMBEDDINGS, (2, model.seq_len), device=model.head.weight.device)
     prompt[:, 0] = 0

@@ -14,7 +14,7 @@ from commands import ABOUT, ARGUMENTS, DATA, error_of, main, save, save_tokenize
 from PIL import Image
 
 from vqgan.checkpoint import save_checkpoint
-from vqgan.data import Batches
+from vqgan.data import TrainLoader
 from vqgan.image_folder import read_image
 from vqgan.images import from_uint8, to_uint8
 from vqgan.pretrained import load_model
@@ -53,7 +53,7 @@ def test_another_size_on_request(tmp_path, images, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("model_args", "expected"),
     [
         (["gone.pt", "0.png"], "there is no checkpoint gone.pt"),
         ([".", "0.png"], ". is a folder, and a checkpoint was expected: name run/checkpoint.pt"),
@@ -71,7 +71,7 @@ def test_another_size_on_request(tmp_path, images, capsys):
         (["c.pt", "0.png", "--config", "list.json"], "object"),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, images, arguments, expected, monkeypatch):
+def test_bad_input_is_one_line(tmp_path, images, model_args, expected, monkeypatch):
     save(tmp_path / "c.pt", VQGAN)
     save(tmp_path / "vae.pt", VAE)
     shutil.copy(DATA / "compvis_vqgan_tiny.ckpt", tmp_path / "theirs.ckpt")
@@ -82,7 +82,7 @@ def test_bad_input_is_one_line(tmp_path, images, arguments, expected, monkeypatc
     save(tmp_path / "run" / "checkpoint.pt", VQVAE)
     monkeypatch.chdir(tmp_path)
     before = images[0].read_bytes()
-    assert expected in error_of("reconstruct", *arguments)
+    assert expected in error_of("reconstruct", *model_args)
     assert images[0].read_bytes() == before and not (tmp_path / "reconstructions.png").exists()
 
 
@@ -98,10 +98,10 @@ def test_reconstruct_with_a_transformer_takes_its_tokenizer(pairs, images, rows,
 def test_reconstruct_takes_the_size_that_the_checkpoint_says(tmp_path, images, capsys, version):
     save(tmp_path / "c.pt", VQVAE)
     state = torch.load(tmp_path / "c.pt", weights_only=True)
-    if version == "old":  # not among the arguments, but beside them
-        changed = {"arguments": ARGUMENTS[VQVAE], "about": ABOUT | {"image_size": 64}}
+    if version == "old":  # not among the model_args, but beside them
+        changed = {"model_args": ARGUMENTS[VQVAE], "metadata": ABOUT | {"image_size": 64}}
     else:
-        changed = {"arguments": state["arguments"] | {"image_size": 64}}
+        changed = {"model_args": state["model_args"] | {"image_size": 64}}
     torch.save(state | changed, tmp_path / "c.pt")
     main("reconstruct", tmp_path / "c.pt", images[0], "--out", tmp_path / "out.png")
     assert "64x64 pixels" in capsys.readouterr().out
@@ -135,11 +135,11 @@ def test_decoded_are_the_models_reconstructions(tmp_path, pairs, images, name):
 @pytest.mark.parametrize("K", [1, 2, 3, 16, 24, 512])
 def test_codes_of_a_codebook_of_any_size_come_back(tmp_path, images, K, monkeypatch):
     """And take as many bytes as their bits fill."""
-    arguments = {"num_hiddens": 8, "num_embeddings": K, "num_downsamples": 4}
+    model_args = {"num_hiddens": 8, "num_embeddings": K, "num_downsamples": 4}
     save_checkpoint(
-        tmp_path / "c.pt", model=VQVAE(**arguments), arguments=arguments, optimizers={},
-        batches=Batches(torch.zeros(4, 3, 48, 48, dtype=torch.uint8), 2), step=0, seconds=0.0,
-        about=ABOUT | {"image_size": 48},
+        tmp_path / "c.pt", model=VQVAE(**model_args), model_args=model_args, optimizers={},
+        batches=TrainLoader(torch.zeros(4, 3, 48, 48, dtype=torch.uint8), 2), step=0, seconds=0.0,
+        metadata=ABOUT | {"image_size": 48},
     )  # fmt: skip
     indices = torch.randint(K, (2, 3, 3))
     indices[0, 0, 0], indices[1, 2, 2] = K - 1, K - 1
@@ -256,7 +256,7 @@ def test_decode_writes_nowhere_but_into_its_folder(tmp_path, pairs, images):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("model_args", "expected"),
     [
         (["encode", "vae.pt", "0.png"], "not a tokenizer"),
         (["encode", "gone.pt", "0.png"], "there is no checkpoint"),
@@ -269,8 +269,8 @@ def test_decode_writes_nowhere_but_into_its_folder(tmp_path, pairs, images):
         (["reconstruct", "c.pt", "0.png", "--device", "abacus"], "--device abacus"),
     ],
 )
-def test_what_cannot_be_encoded_is_one_line(tmp_path, images, arguments, expected, monkeypatch):
+def test_what_cannot_be_encoded_is_one_line(tmp_path, images, model_args, expected, monkeypatch):
     save(tmp_path / "c.pt", VQVAE)
     save(tmp_path / "vae.pt", VAE)
     monkeypatch.chdir(tmp_path)
-    assert expected in error_of(*arguments)
+    assert expected in error_of(*model_args)
