@@ -1,7 +1,7 @@
 """Data sets, and batches of them: CIFAR-10, a folder, or images that the package draws.
 
 A set that fits in memory is one uint8 tensor on the training device, and a batch is one indexing
-operation, without worker processes. A larger folder streams through a DataLoader.
+operation, without workers or Python per image. A larger folder streams through a DataLoader.
 
     uint8 (N, 3, H, W) -> shuffled rows of a batch -> float (B, 3, H, W) in [-1, 1], some mirrored
 """
@@ -237,8 +237,8 @@ def eval_batch_size(image_size: int) -> int:
 def pixel_variance(images: Tensor | ImageFiles) -> float:
     """Variance of all pixels of all channels, in the models' range [-1, 1].
 
-    It is the unit in which van den Oord's code reports the error: MSE / variance is 1 for a model
-    that always predicts the mean of all pixels. (Of a streamed folder, 2,000 images are measured.)
+    It is the unit of the error in van den Oord's code: MSE / variance is 1 for a model that always
+    predicts the mean of all pixels. Of a streamed folder only the first 2,000 images are measured.
     """
     total, total_squares, count = 0.0, 0.0, 0
     lowest, highest = torch.full((3,), math.inf), torch.full((3,), -math.inf)  # per channel

@@ -124,7 +124,7 @@ def read_images(paths: Sequence[str | Path], image_size: int) -> Tensor:
 
 
 def _read_all(paths: list[Path], image_size: int) -> tuple["Tensor | ImageFiles", list[int]]:
-    """Read every file once, to know before training, not hours into it, which can be read.
+    """Read every file once, so that bad ones are known before training, not hours into it.
 
     Returns all images, uint8 (N, 3, H, W), or as `ImageFiles` if they are too large to hold, and
     the indices of those that can be read. The others are named and counted.
