@@ -39,7 +39,7 @@ def build_condition(
     if kind == "class":
         if data.train_labels is None or not data.class_names:
             raise InputError(
-                "condition=class needs class folders: give images in DIR/<class>/*, or condition=none"
+                "condition=class needs class folders: give DIR/<class>/*, or condition=none"
             )
         return conditions.class_condition(data.class_names)
     if kind == "caption":
