@@ -3,7 +3,7 @@
 One network is trained for its features, which give a perceptual distance that needs no download
 (`perceptual.py`). Another one, of another seed and width, is the evaluation classifier, which no
 model is trained with. Its features give the Frechet distance between two sets of images
-(`metrics.frechet_distance`), and its accuracy on reconstructions is measured (`evaluation.py`).
+(`metrics.frechet_distance`), and `evaluation.py` measures its accuracy on a model's images.
 
 He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016, arXiv 1512.03385.
 
@@ -141,7 +141,7 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float
     """Load the network, in eval mode and frozen, and its accuracy on the test images.
 
     Raises:
-        InputError: the file is not of `save_classifier`.
+        InputError: the file was not written by `save_classifier`.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -30,7 +30,7 @@ CLASSIFIER_BATCH_SIZE = 128
 def trained_classifier(
     path: Path, run: Run, *, width: int, epochs: int, seed: int
 ) -> tuple[Classifier, float]:
-    """Train a classifier on the run's images, or load that of a resumed run; with its accuracy.
+    """Train a classifier on the run's images, or load a resumed run's; return its accuracy too.
 
     Raises:
         InputError: the images have no labels, or fewer than two classes.
@@ -54,7 +54,7 @@ def trained_classifier(
 def perceptual_distance(
     run: Run, network: str, *, epochs: int
 ) -> tuple[PerceptualDistance | None, float | None]:
-    """Build the distance in a network's features; with its accuracy if it is a classifier.
+    """Build the distance in a network's features; return the accuracy of a classifier too.
 
     Args:
         network: "classifier" (trained on the run's images for `epochs`), "lpips" or "none".
@@ -72,7 +72,7 @@ def perceptual_distance(
 def load_eval_classifier(
     run: Run, *, epochs: int, file: str | Path | None = None, folder: Path | None = None
 ) -> tuple[Classifier | None, float | None]:
-    """Load or train the evaluation classifier; with its accuracy, or None for unlabeled images.
+    """Return the evaluation classifier and its accuracy; both are None for unlabeled images.
 
     Args:
         epochs: of a new network.

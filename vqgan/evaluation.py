@@ -135,7 +135,7 @@ def evaluate_samples(
     num_samples: int | None,
     run: Run,
 ) -> tuple[list[dict], dict[str, float]]:
-    """Measure samples of each setting against the test images; with `reference_frechet`.
+    """Measure samples of each setting against the test images; return `reference_frechet` too.
 
     The samples have the conditions of the test images, in their order. Without an evaluation
     classifier there is nothing to measure them with.

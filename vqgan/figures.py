@@ -57,7 +57,7 @@ def image_rows(path: Path, rows: Sequence[tuple[str, Tensor]], *, title: str) ->
         _check_images(images)
     strips = [_side_by_side(images) for _, images in rows]
     height, width = strips[0].shape[0], max(strip.shape[1] for strip in strips)
-    # In inches, a label takes its longest line and a margin.
+    # Lengths are in inches. A label is as wide as its longest line and a margin.
     longest = max(len(line) for label, _ in rows for line in label.split("\n"))
     label_width = 0.0085 * ROWS_FONT_SIZE * longest + 0.15
     images_width = 9.0
@@ -145,7 +145,7 @@ def token_losses(
     *,
     title: str,
 ) -> None:
-    """Plot nats per token by epoch, in training and validation; models must beat the dashed lines.
+    """Plot nats per token by epoch, in training and validation; dashed lines are to be beaten.
 
     Args:
         rows, validation: {"epoch", "loss"}, as in log.csv.

@@ -122,8 +122,8 @@ def frechet_distance(features_x: Tensor, features_y: Tensor) -> float:
 
         |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))
 
-    In the features of Inception this is FID. In those of another network it is not, and is
-    comparable only with itself. It is computed in float64 on the CPU.
+    In the features of Inception this is FID. In those of another network it is not, and
+    values compare only within that network. It is computed in float64 on the CPU.
     """
     if min(len(features_x), len(features_y)) < 2 or features_x.shape[1:] != features_y.shape[1:]:
         shapes = f"{tuple(features_x.shape)} and {tuple(features_y.shape)}"

@@ -5,8 +5,8 @@ things finds them alike too. Esser et al. 2021 (arXiv 2012.09841, section 3.1) p
 in place of the squared error of eq. 4.
 
 Zhang, Isola, Efros, Shechtman, Wang, "The Unreasonable Effectiveness of Deep Features as a
-Perceptual Metric", 2018, arXiv 1801.03924, eq. 1: with the features f_l of layer l, each
-position scaled to unit length over its channels, and a weight w_l for every channel,
+Perceptual Metric", 2018, arXiv 1801.03924, eq. 1: with the features f_l of layer l,
+scaled to unit length over the channels at each position, and a weight w_l for every channel,
 
     d(x, y) = sum over l of the mean over positions of |w_l * (f_l(x) - f_l(y))|^2
 
@@ -105,7 +105,7 @@ class LPIPS(PerceptualDistance):
         expected = {f"lin{i}.model.1.weight": (1, C, 1, 1) for i, C in enumerate(VGG_CHANNELS)}
         given = {name: tuple(weight.shape) for name, weight in lin_weights.items()}
         if given != expected:
-            raise ValueError(f"the LPIPS layers must be {expected}, not {given}: see {LINS_URL}")
+            raise ValueError(f"the linear layers must be {expected}, not {given}: see {LINS_URL}")
         vgg = vgg16(weights=None)
         vgg.load_state_dict(vgg_weights)
         self.features = vgg.features[: VGG_STAGES[-1] + 1]
@@ -153,7 +153,7 @@ def load_lpips_lins(path: Path) -> dict[str, Tensor]:
     packaged = package and Path(package.origin or "").parent / "weights" / "v0.1" / "vgg.pth"
     if not path.exists() and packaged and packaged.exists():
         path = packaged
-    return _read_published("the layers of LPIPS (7 KB)", LINS_URL, path, LINS_SHA256)
+    return _read_published("the linear layers of LPIPS (7 KB)", LINS_URL, path, LINS_SHA256)
 
 
 def _read_published(what: str, url: str, path: Path, sha256: str) -> dict[str, Tensor]:

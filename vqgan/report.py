@@ -98,7 +98,7 @@ def save_study_figures(
 ) -> None:
     """Save every figure of the study; each mapping has an entry per trained model."""
     titles = {name: study_title(name) for name in sessions}
-    # The same images through every model, with the bits that it spends on one.
+    # Every model reconstructs the same images; its label states the bits per image.
     x = shown_images(run, run.device)
     rows, logs, ylabels = [("original", to_unit(x))], {}, {}
     for name, session in sessions.items():

@@ -94,7 +94,7 @@ def render_shapes(
 def render_textures(
     num_images: int, *, seed: int | tuple[int, ...] = 0
 ) -> tuple[np.ndarray, np.ndarray, None, tuple[str, ...]]:
-    """Draw textures of two colors, without shapes: images that look alike everywhere.
+    """Draw textures of two colors, without shapes: images that look the same everywhere.
 
     `sampling.sample_sliding_window` can continue them for as long as one likes.
 
@@ -153,7 +153,7 @@ def _is_inside(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return 1.6 * abs(x) + abs(y) <= 1
     if name == "cross":
         return (np.minimum(abs(x), abs(y)) <= 0.28) & (np.maximum(abs(x), abs(y)) <= 0.95)
-    if name == "star":  # a tip lies outside of one side of the pentagon, and no point of two
+    if name == "star":  # each tip lies outside one side of the pentagon; no point lies outside two
         return np.sum([a * x + b * y <= 0.31 for a, b in PENTAGON], axis=0) >= 4
     if name == "heart":  # (x^2 + y^2 - 1)^3 <= x^2 y^3 with y upwards, shrunk into the unit circle
         x, y = 1.2 * x, 0.1 - 1.2 * y

@@ -46,7 +46,7 @@ def build_condition(
         if data.train_captions is None or data.test_captions is None:
             raise InputError("condition=caption needs captions: give data=shapes, which has them")
         condition = conditions.caption_condition(data.train_captions)
-        condition.encode_captions(data.test_captions)  # raises if only they have a word
+        condition.encode_captions(data.test_captions)  # raises if a word is unknown
         return condition
     if kind == "image":
         seq_len = math.prod(tokenizer.grids[0])
@@ -120,7 +120,7 @@ def load_tokens(run: Run, tokenizer: VQAutoencoder, condition: Condition) -> Tok
         cached = {"key": key.hexdigest(), "train": train, "test": test}
         save_plain(path, cached)
     train, test = cached["train"], cached["test"]
-    if condition.kind != "image":  # whose tokens `tokenize` has prepended
+    if condition.kind != "image":  # images were prepended by `tokenize`
         train = _prepend(condition, data.train_labels, data.train_captions, train)
         test = _prepend(condition, data.test_labels, data.test_captions, test)
     return TokenDataset(condition, train, test)
