@@ -94,14 +94,10 @@ def test_reconstruct_with_a_transformer_takes_its_tokenizer(pairs, images, rows,
     assert torch.allclose(rows[0][0][1][1], expected.clamp(0, 1), atol=1e-6)
 
 
-@pytest.mark.parametrize("version", ["old", "new"])
-def test_reconstruct_takes_the_size_that_the_checkpoint_says(tmp_path, images, capsys, version):
+def test_reconstruct_takes_the_size_that_the_checkpoint_says(tmp_path, images, capsys):
     save(tmp_path / "c.pt", VQVAE)
     state = torch.load(tmp_path / "c.pt", weights_only=True)
-    if version == "old":  # not among the model_args, but beside them
-        changed = {"model_args": ARGUMENTS[VQVAE], "metadata": ABOUT | {"image_size": 64}}
-    else:
-        changed = {"model_args": state["model_args"] | {"image_size": 64}}
+    changed = {"model_args": state["model_args"] | {"image_size": 64}}
     torch.save(state | changed, tmp_path / "c.pt")
     main("reconstruct", tmp_path / "c.pt", images[0], "--out", tmp_path / "out.png")
     assert "64x64 pixels" in capsys.readouterr().out
@@ -120,7 +116,7 @@ def test_decoded_are_the_models_reconstructions(tmp_path, pairs, images, name):
     (tmp_path / "more").mkdir()
     shutil.copy(images[1], tmp_path / "more" / images[0].name)  # another picture, the same name
     paths = [*images, tmp_path / "more" / images[0].name]
-    codes = encoded(pairs, tmp_path / "codes.npz", *paths, name=name)
+    codes = encoded(pairs, tmp_path / "indices.npz", *paths, name=name)
     main("decode", codes, "--out", tmp_path / "decoded")
     decoded = sorted((tmp_path / "decoded").iterdir())
     assert [path.name for path in decoded] == ["1-0.png", "2-1.png", "3-2.png", "4-0.png"]
@@ -148,16 +144,16 @@ def test_codes_of_a_codebook_of_any_size_come_back(tmp_path, images, K, monkeypa
     monkeypatch.setattr(
         VQVAE, "decode_indices", lambda self, codes: seen.append(codes) or decode(self, codes)
     )
-    main("encode", tmp_path / "c.pt", *images[:2], "--out", tmp_path / "codes.npz")
-    main("decode", tmp_path / "codes.npz", "--out", tmp_path / "decoded")
+    main("encode", tmp_path / "c.pt", *images[:2], "--out", tmp_path / "indices.npz")
+    main("decode", tmp_path / "indices.npz", "--out", tmp_path / "decoded")
     assert torch.equal(seen[0], indices)
     bits = {1: 1, 2: 1, 3: 2, 16: 4, 24: 5, 512: 9}[K]
-    with np.load(tmp_path / "codes.npz") as file:
-        assert file["codes"].shape == (2, -(-9 * bits // 8))
+    with np.load(tmp_path / "indices.npz") as file:
+        assert file["indices"].shape == (2, -(-9 * bits // 8))
 
 
 def test_encode_says_what_codes_and_other_formats_take(tmp_path, pairs, images, capsys):
-    encoded(pairs, tmp_path / "codes.npz", *images[:2])
+    encoded(pairs, tmp_path / "indices.npz", *images[:2])
     text = capsys.readouterr().out
     jpeg, png = re.search(r"32x32 pixels are (\d+) bytes as JPEG.*?(\d+) as PNG", text).groups()
     assert text.count(": 10 bytes as codes") == 2  # 16 codes of 5 bits
@@ -169,13 +165,13 @@ def test_encode_says_what_codes_and_other_formats_take(tmp_path, pairs, images, 
 
 
 def test_another_size_is_encoded_on_request(tmp_path, pairs, images):
-    encoded(pairs, tmp_path / "codes.npz", images[0], "--image-size", 64)
-    main("decode", tmp_path / "codes.npz", "--out", tmp_path / "decoded")
+    encoded(pairs, tmp_path / "indices.npz", images[0], "--image-size", 64)
+    main("decode", tmp_path / "indices.npz", "--out", tmp_path / "decoded")
     assert Image.open(tmp_path / "decoded" / "1-0.png").size == (64, 64)
 
 
 def test_codes_are_decoded_by_the_model_that_encoded_and_no_other(tmp_path, pairs, images, shapes):
-    codes = encoded(pairs, tmp_path / "codes.npz", images[0])
+    codes = encoded(pairs, tmp_path / "indices.npz", images[0])
     save_tokenizer(tmp_path / "other.pt", shapes.train_images[:64], seed=1)
     flags = ["--out", tmp_path / "decoded", "--checkpoint"]
     assert "did not encode" in error_of("decode", codes, *flags, tmp_path / "other.pt")
@@ -219,7 +215,7 @@ def break_codes(path, how):
     elif how == "no fingerprint":
         with_content(path, fingerprint=None)
     elif how == "floats":
-        with_content(path, codes=np.zeros((1, 10)))
+        with_content(path, indices=np.zeros((1, 10)))
     elif how == "grid":
         with_content(path, grid_size=np.array([5, 7]))
     elif how == "names":
@@ -227,7 +223,7 @@ def break_codes(path, how):
     elif how == "K":
         with_content(path, num_embeddings=np.array(512))
     elif how == "too high":
-        with_content(path, codes=np.full((1, 10), 255, dtype=np.uint8))
+        with_content(path, indices=np.full((1, 10), 255, dtype=np.uint8))
 
 
 BREAKAGES = ["cut", "flipped", "text", "empty", "array", "pickle", "foreign", "objects"]
@@ -239,16 +235,16 @@ def test_damaged_and_foreign_codes_are_one_line_and_never_run(
     how, tmp_path, pairs, images, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    codes = encoded(pairs, tmp_path / "codes.npz", images[0])
+    codes = encoded(pairs, tmp_path / "indices.npz", images[0])
     break_codes(codes, how)
     message = error_of("decode", codes, "--out", tmp_path / "decoded")
-    assert "codes.npz is not a file of `encode`" in message
+    assert "indices.npz is not a file of `encode`" in message
     assert "allow_pickle" not in message  # numpy's advice, and unsafe
     assert not (tmp_path / "executed").exists() and not (tmp_path / "decoded").exists()
 
 
 def test_decode_writes_nowhere_but_into_its_folder(tmp_path, pairs, images):
-    codes = encoded(pairs, tmp_path / "codes.npz", images[0])
+    codes = encoded(pairs, tmp_path / "indices.npz", images[0])
     with_content(codes, names=np.array(["../../../escaped"]))
     main("decode", codes, "--out", tmp_path / "a" / "decoded")
     assert [path.name for path in (tmp_path / "a" / "decoded").iterdir()] == ["1-escaped.png"]

@@ -15,7 +15,7 @@ def test_variance_is_numpys():
 
 
 def test_images_of_one_colour_are_refused():
-    with pytest.raises(InputError, match="one colour"):
+    with pytest.raises(InputError, match="one color"):
         red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1)
         pixel_variance(red.expand(5, 3, 8, 8))
 

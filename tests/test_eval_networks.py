@@ -70,7 +70,7 @@ def test_a_classifier_is_trained_measured_and_written(run, capsys):
     path = run.out / "c.pt"
     model, share = trained_classifier(path, run, width=8, epochs=12, seed=0)
     assert share == accuracy(model, run.data, CPU) > 0.9
-    assert f"c: {share:.1%} of the test images class_accuracy" in capsys.readouterr().out
+    assert f"c: {share:.1%} of the test images classified correctly" in capsys.readouterr().out
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     again, same_share = trained_classifier(
         path, replace(run, resume=True), width=8, epochs=12, seed=0
@@ -141,7 +141,7 @@ def test_without_classes_or_with_one_test_image_there_is_no_yardstick(run, save,
     for few in (loose(run), single):
         for where in ({}, {"file": given}, {"folder": given.parent}):
             assert load_eval_classifier(few, epochs=1, **where) == (None, None)
-            assert "no eval_classifier, and no Frechet distance" in capsys.readouterr().out
+            assert "no evaluation classifier" in capsys.readouterr().out
     assert not (run.out / "eval_classifier.pt").exists()
 
 

@@ -74,7 +74,7 @@ def test_what_codes_cost_is_drawn_over_its_baselines(tmp_path, monkeypatch):
         assert lines[name].get_xdata().tolist() == [point["epoch"] for point in points]
         assert lines[name].get_ydata().tolist() == [point["loss"] for point in points]
         assert lines[name].get_linestyle() == "-"
-    for name, level in (("uniform: 4.10", 4.1), ("single: 3.60", 3.6), ("left: 3.25", 3.25)):
+    for name, level in (("uniform: 4.10", 4.1), ("unigram: 3.60", 3.6), ("bigram: 3.25", 3.25)):
         assert set(lines[name].get_ydata()) == {level} and lines[name].get_linestyle() == "--"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines)
     assert len(lines) == 5 and axes.get_ylabel() == "nats per token"

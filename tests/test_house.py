@@ -121,7 +121,7 @@ def test_figures_and_metrics_know_no_model(name):
 
 @pytest.mark.parametrize("name", ["training", "checkpoint"])
 def test_a_session_and_its_checkpoints_are_of_any_model(name):
-    assert not {*reached(name)} & (MODELS | {"model_args", "figures", "report", *SCRIPTS})
+    assert not {*reached(name)} & (MODELS | {"arguments", "figures", "report", *SCRIPTS})
 
 
 def test_a_model_is_imported_without_what_only_scripts_need():
@@ -239,7 +239,7 @@ def test_the_package_is_one_that_a_student_can_read():
 # --- what a library speaks of ------------------------------------------------------------------
 
 SPOKEN = re.compile(r"--[a-z]|train_\w+\.py|pip install")
-FOR_USERS = {"model_args", *(name for name in MODULES if name.startswith("cli"))}
+FOR_USERS = {"arguments", *(name for name in MODULES if name.startswith("cli"))}
 
 
 @pytest.mark.parametrize("name", sorted({*MODULES} - FOR_USERS))

@@ -42,7 +42,7 @@ def test_files_beside_class_folders_are_counted(image_folder, capsys):
     (image_folder / "notes.txt").touch()
     (image_folder / ".DS_Store").touch()
     load_dataset(str(image_folder))
-    assert "skipped 1 files beside" in capsys.readouterr().out
+    assert "skipped 1 files next to" in capsys.readouterr().out
 
 
 def test_loose_images_have_no_labels(image_folder):

@@ -1,14 +1,13 @@
 """Transformers with their tokenizers, from files."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from vqgan import pretrained
-from vqgan.checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_model, save_plain
+from vqgan.checkpoint import fingerprint, save_checkpoint
 from vqgan.conditions import class_condition
 from vqgan.data import TrainLoader
 from vqgan.errors import InputError
@@ -47,15 +46,6 @@ def save(path, kind, *, metadata=None, seed=0):
         batches=TrainLoader(images, 2), step=0, seconds=0.0, metadata=metadata,
     )  # fmt: skip
     return model.eval()
-
-
-def save_old(path, kind):
-    """A checkpoint as they were before they said what they are about."""
-    model = save(path, kind)
-    state = load_checkpoint(path)
-    del state["metadata"]
-    save_plain(path, state)
-    return model
 
 
 def save_pair(folder):
@@ -154,9 +144,6 @@ def test_a_tokenizer_is_no_transformer(tmp_path):
     save_pair(tmp_path)
     with pytest.raises(InputError, match="of a VQVAE, not a transformer"):
         load_pipeline(tmp_path / "tokenizer.pt")
-    save_old(tmp_path / "tokenizer.pt", VQVAE)
-    with pytest.raises(InputError, match="of a VQVAE, not a transformer"):
-        load_pipeline(tmp_path / "tokenizer.pt")
 
 
 @pytest.mark.parametrize("kind", [VAE, GPT])
@@ -179,28 +166,6 @@ def test_a_tokenizer_says_what_it_was_trained_on(tmp_path, kind):
     loaded, state = load_tokenizer(tmp_path / "c.pt")
     assert type(loaded) is kind and same_weights(loaded, model)
     assert state["metadata"] == ABOUT
-
-
-@pytest.mark.parametrize("folder", [".", "vqvae"], ids=["beside it", "above it"])
-def test_for_an_old_tokenizer_the_config_of_its_run_says_it(tmp_path, folder):
-    path = tmp_path / folder / "checkpoint.pt"
-    save_old(path, VQVAE)
-    (tmp_path / "config.json").write_text(json.dumps(ABOUT | {"lr": 0.1}))
-    assert load_tokenizer(path)[1]["metadata"] == ABOUT
-
-
-@pytest.mark.parametrize("config", [None, "{", "[]", "{}"])
-def test_an_old_tokenizer_without_a_config_says_nothing(tmp_path, config):
-    save_old(tmp_path / "a" / "b" / "c.pt", VQVAE)
-    if config is not None:
-        (tmp_path / "a" / "b" / "config.json").write_text(config)
-    assert load_tokenizer(tmp_path / "a" / "b" / "c.pt")[1]["metadata"] == {}
-
-
-def test_an_old_tokenizer_can_be_saved_as_a_model(tmp_path):
-    model = save_old(tmp_path / "old.pt", VQVAE)
-    save_model(tmp_path / "m.pt", load_checkpoint(tmp_path / "old.pt"))
-    assert same_weights(load_tokenizer(tmp_path / "m.pt")[0], model)
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -228,18 +193,6 @@ def test_a_name_is_the_model_that_comes_with_the_package_unless_a_file_has_it(
 
 
 # --- the pair that comes with the package --------------------------------------------------------
-
-
-def test_the_shipped_pair_is_of_an_earlier_version_and_loads():
-    """Its transformer knew its grid, which is the length of its sequences now."""
-    old = torch.load(PRETRAINED["shapes"], weights_only=True)["model_args"]
-    assert "grid_size" in old and "seq_len" not in old
-    pipeline = load_pipeline("shapes")
-    assert pipeline.transformer.seq_len == math.prod(old["grid_size"])
-    assert (
-        pipeline.tokenizer.grids == [tuple(old["grid_size"])]
-        and pipeline.tokenizer.image_size == 32
-    )
 
 
 def test_the_shipped_pair_is_small_and_its_commands_stand_beside_what_they_wrote():

@@ -231,7 +231,7 @@ def test_evaluation_changes_nothing(kind):
     quantizer = kind(16, 4).eval()
     before = {k: v.clone() for k, v in quantizer.state_dict().items() if torch.is_tensor(v)}
     quantizer(torch.randn(2, 4, 5, 5))
-    assert quantizer.waits_for_data
+    assert not quantizer.initialized
     for name, value in before.items():
         assert torch.equal(quantizer.state_dict()[name], value)
 
@@ -251,7 +251,7 @@ def test_codes_start_as_vectors_of_the_first_batch(kind):
 @BOTH
 def test_fewer_vectors_than_codes_are_drawn_with_replacement_and_noise(kind):
     quantizer, vectors = kind(100, 4), torch.randn(10, 4)
-    with pytest.warns(UserWarning, match="100 codes start from 10 vectors"):
+    with pytest.warns(UserWarning, match="10 vectors for 100 codes"):
         quantizer.init_from_batch(vectors)
     assert torch.cdist(quantizer.codebook.detach(), vectors).min(dim=1).values.max() < 0.2
     assert len(quantizer.codebook.unique(dim=0)) == 100

@@ -63,7 +63,7 @@ def start(run, seed=1, **more):
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     parts = {"model_args": {"width": 8}, "optimizers": {"adam": optimizer}}
     parts |= {"loader": run.loader(4), "state": {"seen": []}}
-    return model, optimizer, Session(run, "tiny", model=model, **parts | more)
+    return model, optimizer, Session(run, run.out / "tiny", model=model, **parts | more)
 
 
 def take_steps(model, optimizer, session, stop=None):
@@ -210,7 +210,7 @@ def session_with(kind, run, seed=1):
     if kind == "average":
         return start(run, seed, model_ema_decay=0.9)
     torch.manual_seed(10 + seed)
-    return start(run, seed, **({"kept": Tiny(8)} if kind == "chosen" else {}))
+    return start(run, seed, **({"eval_model": Tiny(8)} if kind == "chosen" else {}))
 
 
 @pytest.mark.parametrize("kind", ["trained", "average", "chosen"])
@@ -330,7 +330,8 @@ def test_the_checkpoint_says_of_the_model_what_run_and_script_know(run):
 def test_a_script_of_one_model_has_no_subfolder(run):
     torch.manual_seed(1)
     model, loader = Tiny(8), run.loader(29)
-    session = Session(run, "", model=model, model_args={"width": 8}, optimizers={}, loader=loader)
+    sizes = {"width": 8}
+    session = Session(run, run.out, model=model, model_args=sizes, optimizers={}, loader=loader)
     for _ in session:
         session.log({"loss": torch.tensor(1.0)})
     assert {path.name for path in run.out.iterdir()} == {"checkpoint.pt", "log.csv"}
