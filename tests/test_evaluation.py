@@ -235,7 +235,7 @@ def test_more_samples_than_test_images_go_around_again(
     assert torch.equal(asked, run.data.test_labels.repeat(3)[:num_samples])
 
 
-def test_without_a_condition_nothing_is_to_be_recognised(
+def test_without_a_condition_nothing_is_to_be_classified(
     run, tokenizer, eval_classifier, dataset_of
 ):
     dataset = dataset_of(NO_CONDITION)

@@ -651,7 +651,7 @@ def test_a_yardstick_of_other_classes_is_refused_before_anything_is_encoded(tmp_
     save_classifier(tmp_path / "three.pt", Classifier(3, 4), 0.5)
     flags = ["--tokenizer", tokenizer, "--eval-classifier", tmp_path / "three.pt"]
     message = error_of(tmp_path / "run", *SMALL, *flags)
-    assert "three.pt knows 3 classes, not 10" in message and "--eval-classifier" in message
+    assert "three.pt has 3 classes, not 10" in message and "--eval-classifier" in message
     assert not (tmp_path / "run" / "tokens.pt").exists()
 
 
