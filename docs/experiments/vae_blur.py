@@ -41,6 +41,7 @@ USED_ABOVE = 0.1  # bits that a dimension carries on average to be called used
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
     watch = Stopwatch()
     shapes = load_dataset("shapes")
     average = draw_average(shapes.test_images[STAR])
