@@ -64,14 +64,14 @@ def write_metrics(
         data: the source, and which part of it was used.
         dtype: in which it computed, on the CPU.
     """
-    about = {
+    metadata = {
         "command": shlex.join(["python", f"docs/experiments/{out.name}.py", *sys.argv[1:]]),
         "data": data,
         "device": describe_device(CPU, dtype),
         "versions": versions(),
         "seconds": round(watch.seconds, 1),
     }
-    write_json(out / "metrics.json", about | results)
+    write_json(out / "metrics.json", metadata | results)
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -83,12 +83,12 @@ def show(axes: Axes, image: Tensor) -> None:
     axes.set_axis_off()
 
 
-def frame(axes: Axes, colour: str) -> None:
+def frame(axes: Axes, color: str) -> None:
     """Only a thin line around a picture: no ticks."""
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
-        spine.set_color(colour)
+        spine.set_color(color)
 
 
 def draw_rows(
@@ -140,7 +140,7 @@ def scan_bytes(jpeg: bytes) -> int:
 
 
 def through_jpeg(images: Tensor, quality: int) -> tuple[Tensor, list[bytes]]:
-    """What JPEG (Pillow's, colour at half resolution) keeps of uint8 images (N, 3, H, W); files."""
+    """What JPEG (Pillow's, color at half resolution) keeps of uint8 images (N, 3, H, W); files."""
     decoded, files = torch.empty_like(images), []
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         file = io.BytesIO()

@@ -25,9 +25,9 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from vqgan.arguments import run_script
-from vqgan.figures import COLOURS
+from vqgan.figures import COLORS
 from vqgan.metrics import CodebookUsage
-from vqgan.quantizer import EMAVectorQuantizer, Quantizer, VectorQuantizer, nearest_codes
+from vqgan.quantizer import EMAVectorQuantizer, Quantizer, VectorQuantizer, nearest_indices
 from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)
@@ -45,13 +45,13 @@ FRAME = (-2.7, 10.5, -2.5, 7.3)  # of the panels: left, right, bottom, top
 
 MODELS: dict[str, Callable[[], Quantizer]] = {
     "ema": lambda: EMAVectorQuantizer(K, D),
-    "ema-start-only": lambda: EMAVectorQuantizer(K, D, restart_dead=False),
-    "ema-restart-only": lambda: EMAVectorQuantizer(K, D, data_start=False),
-    "ema-unguarded": lambda: EMAVectorQuantizer(K, D, data_start=False, restart_dead=False),
+    "ema-start-only": lambda: EMAVectorQuantizer(K, D, restart_dead_codes=False),
+    "ema-restart-only": lambda: EMAVectorQuantizer(K, D, data_init=False),
+    "ema-unguarded": lambda: EMAVectorQuantizer(K, D, data_init=False, restart_dead_codes=False),
     "gradient": lambda: VectorQuantizer(K, D),
-    "gradient-unguarded": lambda: VectorQuantizer(K, D, data_start=False),
+    "gradient-unguarded": lambda: VectorQuantizer(K, D, data_init=False),
 }
-PICTURES = {
+TRANSFORMS = {
     "ema": ("guarded.png", "EMA. Codes start from data, dead codes are restarted"),
     "ema-unguarded": ("unguarded.png", "EMA. Codes start from noise, dead codes stay dead"),
     "gradient": ("gradient.png", "Codes moved by a gradient. They start from data, none restarts"),
@@ -82,7 +82,7 @@ def train(make: Callable[[], Quantizer]) -> tuple[Tensor, Tensor]:
     codes = [quantizer.codebook.detach().clone()]
     restarts = torch.zeros(STEPS + 1, K, dtype=torch.bool)
     for step in range(1, STEPS + 1):
-        was_started = not quantizer.waits_for_data
+        was_started = quantizer.initialized
         counts = quantizer.ema_counts.clone() if is_ema else None
         output = quantizer(as_grid(points_at(step, POINTS, generator)))
         if not is_ema:
@@ -104,7 +104,7 @@ def test_points(step: int) -> Tensor:
 
 def measure(codes: Tensor, step: int) -> dict:
     points = test_points(step)
-    indices = nearest_codes(points, codes)
+    indices = nearest_indices(points, codes)
     usage = CodebookUsage(K)
     usage.update(indices)
     return {
@@ -123,9 +123,9 @@ def main(args: argparse.Namespace) -> None:
             "restarted_at": restarts.any(dim=1).nonzero().flatten().tolist(),
             "before_the_move": measure(codes[MOVE_AT], MOVE_AT),
         }
-        if name in PICTURES:
-            file, title = PICTURES[name]
-            draw(OUT / file, codes, restarts, starts_from_data=make().waits_for_data, title=title)
+        if name in TRANSFORMS:
+            file, title = TRANSFORMS[name]
+            draw(OUT / file, codes, restarts, starts_from_data=not make().initialized, title=title)
     data = {"source": "points in the plane", "steps": STEPS, "points_a_step": POINTS}
     results = {"num_embeddings": K, "gradient_learning_rate": LEARNING_RATE, "models": models}
     write_metrics(OUT, watch, data, results)
@@ -134,7 +134,7 @@ def main(args: argparse.Namespace) -> None:
 
 # --- drawing -----------------------------------------------------------------------------------
 
-ALIVE, REVIVED, DEAD, CELLS = COLOURS[0], COLOURS[1], "0.25", "0.68"
+ALIVE, REVIVED, DEAD, CELLS = COLORS[0], COLORS[1], "0.25", "0.68"
 DOTS_PER_INCH = 110
 
 
@@ -178,23 +178,23 @@ def draw_panel(
 ) -> None:
     """Points and codes after a step; `way` (T + 1, K, 2) since the panel before."""
     codes, points = way[-1], test_points(step)
-    is_used = torch.bincount(nearest_codes(points, codes), minlength=K) > 0
+    is_used = torch.bincount(nearest_indices(points, codes), minlength=K) > 0
     left, right, bottom, top = FRAME
     draw_cells(axes, codes)
     axes.scatter(*points[:500].T.numpy(), s=3, color="0.6", linewidths=0, zorder=2)
     for k in range(K):
         jumps = restarts[:, k].nonzero().flatten().tolist()
-        colour = REVIVED if jumps else ALIVE
+        color = REVIVED if jumps else ALIVE
         start = 0
         if step == PANELS[0] and starts_from_data:
             jumps = [0]
         for jump in jumps:  # dotted from where the code was to where it is put
-            axes.plot(*way[jump : jump + 2, k].T.numpy(), ":", color=colour, lw=1.2, zorder=3)
+            axes.plot(*way[jump : jump + 2, k].T.numpy(), ":", color=color, lw=1.2, zorder=3)
             start = jump + 1
         if is_used[k]:
-            axes.plot(*way[start:, k].T.numpy(), color=colour, linewidth=1.2, zorder=4)
+            axes.plot(*way[start:, k].T.numpy(), color=color, linewidth=1.2, zorder=4)
         x, y = codes[k].tolist()
-        fill = colour if is_used[k] else "white"
+        fill = color if is_used[k] else "white"
         edge = "white" if is_used[k] else DEAD
         axes.plot(x, y, "o", markersize=7, markerfacecolor=fill, markeredgecolor=edge, zorder=5)
     axes.set_xlim(left, right)
@@ -209,7 +209,7 @@ def draw_cells(axes: Axes, codes: Tensor) -> None:
     left, right, bottom, top = FRAME
     x, y = torch.linspace(left, right, 660), torch.linspace(bottom, top, 490)
     plane = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (490, 660, 2)
-    owner = nearest_codes(plane.reshape(-1, 2), codes).view(plane.shape[:2])
+    owner = nearest_indices(plane.reshape(-1, 2), codes).view(plane.shape[:2])
     border = torch.zeros_like(owner, dtype=torch.bool)
     border[1:] |= owner[1:] != owner[:-1]
     border[:, 1:] |= owner[:, 1:] != owner[:, :-1]

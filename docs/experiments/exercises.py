@@ -7,7 +7,7 @@ One function an exercise. Where it trains, it calls the script itself with the f
 exercise gives; where the exercise edits the source, it makes the same edit in memory, and says
 which line it stands for. What was trained stays in runs/exercises/, and is not trained again.
 Writes in docs/results/exercises/ metrics.json, with the command, data, device and seconds of each,
-and the pictures. Recognised, and the Frechet distance, are by the yardstick of
+and the pictures. Recognised, and the Frechet distance, are by the eval_classifier of
 docs/results/shapes-tokenizer, which is trained again, for some minutes, if its run is not there.
 """
 
@@ -32,27 +32,27 @@ from vqgan import figures, metrics, tokens
 from vqgan.arguments import run_script
 from vqgan.checkpoint import write_json
 from vqgan.classifier import Classifier, load_classifier
-from vqgan.data import batches_in_order, load_dataset
+from vqgan.data import eval_batches, load_dataset
 from vqgan.device import choose_precision, describe_device
 from vqgan.errors import InputError
-from vqgan.eval_networks import features_of, load_yardstick
+from vqgan.eval_networks import extract_features, load_eval_classifier
 from vqgan.evaluation import decode_tokens
 from vqgan.images import from_uint8, to_unit
-from vqgan.pretrained import load_model, load_pair, load_tokenizer
-from vqgan.shapes import CLASSES, draw_shapes
+from vqgan.pretrained import load_model, load_pipeline, load_tokenizer
+from vqgan.shapes import CLASSES, render_shapes
 from vqgan.training import Run, Stopwatch, read_log, versions
 from vqgan.vqvae import VQVAE
 
 OUT = results_of(__file__)
 RUNS = Path("runs/exercises")
 NUM_SAMPLES = 1000
-SHIPPED = "vqgan/pretrained/shapes/tokenizer.pt"
+PRETRAINED = "vqgan/pretrained/shapes/tokenizer.pt"
 SMALL_VQVAE = "--data shapes --epochs 3 --models vqvae"
 SMALL_GPT = "--n-layer 2 --n-head 4 --n-embd 128 --dropout 0 --lr 2e-3 --weight-decay 0.01"
-SMALL_GPT += " --yardstick-epochs 1 --num-samples 100"
+SMALL_GPT += " --eval-classifier-epochs 1 --num-samples 100"
 SMALL_VQGAN = (
     "--data shapes --epochs 3 --batch-size 32 --lr 2e-3 --perceptual-weight 0.2 --channels 16 "
-    "--discriminator-channels 32"
+    "--disc-channels 32"
 )
 
 
@@ -72,10 +72,10 @@ def train(
             script.main(script.parse())
     content = read_metrics(folder)
     (result,) = content["models"].values()
-    about = {key: content[key] for key in ("command", "data", "device")}
+    metadata = {key: content[key] for key in ("command", "data", "device")}
     for key in ("baselines", "validation"):
-        about |= {key: content[key]} if key in content else {}
-    return about | ({"edit": words} if words else {}) | result
+        metadata |= {key: content[key]} if key in content else {}
+    return metadata | ({"edit": words} if words else {}) | result
 
 
 def checkpoint(name: str, model: str) -> Path:
@@ -101,7 +101,7 @@ def measured(watch: Stopwatch, what: str, **results) -> dict:
 
 
 def test_batches() -> list[Tensor]:
-    return list(batches_in_order(load_dataset("shapes").test_images, 500))
+    return list(eval_batches(load_dataset("shapes").test_images, 500))
 
 
 # --- the codebook ------------------------------------------------------------------------------
@@ -126,9 +126,9 @@ def distance_to_codes(path: Path) -> dict:
 
 
 def no_commitment() -> dict:
-    """beta = 0, which no flag gives: build_model returns VQVAE(**arguments, beta=0.0)."""
-    edit = patch.object(train_vqvae, "VQVAE", lambda **arguments: VQVAE(**arguments, beta=0.0))
-    words = "train_vqvae.py, build_model: return VQVAE(**arguments, beta=0.0), arguments"
+    """beta = 0, which no flag gives: build_model returns VQVAE(**model_args, beta=0.0)."""
+    edit = patch.object(train_vqvae, "VQVAE", lambda **model_args: VQVAE(**model_args, beta=0.0))
+    words = "train_vqvae.py, build_model: return VQVAE(**model_args, beta=0.0), arguments"
     usual = earlier("guards-both", "vqvae", f"python train_vqvae.py {SMALL_VQVAE}")
     results = {"beta-0.25": measured(Stopwatch(), "of guards-both", **distance_to_codes(usual))}
     for name, flags in (
@@ -200,13 +200,16 @@ def no_kl() -> dict:
 
 def early_adversary() -> dict:
     """A discriminator that is used from the first step; docs/results/shapes-vqgan starts late."""
-    command = f"python train_vqgan.py {SMALL_VQGAN} --adversarial-start 0.5"
+    command = f"python train_vqgan.py {SMALL_VQGAN} --disc-start 0.5"
     late = earlier("shapes-vqgan", "vqgan", command)
-    flags = f"{SMALL_VQGAN} --adversarial-start 0 --discriminator-warmup 0 --yardstick-epochs 1"
+    flags = f"{SMALL_VQGAN} --disc-start 0 --disc-warmup 0 --eval-classifier-epochs 1"
     result = train(train_vqgan, flags, "early-adversary")
-    for key in ("frechet", "recognised"):  # by a yardstick of one epoch: measured anew below
+    for key in (
+        "frechet",
+        "class_accuracy",
+    ):  # by a classifier of one epoch: measured again below
         result.pop(key)
-    data, yardstick = load_dataset("shapes"), the_yardstick()
+    data, eval_classifier = load_dataset("shapes"), load_eval_classifier_of_shapes()
     x = from_uint8(data.test_images[:12])
     rows = [("original", to_unit(x))]
     labels = (("late", "from the middle on"), ("early", "from the first step"))
@@ -214,9 +217,9 @@ def early_adversary() -> dict:
         path = late if name == "late" else checkpoint("early-adversary", "vqgan")
         model = load_model(path)
         rows.append((label, to_unit(model(x).reconstruction)))
-        logits = torch.cat([yardstick(model(part).reconstruction) for part in test_batches()])
+        logits = torch.cat([eval_classifier(model(part).reconstruction) for part in test_batches()])
         right = logits.argmax(dim=1) == data.test_labels
-        result[f"recognised_{name}"] = right.double().mean().item()
+        result[f"class_accuracy_{name}"] = right.double().mean().item()
     title = "A VQGAN of drawn shapes, three epochs: when its adversary is used"
     figures.image_rows(OUT / "early_adversary.png", rows, title=title)
     log = read_log(RUNS / "early-adversary" / "vqgan" / "log.csv")
@@ -232,7 +235,7 @@ def early_adversary() -> dict:
 def ssim() -> dict:
     """SSIM of the same reconstructions, with its range given rightly and wrongly."""
     watch = Stopwatch()
-    model, _ = load_tokenizer(SHIPPED)
+    model, _ = load_tokenizer(PRETRAINED)
     values = {"right": [], "constants_for_range_2": [], "minus_one_to_one": [], "bytes": []}
     for x in test_batches():
         x, y = to_unit(x), to_unit(model(x).reconstruction)
@@ -248,7 +251,7 @@ def ssim() -> dict:
         "minus_one_to_one": "2 x - 1 for both images, no _require_unit_range",
         "bytes": "255 x for both images, no _require_unit_range",
     }
-    what = f"metrics.ssim of the reconstructions of {SHIPPED}"
+    what = f"metrics.ssim of the reconstructions of {PRETRAINED}"
     return {"ssim": measured(watch, what, **means, edits=edits)}
 
 
@@ -281,7 +284,7 @@ def shuffled() -> dict:
 
             edit = patch.object(tokens, "_prepend", prepend_shuffled)
             words = f"vqgan/tokens.py, load_tokens: {shuffle.__name__} before _prepend"
-        flags = f"--tokenizer {SHIPPED} --epochs 2 {SMALL_GPT}"
+        flags = f"--tokenizer {PRETRAINED} --epochs 2 {SMALL_GPT}"
         torch.manual_seed(0)
         results[name] = train(train_transformer, flags, name, edit=edit, words=words)
     return results
@@ -289,7 +292,7 @@ def shuffled() -> dict:
 
 def few_images() -> dict:
     """A transformer that sees 500 images sixty times."""
-    flags = f"--tokenizer {SHIPPED} --limit 500 --epochs 60 {SMALL_GPT}"
+    flags = f"--tokenizer {PRETRAINED} --limit 500 --epochs 60 {SMALL_GPT}"
     result = train(train_transformer, flags, "few-images")
     shutil.copy(RUNS / "few-images" / "losses.png", OUT / "few_images.png")
     rows = read_log(RUNS / "few-images" / "log.csv")
@@ -297,48 +300,48 @@ def few_images() -> dict:
     return {"few-images": result}
 
 
-def the_yardstick() -> Classifier:
+def load_eval_classifier_of_shapes() -> Classifier:
     """That of docs/results/shapes-tokenizer, or the same trained again."""
     folder = Path("runs/shapes-tokenizer")
-    if (folder / "yardstick.pt").exists():
-        return load_classifier(folder / "yardstick.pt", CPU)[0]
+    if (folder / "eval_classifier.pt").exists():
+        return load_classifier(folder / "eval_classifier.pt", CPU)[0]
     run = Run(
         out=RUNS,
         data=load_dataset("shapes"),
         variance=0.0,  # this one is of no use to a classifier, nor are those below
         device=CPU,
         dtype=choose_precision("auto", CPU),
-        about={},
+        metadata={},
         epochs=0,
         seed=0,
         flip=True,
         checkpoint_every=1,
         resume=True,
     )
-    return load_yardstick(run, epochs=12)[0]
+    return load_eval_classifier(run, epochs=12)[0]
 
 
-def samples_of(pair, labels: Tensor, **setting) -> tuple[Tensor, Tensor]:
+def samples_of(pipeline, labels: Tensor, **setting) -> tuple[Tensor, Tensor]:
     """Codes (M, N) and images (M, 3, H, W) of the classes, from a generator of seed 0."""
     generator, codes = torch.Generator().manual_seed(0), []
     for part in labels.split(500):
-        codes.append(pair.transformer.sample(part[:, None], generator=generator, **setting))
+        codes.append(pipeline.transformer.sample(part[:, None], generator=generator, **setting))
     codes = torch.cat(codes)
-    return codes, decode_tokens(pair.tokenizer, codes)
+    return codes, decode_tokens(pipeline.tokenizer, codes)
 
 
-def judged(yardstick: Classifier, codes: Tensor, images: Tensor, labels: Tensor) -> dict:
-    """What the yardstick makes of samples, and how much they differ among themselves."""
-    features = features_of(yardstick, images.split(500))
+def judged(eval_classifier: Classifier, codes: Tensor, images: Tensor, labels: Tensor) -> dict:
+    """What the eval_classifier makes of samples, and how much they differ among themselves."""
+    features = extract_features(eval_classifier, images.split(500))
     usage = metrics.CodebookUsage(256)
     usage.update(codes)
     test = load_dataset("shapes").test_images
-    predicted = yardstick.head(features).argmax(dim=1)
+    predicted = eval_classifier.head(features).argmax(dim=1)
     return {
         "num_samples": len(codes),
-        "recognised": (predicted == labels).double().mean().item(),
+        "class_accuracy": (predicted == labels).double().mean().item(),
         "frechet": metrics.frechet_distance(
-            features, features_of(yardstick, batches_in_order(test, 500))
+            features, extract_features(eval_classifier, eval_batches(test, 500))
         ),
         "distinct_pictures": len(codes.unique(dim=0)),
         "codes_used": usage.codes_used,
@@ -349,19 +352,23 @@ def judged(yardstick: Classifier, codes: Tensor, images: Tensor, labels: Tensor)
 @torch.no_grad()
 def sampling(name: str, settings: list[dict], shown: list[str], title: str) -> dict:
     """1,000 samples of the pair that comes with the package, as many of each class, by setting."""
-    pair, yardstick, results = load_pair("shapes"), the_yardstick(), {}
+    pipeline, eval_classifier, results = (
+        load_pipeline("shapes"),
+        load_eval_classifier_of_shapes(),
+        {},
+    )
     labels = torch.arange(NUM_SAMPLES) % len(CLASSES)
     places = torch.tensor([CLASSES.index(shape) for shape in shown]).repeat_interleave(4)
     rows = []
     for setting in settings:
         watch = Stopwatch()
-        codes, images = samples_of(pair, labels, **setting)
-        results_of_setting = judged(yardstick, codes, images, labels)
+        codes, images = samples_of(pipeline, labels, **setting)
+        results_of_setting = judged(eval_classifier, codes, images, labels)
         ((flag, value),) = setting.items()
         results[f"{flag}-{value:g}".replace(".", "_")] = measured(
             watch, f"vqgan sample shapes --{flag} {value:g}", **setting, **results_of_setting
         )
-        rows.append((f"{flag} {value:g}", to_unit(samples_of(pair, places, **setting)[1])))
+        rows.append((f"{flag} {value:g}", to_unit(samples_of(pipeline, places, **setting)[1])))
     figures.image_rows(OUT / f"{name}.png", rows, title=title)
     return results
 
@@ -408,13 +415,13 @@ def main(args: argparse.Namespace) -> None:
         if name not in EXERCISES:
             raise InputError(f"there is no exercise {name!r}: there are {', '.join(EXERCISES)}")
     OUT.mkdir(parents=True, exist_ok=True)
-    drawn_once = functools.cache(draw_shapes)  # for all of them
+    drawn_once = functools.cache(render_shapes)  # for all of them
     for name, exercise in EXERCISES.items():
         content = read_results()
         if name not in args.exercises and (args.exercises or name in content["finished"]):
             continue
         print(f"--- {name}", flush=True)
-        with patch("vqgan.data.draw_shapes", drawn_once):
+        with patch("vqgan.data.render_shapes", drawn_once):
             models = exercise()
         content = read_results()  # again: another process may have done another exercise
         content = {

@@ -5,13 +5,13 @@
 needs the runs study, vqgan, transformer and transformer-vqvae (docs/results/README.md has their
 commands). Every fifth test image goes through the VQ-VAE, the VQGAN and JPEG at many qualities. Of
 these, three are kept: the one whose size is nearest to the VQGAN's codes, and the lowest that
-reaches its SSIM, and the share of images that the yardstick still recognises. JPEG's sizes are
+reaches its SSIM, and its class accuracy. JPEG's sizes are
 without the file's headers, which are the same for all images.
 
 Writes, in docs/results/jpeg/:
 
     jpeg.png          ten test images through each
-    metrics.json      bytes, PSNR, SSIM, Frechet distance, recognised; of JPEG at each quality
+    metrics.json      bytes, PSNR, SSIM, Frechet distance, class accuracy; of JPEG at each quality
 """
 
 import argparse
@@ -35,8 +35,8 @@ from tqdm import tqdm
 from vqgan import figures, metrics
 from vqgan.arguments import run_script
 from vqgan.classifier import Classifier, load_classifier
-from vqgan.data import batches_in_order, load_dataset
-from vqgan.eval_networks import features_of
+from vqgan.data import eval_batches, load_dataset
+from vqgan.eval_networks import extract_features
 from vqgan.images import from_uint8, to_uint8, to_unit
 from vqgan.pretrained import load_model
 from vqgan.training import Stopwatch
@@ -51,12 +51,12 @@ TITLES = {
     "vqvae": "VQ-VAE",
     "vqgan": "VQGAN",
     "jpeg-ssim": "JPEG of its SSIM",
-    "jpeg-recognised": "JPEG, as often recognised",
+    "jpeg-class_accuracy": "JPEG, as often class_accuracy",
 }
 EVERY = 5  # test images: 2,000 of CIFAR-10's, of all classes
 # The test images were saved as JPEG of quality 75 or so. Near that they come back as they were.
 QUALITIES = range(1, 51)
-NUM_PICTURES = 10
+NUM_SHOWN = 10
 AT_ONCE = 500
 
 
@@ -64,16 +64,16 @@ AT_ONCE = 500
 def main(args: argparse.Namespace) -> None:
     watch, data = Stopwatch(), load_dataset(args.data)
     images, labels = data.test_images[::EVERY], data.test_labels[::EVERY]
-    yardstick, accuracy = load_classifier(args.runs / "vqgan" / "yardstick.pt", CPU)
-    judge = Judge(images, labels, yardstick)
+    eval_classifier, accuracy = load_classifier(args.runs / "vqgan" / "eval_classifier.pt", CPU)
+    judge = Judge(images, labels, eval_classifier)
 
     results, pictures = {}, {}
     for name, (run, writer) in TOKENIZERS.items():
         model = load_model(args.runs / run / "checkpoint.pt")
-        batches = batches_in_order(images, AT_ONCE)
+        batches = eval_batches(images, AT_ONCE)
         pictures[name] = torch.cat([to_uint8(model(x).reconstruction) for x in batches])
         seq_len = model.tokens(from_uint8(images[:1])).shape[1]
-        bits = metrics.code_bits(seq_len, model.num_embeddings)
+        bits = metrics.fixed_length_bits(seq_len, model.num_embeddings)
         written = read_metrics(args.runs / writer)
         results[name] = {
             "bytes": bits / 8,
@@ -94,14 +94,20 @@ def main(args: argparse.Namespace) -> None:
     chosen = {
         "jpeg-size": min(jpeg, key=lambda q: abs(jpeg[q]["bytes"] - vqgan["bytes"])),
         "jpeg-ssim": min(q for q in jpeg if jpeg[q]["ssim"] >= vqgan["ssim"]),
-        "jpeg-recognised": min(q for q in jpeg if jpeg[q]["recognised"] >= vqgan["recognised"]),
+        "jpeg-class_accuracy": min(
+            q for q in jpeg if jpeg[q]["class_accuracy"] >= vqgan["class_accuracy"]
+        ),
     }
     results |= {name: jpeg[quality] for name, quality in chosen.items()}
     pictures |= {name: pictures[quality] for name, quality in chosen.items()}
 
     draw(images, results, pictures)
     about_data = {"source": args.data, "test_images": len(images)}
-    content = {"yardstick": {"accuracy": accuracy}, "models": results, "jpeg": list(jpeg.values())}
+    content = {
+        "eval_classifier": {"accuracy": accuracy},
+        "models": results,
+        "jpeg": list(jpeg.values()),
+    }
     write_metrics(OUT, watch, about_data, content)
     print(json.dumps(results, indent=2))
 
@@ -109,26 +115,26 @@ def main(args: argparse.Namespace) -> None:
 class Judge:
     """What is lost of uint8 images (N, 3, H, W), labels (N,), in the eyes of several measures."""
 
-    def __init__(self, images: Tensor, labels: Tensor, yardstick: Classifier):
-        self.images, self.labels, self.yardstick = images, labels, yardstick
-        self.features = features_of(yardstick, batches_in_order(images, AT_ONCE))
+    def __init__(self, images: Tensor, labels: Tensor, eval_classifier: Classifier):
+        self.images, self.labels, self.eval_classifier = images, labels, eval_classifier
+        self.features = extract_features(eval_classifier, eval_batches(images, AT_ONCE))
 
     def __call__(self, images: Tensor) -> dict[str, float]:
         x, y = to_unit(from_uint8(self.images)), to_unit(from_uint8(images))
-        features = features_of(self.yardstick, batches_in_order(images, AT_ONCE))
-        right = self.yardstick.head(features).argmax(dim=1) == self.labels
+        features = extract_features(self.eval_classifier, eval_batches(images, AT_ONCE))
+        right = self.eval_classifier.head(features).argmax(dim=1) == self.labels
         return {
             "psnr": metrics.psnr(x, y).mean().item(),
             "ssim": metrics.ssim(x, y).mean().item(),
             "frechet": metrics.frechet_distance(features, self.features),
-            "recognised": right.double().mean().item(),
+            "class_accuracy": right.double().mean().item(),
         }
 
 
 def draw(images: Tensor, results: dict, pictures: dict) -> None:
     """Some images, spread evenly over the test set, through everything."""
-    step = len(images) // NUM_PICTURES
-    chosen = list(range(0, step * NUM_PICTURES, step))
+    step = len(images) // NUM_SHOWN
+    chosen = list(range(0, step * NUM_SHOWN, step))
     rows = [("original\n3,072 bytes, plain", to_unit(from_uint8(images[chosen])))]
     for name, title in TITLES.items():
         label = f"{title}\n{results[name]['bytes']:.0f} bytes"

@@ -32,8 +32,8 @@ from vqgan.discriminator import (
     receptive_field,
 )
 from vqgan.images import from_uint8, to_unit
-from vqgan.pretrained import Pair, load_pair
-from vqgan.quantizer import EMAVectorQuantizer, nearest_codes, straight_through
+from vqgan.pretrained import Pipeline, load_pipeline
+from vqgan.quantizer import EMAVectorQuantizer, nearest_indices, straight_through
 from vqgan.training import Stopwatch
 from vqgan.transformer import GPT
 from vqgan.vqgan import group_norm
@@ -41,39 +41,39 @@ from vqgan.vqvae import ResidualBlock, VQAutoencoder, residual_stack
 
 OUT = results_of(__file__)
 IMAGES = 500  # test images that most is measured on
-PICTURES = 12  # in a row of noise.png
+TRANSFORMS = 12  # in a row of noise.png
 STEPS, BATCH, TRAINED_ON = 300, 32, 2000  # of the smallest transformers
 
 
 def main(args: argparse.Namespace) -> None:
     watch = Stopwatch()
     torch.manual_seed(0)
-    pair, data = load_pair("shapes"), load_dataset("shapes")
+    pipeline, data = load_pipeline("shapes"), load_dataset("shapes")
     x = from_uint8(data.test_images)  # (2000, 3, 32, 32)
     condition = data.test_labels[:, None]
     with torch.no_grad():
-        z_e = torch.cat([pair.tokenizer.encoder(part) for part in x.split(100)])
-        codes = torch.cat([pair.tokenizer.quantizer(part).indices for part in z_e.split(100)])
+        z_e = torch.cat([pipeline.tokenizer.encoder(part) for part in x.split(100)])
+        codes = torch.cat([pipeline.tokenizer.quantizer(part).indices for part in z_e.split(100)])
     variance = pixel_variance(data.train_images)
     results = {
-        "noise": noise(pair, codes[:IMAGES], condition[:IMAGES]),
-        "straight_through": gradients_of_the_encoder(pair.tokenizer, x[:32]),
-        "beta": gradients_of_beta(pair.tokenizer, z_e[:32]),
+        "noise": noise(pipeline, codes[:IMAGES], condition[:IMAGES]),
+        "straight_through": gradients_of_the_encoder(pipeline.tokenizer, x[:32]),
+        "beta": gradients_of_beta(pipeline.tokenizer, z_e[:32]),
         "ema_counts_from_zero": ema_counts(z_e[:64]),
-        "restart": restart(pair.tokenizer.quantizer, z_e[:64]),
-        "bfloat16_search": bfloat16_search(pair.tokenizer.quantizer, z_e[:IMAGES]),
+        "restart": restart(pipeline.tokenizer.quantizer, z_e[:64]),
+        "bfloat16_search": bfloat16_search(pipeline.tokenizer.quantizer, z_e[:IMAGES]),
         "shared_blocks": shared_blocks(),
         "in_place_relu": in_place_relu(),
-        "group_norm": group_norms(pair.tokenizer, x[:IMAGES]),
-        "detach": detach(pair.tokenizer, x[:32]),
+        "group_norm": group_norms(pipeline.tokenizer, x[:IMAGES]),
+        "detach": detach(pipeline.tokenizer, x[:32]),
         "swapped_arguments": swapped_arguments(),
-        "lambda": lambdas(pair.tokenizer, x[:32]),
+        "lambda": lambdas(pipeline.tokenizer, x[:32]),
         "patch": patches(),
-        "ssim": ssim_ranges(pair.tokenizer, x[:IMAGES]),
-        "nmse": nmse_ranges(pair.tokenizer, x[:IMAGES], variance),
-        "perplexity": perplexities(codes, pair.tokenizer.num_embeddings),
+        "ssim": ssim_ranges(pipeline.tokenizer, x[:IMAGES]),
+        "nmse": nmse_ranges(pipeline.tokenizer, x[:IMAGES], variance),
+        "perplexity": perplexities(codes, pipeline.tokenizer.num_embeddings),
         "frechet": few_samples(),
-        "off_by_one": off_by_one(pair, data),
+        "off_by_one": off_by_one(pipeline, data),
         "resume": resume(condition[:IMAGES], codes[:IMAGES].flatten(1)),
     }
     results["cpu_seconds"] = round(time.process_time(), 1)
@@ -85,31 +85,31 @@ def main(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def noise(pair: Pair, codes: Tensor, condition: Tensor) -> dict:
+def noise(pipeline: Pipeline, codes: Tensor, condition: Tensor) -> dict:
     """What the decoder makes of noise; how likely grids of codes are, under the transformer."""
-    tokenizer, quantizer = pair.tokenizer, pair.tokenizer.quantizer
+    tokenizer, quantizer = pipeline.tokenizer, pipeline.tokenizer.quantizer
     generator = torch.Generator().manual_seed(0)
     # The easiest noise for the decoder: of the codebook's own mean and deviation.
     deviation, mean = torch.std_mean(quantizer.codebook, dim=0)
-    normal = torch.randn(PICTURES, *codes.shape[1:], len(mean), generator=generator)
+    normal = torch.randn(TRANSFORMS, *codes.shape[1:], len(mean), generator=generator)
     z = (mean + deviation * normal).permute(0, 3, 1, 2)  # (12, D, 8, 8)
     anything = torch.randint(quantizer.num_embeddings, codes.shape, generator=generator)
     order = torch.randperm(codes.numel(), generator=generator)
     shuffled = codes.flatten()[order].view(codes.shape)  # as often as in pictures, anywhere
-    written = pair.transformer.sample(condition, guidance=3.0, generator=generator)
+    written = pipeline.transformer.sample(condition, guidance=3.0, generator=generator)
     written = written.view_as(codes)  # grids again
     rows = {
         "noise": tokenizer.decode(z),
-        "random codes": tokenizer.decode_indices(anything[:PICTURES]),
-        "frequent codes,\nanywhere": tokenizer.decode_indices(shuffled[:PICTURES]),
-        "codes that a\ntransformer wrote": tokenizer.decode_indices(written[:PICTURES]),
-        "codes of images": tokenizer.decode_indices(codes[:PICTURES]),
+        "random codes": tokenizer.decode_indices(anything[:TRANSFORMS]),
+        "frequent codes,\nanywhere": tokenizer.decode_indices(shuffled[:TRANSFORMS]),
+        "codes that a\ntransformer wrote": tokenizer.decode_indices(written[:TRANSFORMS]),
+        "codes of images": tokenizer.decode_indices(codes[:TRANSFORMS]),
     }
     draw_rows(OUT / "noise.png", [(name, to_unit(images)) for name, images in rows.items()])
     grids = {"random": anything, "shuffled": shuffled, "written": written, "images": codes}
     return {
-        "nats_per_code": {
-            name: pair.transformer.loss(condition, grid.flatten(1)).item()
+        "nats_per_token": {
+            name: pipeline.transformer.loss(condition, grid.flatten(1)).item()
             for name, grid in grids.items()
         },
         # Of a picture's codes, those that its picture is encoded to again.
@@ -166,7 +166,7 @@ def ema_counts(z_e: Tensor) -> dict:
     longest = {}
     for name, start in (("right", 1.0), ("wrong", 0.0)):
         torch.manual_seed(0)
-        quantizer = EMAVectorQuantizer(256, z_e.shape[1], data_start=False, restart_dead=False)
+        quantizer = EMAVectorQuantizer(256, z_e.shape[1], data_init=False, restart_dead_codes=False)
         quantizer.ema_counts.fill_(start)
         longest["before"] = quantizer.codebook.norm(dim=1).max().item()
         quantizer(z_e)
@@ -180,7 +180,7 @@ def restart(trained: EMAVectorQuantizer, z_e: Tensor) -> dict:
     vector, way_back = z_e[0, :, 0, 0], {}
     for name in ("right", "wrong"):
         quantizer = copy.deepcopy(trained).train()
-        quantizer.restart_dead = False
+        quantizer.restart_dead_codes = False
         dead = int(quantizer.ema_counts.argmin())
         old = quantizer.codebook[dead].clone()
         quantizer.codebook[dead] = vector
@@ -196,7 +196,7 @@ def restart(trained: EMAVectorQuantizer, z_e: Tensor) -> dict:
 @torch.no_grad()
 def bfloat16_search(quantizer: EMAVectorQuantizer, z_e: Tensor) -> dict:
     vectors = z_e.permute(0, 2, 3, 1).flatten(0, 2)  # (N, D)
-    right = nearest_codes(vectors, quantizer.codebook)
+    right = nearest_indices(vectors, quantizer.codebook)
     low = quantizer.codebook.bfloat16()
     distances = low.square().sum(dim=1) - 2 * vectors.bfloat16() @ low.T  # (N, K)
     return {
@@ -326,7 +326,7 @@ def ssim_ranges(tokenizer: VQAutoencoder, x: Tensor) -> dict:
         name: {
             f"range {L}": metrics.ssim(images / L, answer / L).mean().item() for L in (1, 2, 255)
         }
-        | {"whole image": metrics.ssim_whole_image(images, answer).mean().item()}
+        | {"whole image": metrics.ssim_global(images, answer).mean().item()}
         for name, answer in answers.items()
     }
 
@@ -336,8 +336,8 @@ def nmse_ranges(tokenizer: VQAutoencoder, x: Tensor, variance: float) -> dict:
     """Errors in [-1, 1] by a variance in [-1, 1], and by one in [0, 1], a quarter of it."""
     x_hat = torch.cat([tokenizer(part).reconstruction for part in x.split(100)])
     return {
-        "right": metrics.normalised_mse(x, x_hat, variance).mean().item(),
-        "wrong": metrics.normalised_mse(x, x_hat, variance / 4).mean().item(),
+        "right": metrics.normalized_mse(x, x_hat, variance).mean().item(),
+        "wrong": metrics.normalized_mse(x, x_hat, variance / 4).mean().item(),
     }
 
 
@@ -359,7 +359,9 @@ def few_samples() -> dict:
     generator = torch.Generator().manual_seed(0)
     result = {}
     for size in (250, 1000, 10000):
-        x, y = torch.randn(2, size, 96, generator=generator)  # the yardstick's features are 96
+        x, y = torch.randn(
+            2, size, 96, generator=generator
+        )  # the eval_classifier's features are 96
         result[str(size)] = metrics.frechet_distance(x, y)
     return result
 
@@ -367,15 +369,15 @@ def few_samples() -> dict:
 # --- the transformer -----------------------------------------------------------------------------
 
 
-def off_by_one(pair: Pair, data) -> dict:
+def off_by_one(pipeline: Pipeline, data) -> dict:
     """The smallest transformer, asked for the next code, and for one that it has just read."""
-    K, N = pair.transformer.num_embeddings, pair.transformer.seq_len
+    K, N = pipeline.transformer.num_embeddings, pipeline.transformer.seq_len
     with torch.no_grad():
         x = from_uint8(data.train_images[:TRAINED_ON])
-        tokens = torch.cat([pair.tokenizer.tokens(part) for part in x.split(100)])  # (M, N)
+        tokens = torch.cat([pipeline.tokenizer.tokens(part) for part in x.split(100)])  # (M, N)
     condition = data.train_labels[:TRAINED_ON, None]
-    grids = tokens.unflatten(1, pair.tokenizer.grids[0])
-    result = {"steps": STEPS, "baselines": metrics.code_baselines(grids, grids, K)}
+    grids = tokens.unflatten(1, pipeline.tokenizer.grids[0])
+    result = {"steps": STEPS, "baselines": metrics.token_baselines(grids, grids, K)}
 
     def different(sequences: Tensor) -> float:
         return sum(len(sequence.unique()) for sequence in sequences) / len(sequences)

@@ -26,7 +26,7 @@ from vqgan import metrics
 from vqgan.arguments import run_script
 from vqgan.data import load_dataset
 from vqgan.images import from_uint8, to_uint8, to_unit
-from vqgan.pretrained import load_pair
+from vqgan.pretrained import load_pipeline
 from vqgan.training import Stopwatch
 from vqgan.vqvae import VQAutoencoder
 
@@ -44,29 +44,29 @@ ARROW = {"arrowstyle": "-|>", "color": "0.35", "linewidth": 1.5, "mutation_scale
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     watch = Stopwatch()
-    pair = load_pair("shapes")
-    tokenizer = pair.tokenizer
+    pipeline = load_pipeline("shapes")
+    tokenizer = pipeline.tokenizer
     data = load_dataset("shapes")
-    colours = colours_of_codes(tokenizer)
+    colors = colours_of_codes(tokenizer)
 
     image = data.test_images[TEST_IMAGE]  # uint8 (3, 32, 32)
     x = from_uint8(image[None])  # (1, 3, 32, 32)
     z_e = tokenizer.encoder(x)  # (1, D, 8, 8)
     z_q, indices, _ = tokenizer.encode(x)  # (1, D, 8, 8), (1, 8, 8)
     x_hat = tokenizer.decode(z_q)  # (1, 3, 32, 32)
-    draw_one_picture(image, z_e[0], indices[0], z_q[0], x_hat, colours)
+    draw_one_picture(image, z_e[0], indices[0], z_q[0], x_hat, colors)
 
-    condition = pair.condition.of_classes([CLASS])  # (1, 1)
+    condition = pipeline.condition.encode_classes([CLASS])  # (1, 1)
     draws = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     written = torch.cat(
-        [pair.transformer.sample(condition, guidance=GUIDANCE, generator=g) for g in draws]
+        [pipeline.transformer.sample(condition, guidance=GUIDANCE, generator=g) for g in draws]
     )  # (3, 64)
     new = tokenizer.decode_tokens(written)  # (3, 3, 32, 32)
     written = written.unflatten(1, tokenizer.grids[0])  # (3, 8, 8)
-    draw_new_pictures(condition.item(), written, new, colours)
+    draw_new_pictures(condition.item(), written, new, colors)
 
     K = tokenizer.num_embeddings
-    bits = metrics.code_bits(indices[0].numel(), K)
+    bits = metrics.fixed_length_bits(indices[0].numel(), K)
     quality = metrics.reconstruction_quality(x, x_hat, 1.0)
     results = {
         "caption": data.test_captions[TEST_IMAGE],
@@ -89,7 +89,7 @@ def main(args: argparse.Namespace) -> None:
         "different_codes": len(indices.unique()),
         "different_codes_written": len(written[0].unique()),
         "image_bits": 8 * image.numel(),
-        "code_bits": bits,
+        "fixed_length_bits": bits,
         "ssim": quality["ssim"].item(),
         "psnr": quality["psnr"].item(),
         "sampled": {"class": CLASS, "guidance": GUIDANCE, "seeds": list(SEEDS)},
@@ -120,7 +120,7 @@ def show_image(axes: Axes, unit: Tensor) -> None:
     frame(axes, FRAME)
 
 
-def show_codes(axes: Axes, indices: Tensor, colours: Tensor, written: int | None = None) -> None:
+def show_codes(axes: Axes, indices: Tensor, colors: Tensor, written: int | None = None) -> None:
     """A grid of codes (8, 8) with their numbers, each in its colour; the first `written` of it."""
     h, w = indices.shape
     shown = torch.ones(h, w, 3)
@@ -128,8 +128,8 @@ def show_codes(axes: Axes, indices: Tensor, colours: Tensor, written: int | None
         if written is not None and i >= written:
             continue
         row, column = divmod(i, w)
-        shown[row, column] = colours[code]
-        brightness = colours[code] @ torch.tensor([0.299, 0.587, 0.114])
+        shown[row, column] = colors[code]
+        brightness = colors[code] @ torch.tensor([0.299, 0.587, 0.114])
         axes.text(
             column, row, str(code), ha="center", va="center",
             fontsize=8.5, color="black" if brightness > 0.5 else "white",
@@ -203,7 +203,7 @@ class Page:
 
 
 def draw_one_picture(
-    image: Tensor, z_e: Tensor, indices: Tensor, z_q: Tensor, x_hat: Tensor, colours: Tensor
+    image: Tensor, z_e: Tensor, indices: Tensor, z_q: Tensor, x_hat: Tensor, colors: Tensor
 ) -> None:
     page = Page(["An image becomes codes", "The codes become an image"])
     limit = z_e[:NUM_CHANNELS].abs().max().item()
@@ -214,9 +214,9 @@ def draw_one_picture(
     page.close_stage(
         f"z_e: {D} numbers a place", f"float ({D}, 8, 8),\n4 channels of {D}", "nearest\ncode"
     )
-    show_codes(page.axes(), indices, colours)
+    show_codes(page.axes(), indices, colors)
     page.close_stage("indices: one code a place", "int64 (8, 8), 0 to 255", None)
-    show_codes(page.axes(), indices, colours)
+    show_codes(page.axes(), indices, colors)
     page.close_stage("indices", "the same", "lookup")
     show_channels(page, z_q, limit)
     page.close_stage(
@@ -227,10 +227,10 @@ def draw_one_picture(
     page.save(OUT / "one_picture.png")
 
 
-def draw_new_pictures(token: int, written: Tensor, new: Tensor, colours: Tensor) -> None:
+def draw_new_pictures(token: int, written: Tensor, new: Tensor, colors: Tensor) -> None:
     page = Page(["A transformer writes codes", "The decoder paints them"])
     for count in WRITTEN:
-        show_codes(page.axes(), written[0], colours, count)
+        show_codes(page.axes(), written[0], colors, count)
         is_first, is_last = count == WRITTEN[0], count == WRITTEN[-1]
         page.close_stage(
             f"after {count} code{'' if count == 1 else 's'}",

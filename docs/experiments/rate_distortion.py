@@ -22,13 +22,13 @@ from matplotlib.ticker import ScalarFormatter
 from vqgan import figures, metrics
 from vqgan.arguments import run_script
 from vqgan.checkpoint import write_json
-from vqgan.data import batches_in_order, load_dataset
+from vqgan.data import eval_batches, load_dataset
 from vqgan.images import from_uint8, to_unit
 from vqgan.pretrained import load_model
 
 OUT = results_of(__file__)
 JPEG_QUALITIES = (10, 20, 30, 40, 50)
-NUM_PICTURES = 12
+NUM_SHOWN = 12
 
 # Curves of the chart: label -> {label of the point: (run folder, model)}.
 RUNS = {
@@ -72,7 +72,7 @@ def jpeg_point(images: torch.Tensor, quality: int, variance: float) -> dict:
     return {
         "label": f"q = {quality}",
         "bits_per_image": float(np.mean([8 * scan_bytes(file) for file in files])),
-        "nmse": metrics.normalised_mse(x, y, variance).mean().item(),
+        "nmse": metrics.normalized_mse(x, y, variance).mean().item(),
         "ssim": metrics.ssim(to_unit(x), to_unit(y)).mean().item(),
     }
 
@@ -90,7 +90,7 @@ def variances(images: torch.Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def draw_ladder(runs: Path, images: torch.Tensor) -> None:
-    x = next(batches_in_order(images[:NUM_PICTURES], NUM_PICTURES))
+    x = next(eval_batches(images[:NUM_SHOWN], NUM_SHOWN))
     rows = []
     for label, (folder, name) in LADDER.items():
         model = load_model(runs / folder / name / "checkpoint.pt")
@@ -127,8 +127,8 @@ def draw_rate_distortion(
             points = sorted(points, key=lambda point: point["bits_per_image"])
             bits = [point["bits_per_image"] for point in points]
             values = [point[key] for point in points]
-            colour = figures.COLOURS[i % len(figures.COLOURS)]
-            style = {"color": colour, "marker": "os^DvPX"[i % 7], "markersize": 5}
+            color = figures.COLORS[i % len(figures.COLORS)]
+            style = {"color": color, "marker": "os^DvPX"[i % 7], "markersize": 5}
             axes.plot(bits, values, label=name, linewidth=1.2, **style)
             for point in points:
                 axes.annotate(
@@ -137,7 +137,7 @@ def draw_rate_distortion(
                     xytext=label_offset,
                     textcoords="offset points",
                     fontsize=7,
-                    color=colour,
+                    color=color,
                 )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())

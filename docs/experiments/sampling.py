@@ -2,7 +2,7 @@
 
     python docs/experiments/sampling.py --data data/cifar10-images
 
-needs a class-conditional transformer beside its tokenizer and a yardstick: those of the runs
+needs a class-conditional transformer beside its tokenizer and a eval_classifier: those of the runs
 runs/transformer and runs/vqgan (docs/results/README.md has their commands). Every reader has
 another pair:
 
@@ -34,13 +34,13 @@ from torch import Tensor
 
 from vqgan.arguments import run_script
 from vqgan.classifier import Classifier, load_classifier
-from vqgan.conditions import PICTURES
+from vqgan.conditions import TRANSFORMS
 from vqgan.data import load_dataset
 from vqgan.evaluation import decode_tokens
 from vqgan.image_folder import read_image
 from vqgan.images import from_uint8, to_unit
 from vqgan.metrics import CodebookUsage, psnr
-from vqgan.pretrained import Pair, load_pair
+from vqgan.pretrained import Pipeline, load_pipeline
 from vqgan.sampling import sample_sliding_window
 from vqgan.training import Stopwatch
 
@@ -65,7 +65,9 @@ AT_ONCE = 100
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw what each way to sample does.")
     parser.add_argument("--checkpoint", default=CHECKPOINT)
-    parser.add_argument("--yardstick", type=Path, default=Path("runs/vqgan/yardstick.pt"))
+    parser.add_argument(
+        "--eval-classifier", type=Path, default=Path("runs/vqgan/eval_classifier.pt")
+    )
     parser.add_argument("--data", required=True, help="shapes, or a folder with test/<class>/*")
     parser.add_argument("--classes", nargs=2, default=["horse", "ship"], help="that are drawn")
     return parser.parse_args()
@@ -73,44 +75,49 @@ def parse() -> argparse.Namespace:
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
-    watch, pair, yardstick, accuracy = Stopwatch(), load_pair(args.checkpoint), None, None
+    watch, pipeline, eval_classifier, accuracy = (
+        Stopwatch(),
+        load_pipeline(args.checkpoint),
+        None,
+        None,
+    )
     if args.checkpoint == CHECKPOINT:
-        yardstick, accuracy = load_classifier(args.yardstick, CPU)
-    images, labels = test_images(args.data, pair)
+        eval_classifier, accuracy = load_classifier(args.eval_classifier, CPU)
+    images, labels = test_images(args.data, pipeline)
     x = from_uint8(images)  # (M, 3, H, W)
-    tokens = torch.cat([pair.tokenizer.tokens(part) for part in x.split(AT_ONCE)])  # (M, N)
+    tokens = torch.cat([pipeline.tokenizer.tokens(part) for part in x.split(AT_ONCE)])  # (M, N)
 
     samples = {
-        family: draw_family(pair, family, values, args.classes, yardstick)
+        family: draw_family(pipeline, family, values, args.classes, eval_classifier)
         for family, values in FAMILIES.items()
     }
     results = {
-        "yardstick": {"accuracy": accuracy},
-        "codes": pair.transformer.num_embeddings,
-        "test_perplexity": usage(pair, tokens).perplexity,
-        "test_nats_per_code": nats(pair, labels[:, None], tokens).mean().item(),
+        "eval_classifier": {"accuracy": accuracy},
+        "codes": pipeline.transformer.num_embeddings,
+        "test_perplexity": usage(pipeline, tokens).perplexity,
+        "test_nats_per_code": nats(pipeline, labels[:, None], tokens).mean().item(),
         "samples": samples,
-        "next_code": draw_next_code(pair, labels, tokens),
-        "known": draw_known(pair, x, labels, tokens),
-        "class": worth_of_the_class(pair, labels, tokens),
-        "cache": time_the_cache(pair),
+        "next_code": draw_next_code(pipeline, labels, tokens),
+        "known": draw_known(pipeline, x, labels, tokens),
+        "class": worth_of_the_class(pipeline, labels, tokens),
+        "cache": time_the_cache(pipeline),
     }
-    draw_conditions(pair, x)
+    draw_conditions(pipeline, x)
     results["cpu_seconds"] = round(time.process_time(), 1)
     write_metrics(OUT, watch, {"source": args.data, "test_images": len(images)}, results)
     print(json.dumps(results, indent=2))
 
 
-def test_images(source: str, pair: Pair) -> tuple[Tensor, Tensor]:
+def test_images(source: str, pipeline: Pipeline) -> tuple[Tensor, Tensor]:
     """The first images of each class, uint8 (M, 3, H, W), and their labels (M,).
 
     Of a folder only these files are read.
     """
     if Path(source).is_dir():
         images, labels = [], []
-        for label, name in enumerate(pair.condition.names):
+        for label, name in enumerate(pipeline.condition.names):
             for path in sorted((Path(source) / "test" / name).iterdir())[:TEST_IMAGES]:
-                images.append(torch.tensor(read_image(path, pair.tokenizer.image_size)))
+                images.append(torch.tensor(read_image(path, pipeline.tokenizer.image_size)))
                 labels.append(label)
         return torch.stack(images), torch.tensor(labels)
     data = load_dataset(source)
@@ -122,17 +129,17 @@ def test_images(source: str, pair: Pair) -> tuple[Tensor, Tensor]:
     return data.test_images[chosen], data.test_labels[chosen]
 
 
-def usage(pair: Pair, tokens: Tensor) -> CodebookUsage:
-    counted = CodebookUsage(pair.transformer.num_embeddings)
+def usage(pipeline: Pipeline, tokens: Tensor) -> CodebookUsage:
+    counted = CodebookUsage(pipeline.transformer.num_embeddings)
     counted.update(tokens)
     return counted
 
 
-def nats(pair: Pair, condition: Tensor, tokens: Tensor) -> Tensor:
+def nats(pipeline: Pipeline, condition: Tensor, tokens: Tensor) -> Tensor:
     """-log p of each token given its condition and those before it: (M, C), (M, N) -> (M, N)."""
     costs = []
     for part, wanted in zip(condition.split(AT_ONCE), tokens.split(AT_ONCE), strict=True):
-        logits = pair.transformer(part, wanted)  # (M, N, K)
+        logits = pipeline.transformer(part, wanted)  # (M, N, K)
         costs.append(F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none"))
     return torch.cat(costs)
 
@@ -141,41 +148,47 @@ def nats(pair: Pair, condition: Tensor, tokens: Tensor) -> Tensor:
 
 
 def draw_family(
-    pair: Pair, family: str, values: tuple, classes: list[str], yardstick: Classifier | None
+    pipeline: Pipeline,
+    family: str,
+    values: tuple,
+    classes: list[str],
+    eval_classifier: Classifier | None,
 ) -> list[dict]:
     """One picture, with a row for each value of a setting; and what was measured of each."""
-    names = pair.condition.names
-    shown = pair.condition.of_classes([name for name in classes for _ in range(DRAWN)])
-    measured = pair.condition.of_classes([name for name in names for _ in range(MEASURED)])
+    names = pipeline.condition.names
+    shown = pipeline.condition.encode_classes([name for name in classes for _ in range(DRAWN)])
+    measured = pipeline.condition.encode_classes([name for name in names for _ in range(MEASURED)])
     rows, results = [], []
-    K = pair.transformer.num_embeddings
+    K = pipeline.transformer.num_embeddings
     values = [value for value in values if family != "top_k" or value is None or value <= K]
     for value in values:
         setting = {family: value}
-        tokens = pair.transformer.sample(
+        tokens = pipeline.transformer.sample(
             measured, generator=torch.Generator().manual_seed(1), **setting
         )
-        counted = usage(pair, tokens)
+        counted = usage(pipeline, tokens)
         result = setting | {
             "num_samples": len(tokens),
             "different": len(tokens.unique(dim=0)),
-            "nats_per_code": nats(pair, measured, tokens).mean().item(),
+            "nats_per_token": nats(pipeline, measured, tokens).mean().item(),
             "codes_used": counted.codes_used,
             "perplexity": counted.perplexity,
-            "recognised": None,
+            "class_accuracy": None,
         }
         label = f"{family.replace('_', '-')} {'all' if value is None else f'{value:g}'}"
-        if yardstick is not None:
-            x = decode_tokens(pair.tokenizer, tokens)
-            predicted = torch.cat([yardstick(part).argmax(dim=1) for part in x.split(AT_ONCE)])
-            result["recognised"] = (predicted == measured[:, 0]).double().mean().item()
-            label += f"\n{result['recognised']:.0%} recognised"
+        if eval_classifier is not None:
+            x = decode_tokens(pipeline.tokenizer, tokens)
+            predicted = torch.cat(
+                [eval_classifier(part).argmax(dim=1) for part in x.split(AT_ONCE)]
+            )
+            result["class_accuracy"] = (predicted == measured[:, 0]).double().mean().item()
+            label += f"\n{result['class_accuracy']:.0%} class_accuracy"
         results.append(result)
         # The same numbers in every row: what differs is the setting alone.
-        tokens = pair.transformer.sample(
+        tokens = pipeline.transformer.sample(
             shown, generator=torch.Generator().manual_seed(0), **setting
         )
-        rows.append((label, to_unit(decode_tokens(pair.tokenizer, tokens))))
+        rows.append((label, to_unit(decode_tokens(pipeline.tokenizer, tokens))))
     draw_rows(OUT / f"{family}.png", rows, heads=tuple(classes))
     return results
 
@@ -183,11 +196,11 @@ def draw_family(
 # --- the next code -------------------------------------------------------------------------------
 
 
-def draw_next_code(pair: Pair, labels: Tensor, tokens: Tensor) -> dict:
+def draw_next_code(pipeline: Pipeline, labels: Tensor, tokens: Tensor) -> dict:
     """Where the transformer is sure of the next code, and where it is not."""
-    K, (h, w) = pair.transformer.num_embeddings, pair.tokenizer.grids[0]
+    K, (h, w) = pipeline.transformer.num_embeddings, pipeline.tokenizer.grids[0]
     parts = zip(labels[:, None].split(AT_ONCE), tokens.split(AT_ONCE), strict=True)
-    logits = torch.cat([pair.transformer(*part) for part in parts])  # (M, N, K)
+    logits = torch.cat([pipeline.transformer(*part) for part in parts])  # (M, N, K)
     probabilities = logits.softmax(dim=-1)
     entropy = -(probabilities * logits.log_softmax(dim=-1)).sum(dim=-1)  # nats, (M, N)
     # In the lower half, where there is something to be sure of.
@@ -205,7 +218,7 @@ def draw_next_code(pair: Pair, labels: Tensor, tokens: Tensor) -> dict:
         before = sorted_p.cumsum(dim=0) - sorted_p
         kept = int((before < TOP_P).sum())
         results[name] = {
-            "class": pair.condition.names[labels[image]],
+            "class": pipeline.condition.names[labels[image]],
             "position": place,
             "entropy_nats": entropy[image, place].item(),
             "perplexity": entropy[image, place].exp().item(),
@@ -215,8 +228,8 @@ def draw_next_code(pair: Pair, labels: Tensor, tokens: Tensor) -> dict:
         }
         bottom = 0.57 - 0.48 * row
         axes = figure.add_axes((0.01, bottom, 0.2, 0.36))
-        picture = to_unit(pair.tokenizer.decode_tokens(tokens[image : image + 1]))[0]
-        pixels = pair.tokenizer.image_size // h
+        picture = to_unit(pipeline.tokenizer.decode_tokens(tokens[image : image + 1]))[0]
+        pixels = pipeline.tokenizer.image_size // h
         top, left = place // w * pixels, place % w * pixels
         picture[:, top + pixels :] = 0.6  # grey: what is not written yet
         picture[:, top : top + pixels, left:] = 0.6
@@ -258,10 +271,10 @@ def draw_next_code(pair: Pair, labels: Tensor, tokens: Tensor) -> dict:
 # --- what is known -------------------------------------------------------------------------------
 
 
-def draw_known(pair: Pair, x: Tensor, labels: Tensor, tokens: Tensor) -> dict:
+def draw_known(pipeline: Pipeline, x: Tensor, labels: Tensor, tokens: Tensor) -> dict:
     """Upper halves that are continued, and lower halves under which nothing was foreseen."""
-    h, w = pair.tokenizer.grids[0]
-    rows, pixels = h // 2, pair.tokenizer.image_size // h
+    h, w = pipeline.tokenizer.grids[0]
+    rows, pixels = h // 2, pipeline.tokenizer.image_size // h
     half = rows * w  # tokens of the upper half
     condition = labels[:, None]
     upper, lower = tokens.clone(), tokens.clone()
@@ -271,11 +284,11 @@ def draw_known(pair: Pair, x: Tensor, labels: Tensor, tokens: Tensor) -> dict:
         generator = torch.Generator().manual_seed(0)
         parts = zip(condition.split(AT_ONCE), given.split(AT_ONCE), strict=True)
         return torch.cat(
-            [pair.transformer.sample(c, given=g, generator=generator) for c, g in parts]
+            [pipeline.transformer.sample(c, given=g, generator=generator) for c, g in parts]
         )
 
     def decoded(tokens: Tensor) -> Tensor:
-        return to_unit(decode_tokens(pair.tokenizer, tokens))
+        return to_unit(decode_tokens(pipeline.tokenizer, tokens))
 
     below, above = complete(upper), complete(lower)
     shown = torch.arange(0, len(x), len(x) // KNOWN)[:KNOWN]
@@ -295,11 +308,11 @@ def draw_known(pair: Pair, x: Tensor, labels: Tensor, tokens: Tensor) -> dict:
     )
     greyed = x.clone()
     greyed[:, :, rows * pixels :] = 0.0
-    upper_alone = torch.cat([pair.tokenizer.tokens(part) for part in greyed.split(AT_ONCE)])
+    upper_alone = torch.cat([pipeline.tokenizer.tokens(part) for part in greyed.split(AT_ONCE)])
     changed = (upper_alone != tokens)[:, :half].unflatten(1, (rows, w))
     changed = changed.double().mean(dim=(0, 2))  # of each row of codes
     cost = {
-        name: nats(pair, condition, sequences)[:, half:].mean().item()
+        name: nats(pipeline, condition, sequences)[:, half:].mean().item()
         for name, sequences in {
             "real lower half below its real upper half": tokens,
             "written lower half below a real upper half": below,
@@ -309,7 +322,7 @@ def draw_known(pair: Pair, x: Tensor, labels: Tensor, tokens: Tensor) -> dict:
     # The same codes, decoded above other codes than their own.
     kept = [images[:, :, : rows * pixels] for images in (decoded(tokens), decoded(below))]
     return {
-        "nats_per_code": cost,
+        "nats_per_token": cost,
         "upper_codes_changed_if_lower_pixels_are_grey": changed.tolist(),
         "psnr_of_upper_pixels_above_other_codes": psnr(*kept).mean().item(),
         "psnr_of_reconstructions": psnr(to_unit(x), decoded(tokens)).mean().item(),
@@ -319,29 +332,30 @@ def draw_known(pair: Pair, x: Tensor, labels: Tensor, tokens: Tensor) -> dict:
 # --- what a class is worth -----------------------------------------------------------------------
 
 
-def worth_of_the_class(pair: Pair, labels: Tensor, tokens: Tensor) -> dict:
+def worth_of_the_class(pipeline: Pipeline, labels: Tensor, tokens: Tensor) -> dict:
     """What codes cost under each class, and under none; and which class makes them likeliest."""
-    classes = range(len(pair.condition.names))
+    classes = range(len(pipeline.condition.names))
     by_class = torch.stack(
-        [nats(pair, torch.full_like(labels, c)[:, None], tokens).sum(dim=1) for c in classes], dim=1
+        [nats(pipeline, torch.full_like(labels, c)[:, None], tokens).sum(dim=1) for c in classes],
+        dim=1,
     )  # nats an image, (M, classes)
-    nothing = torch.full_like(labels, pair.transformer.nothing)[:, None]
+    nothing = torch.full_like(labels, pipeline.transformer.null_token)[:, None]
     own = by_class.gather(1, labels[:, None])
     others = (by_class.sum(dim=1, keepdim=True) - own) / (len(classes) - 1)
-    N = pair.transformer.seq_len
+    N = pipeline.transformer.seq_len
     return {
-        "nats_per_code": {
+        "nats_per_token": {
             "told": own.mean().item() / N,
-            "not told": nats(pair, nothing, tokens).mean().item(),
+            "not told": nats(pipeline, nothing, tokens).mean().item(),
             "a wrong one told": others.mean().item() / N,
         },
         "likeliest_class_is_right": (by_class.argmin(dim=1) == labels).double().mean().item(),
     }
 
 
-def time_the_cache(pair: Pair) -> dict:
+def time_the_cache(pipeline: Pipeline) -> dict:
     """The same grids, by a loop that keeps keys and values and by one that reads all again."""
-    (h, w), N = pair.tokenizer.grids[0], pair.transformer.seq_len
+    (h, w), N = pipeline.tokenizer.grids[0], pipeline.transformer.seq_len
     condition = torch.zeros(TIMED, 1, dtype=torch.int64)
 
     def seconds(write: Callable) -> tuple[float, Tensor]:
@@ -349,8 +363,10 @@ def time_the_cache(pair: Pair) -> dict:
         tokens = write(generator=torch.Generator().manual_seed(0))
         return time.process_time() - start, tokens.flatten(1)
 
-    with_cache, tokens = seconds(partial(pair.transformer.sample, condition))
-    window = partial(sample_sliding_window, pair.transformer, pair.tokenizer, condition, h, w)
+    with_cache, tokens = seconds(partial(pipeline.transformer.sample, condition))
+    window = partial(
+        sample_sliding_window, pipeline.transformer, pipeline.tokenizer, condition, h, w
+    )
     without, same = seconds(window)
     return {
         "grids": TIMED,
@@ -365,13 +381,15 @@ def time_the_cache(pair: Pair) -> dict:
 # --- pictures of pictures ------------------------------------------------------------------------
 
 
-def draw_conditions(pair: Pair, x: Tensor) -> None:
+def draw_conditions(pipeline: Pipeline, x: Tensor) -> None:
     x = x[torch.arange(TEST_IMAGES // 2, len(x), len(x) // CONDITIONS)[:CONDITIONS]]
     rows = [("original", to_unit(x))]
-    for name, picture_of in PICTURES.items():
+    for name, picture_of in TRANSFORMS.items():
         picture = picture_of(x)
         rows.append((name, to_unit(picture)))
-        rows.append(("decoded from\nits codes", to_unit(pair.tokenizer(picture).reconstruction)))
+        rows.append(
+            ("decoded from\nits codes", to_unit(pipeline.tokenizer(picture).reconstruction))
+        )
     draw_rows(OUT / "conditions.png", rows, side=0.7)
 
 

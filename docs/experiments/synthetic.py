@@ -21,12 +21,12 @@ from tqdm import tqdm
 from vqgan.arguments import run_script
 from vqgan.checkpoint import fingerprint, save_plain
 from vqgan.classifier import train_classifier
-from vqgan.data import Batches, batches_in_order, load_dataset
+from vqgan.data import TrainLoader, eval_batches, load_dataset
 from vqgan.device import choose_precision
 from vqgan.errors import InputError
 from vqgan.eval_networks import CLASSIFIER_BATCH_SIZE, accuracy
 from vqgan.images import to_uint8
-from vqgan.pretrained import Pair, load_pair
+from vqgan.pretrained import Pipeline, load_pipeline
 from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)
@@ -49,25 +49,25 @@ def parse() -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     watch, dtype = Stopwatch(), choose_precision("auto", CPU)
-    data, pair = load_dataset(args.data), load_pair(CHECKPOINT)
-    if tuple(pair.condition.names) != tuple(data.class_names):
+    data, pipeline = load_dataset(args.data), load_pipeline(CHECKPOINT)
+    if tuple(pipeline.condition.names) != tuple(data.class_names):
         raise InputError(
-            f"{CHECKPOINT} writes {', '.join(pair.condition.names)}, and {args.data} has "
+            f"{CHECKPOINT} writes {', '.join(pipeline.condition.names)}, and {args.data} has "
             f"{', '.join(data.class_names)}: give the data of that run"
         )
     real, labels = data.train_images, data.train_labels
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))  # of all classes
     sets = {f"real-{few}": (real[order[:few]], labels[order[:few]]) for few in FEW}
-    sets |= {"real": (real, labels), "reconstructions": (reconstruct(pair, real), labels)}
+    sets |= {"real": (real, labels), "reconstructions": (reconstruct(pipeline, real), labels)}
     for guidance in GUIDANCE:
-        sets[f"guidance-{guidance:g}"] = (write(pair, labels, guidance), labels)
+        sets[f"guidance-{guidance:g}"] = (write(pipeline, labels, guidance), labels)
     samples, _ = sets[f"guidance-{GUIDANCE[-1]:g}"]
     sets["both"] = (torch.cat([real, samples]), torch.cat([labels, labels]))
 
     models = {}
     for name, (images, names) in sets.items():
         classifier = train_classifier(
-            Batches(images, CLASSIFIER_BATCH_SIZE, labels=names),
+            TrainLoader(images, CLASSIFIER_BATCH_SIZE, labels=names),
             num_classes=len(data.class_names),
             width=WIDTH,
             epochs=IMAGES_SEEN // len(images),
@@ -86,22 +86,24 @@ def main(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def reconstruct(pair: Pair, images: Tensor) -> Tensor:
+def reconstruct(pipeline: Pipeline, images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) -> what is left of them after the tokenizer, in the same form."""
-    batches = tqdm(list(batches_in_order(images, AT_ONCE)), desc="reconstructions")
-    return torch.cat([to_uint8(pair.tokenizer(x).reconstruction) for x in batches])
+    batches = tqdm(list(eval_batches(images, AT_ONCE)), desc="reconstructions")
+    return torch.cat([to_uint8(pipeline.tokenizer(x).reconstruction) for x in batches])
 
 
 @torch.no_grad()
-def write(pair: Pair, labels: Tensor, guidance: float) -> Tensor:
+def write(pipeline: Pipeline, labels: Tensor, guidance: float) -> Tensor:
     """One sample for each label, uint8 (N, 3, H, W)."""
-    path = SAMPLES / f"{fingerprint(pair.transformer)[:8]}-guidance-{guidance:g}.pt"
+    path = SAMPLES / f"{fingerprint(pipeline.transformer)[:8]}-guidance-{guidance:g}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)["images"]
     generator, images = torch.Generator().manual_seed(0), []
     for classes in tqdm(labels.split(AT_ONCE), desc=f"samples, guidance {guidance:g}"):
-        tokens = pair.transformer.sample(classes[:, None], guidance=guidance, generator=generator)
-        images.append(to_uint8(pair.tokenizer.decode_tokens(tokens)))
+        tokens = pipeline.transformer.sample(
+            classes[:, None], guidance=guidance, generator=generator
+        )
+        images.append(to_uint8(pipeline.tokenizer.decode_tokens(tokens)))
     save_plain(path, {"images": torch.cat(images)})
     return torch.cat(images)
 

@@ -22,16 +22,16 @@ from torch import Tensor
 
 from vqgan import figures
 from vqgan.arguments import run_script
-from vqgan.data import batches_in_order, load_dataset
+from vqgan.data import eval_batches, load_dataset
 from vqgan.images import from_uint8, to_unit
 from vqgan.metrics import nats_to_bits
 from vqgan.pretrained import load_model
 from vqgan.training import Stopwatch
-from vqgan.vae import VAE, reparameterise
+from vqgan.vae import VAE, reparameterize
 
 OUT = results_of(__file__)
 RUNS = {"study-fixed": "VAE, squared error", "study": "VAE, optimal scale"}
-PICTURES = (1, 4, 5, 7, 8, 9)  # test images
+TRANSFORMS = (1, 4, 5, 7, 8, 9)  # test images
 AT_ONCE = 500
 STAR = 10  # test image of the drawn shapes: a yellow star on red
 SHIFT = 3  # pixels that the star may be moved, in each direction
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     shapes = load_dataset("shapes")
     average = draw_average(shapes.test_images[STAR])
     data = load_dataset(args.data)
-    x = from_uint8(data.test_images[list(PICTURES)])
+    x = from_uint8(data.test_images[list(TRANSFORMS)])
     rows, bits, models = [("original", to_unit(x))], {}, {}
     for folder, title in RUNS.items():
         model = load_model(args.runs / folder / "vae" / "checkpoint.pt")
@@ -54,7 +54,7 @@ def main(args: argparse.Namespace) -> None:
         mean, log_var = model.encode(x)
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
         label = f"{bits[title].sum():.0f} bits"
-        sampled = model.decode(reparameterise(mean, log_var, noise))
+        sampled = model.decode(reparameterize(mean, log_var, noise))
         rows.append((f"{label},\nmean latent", to_unit(model.decode(mean))))
         rows.append((f"{label},\nsampled latent", to_unit(sampled)))
         models[folder] = {
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
 def bits_by_dimension(model: VAE, images: Tensor) -> Tensor:
     """Mean over images of the KL of each latent dimension, in bits: (Z,). See vae.kl_divergence."""
     total = torch.zeros(model.latent_dim, dtype=torch.float64)
-    for x in batches_in_order(images, AT_ONCE):
+    for x in eval_batches(images, AT_ONCE):
         mean, log_var = (part.double() for part in model.encode(x))
         total += -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum(dim=0)
     return nats_to_bits(total / len(images))
@@ -134,11 +134,11 @@ def draw_average(image: Tensor) -> dict:
 def draw_dimensions(bits: dict[str, Tensor]) -> None:
     figure = Figure(figsize=(7.6, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    for colour, (title, values) in zip(figures.COLOURS[1::-1], bits.items(), strict=True):
+    for color, (title, values) in zip(figures.COLORS[1::-1], bits.items(), strict=True):
         used = int((values > USED_ABOVE).sum())
         label = f"{title}: {values.sum():.0f} bits, {used} dimensions used"
         values = values.sort(descending=True).values
-        axes.plot(range(1, len(values) + 1), values, color=colour, label=label)
+        axes.plot(range(1, len(values) + 1), values, color=color, label=label)
     axes.set_xlabel("dimension of the latent, from the one with the most bits")
     axes.set_ylabel("bits an image")
     axes.set_ylim(bottom=0)

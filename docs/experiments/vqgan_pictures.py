@@ -29,7 +29,7 @@ from vqgan.data import load_dataset
 from vqgan.discriminator import PatchDiscriminator, receptive_field
 from vqgan.figures import DOTS_PER_INCH
 from vqgan.images import from_uint8, to_unit
-from vqgan.metrics import normalised_mse
+from vqgan.metrics import normalized_mse
 from vqgan.perceptual import ClassifierDistance
 from vqgan.pretrained import load_model
 from vqgan.training import Stopwatch
@@ -58,24 +58,24 @@ def main(args: argparse.Namespace) -> None:
     draw_close_up(x, {title: model(x).reconstruction for title, model in models.items()})
 
     classifier, accuracy = load_classifier(args.runs / "objectives" / "classifier.pt", CPU)
-    yardstick, _ = load_classifier(args.runs / "objectives" / "yardstick.pt", CPU)
+    eval_classifier, _ = load_classifier(args.runs / "objectives" / "eval_classifier.pt", CPU)
     distance = ClassifierDistance(classifier)
     variance = read_metrics(args.runs / "objectives")["data"]["variance"]
     labels, distances = data.test_labels[:NUM_MEASURED], {}
     x = from_uint8(images)
     for title, y in spoil(x).items():
-        right = [yardstick(part).argmax(dim=1) for part in y.split(500)]
+        right = [eval_classifier(part).argmax(dim=1) for part in y.split(500)]
         apart = [distance(a, b) for a, b in zip(x.split(500), y.split(500), strict=True)]
         distances[title] = {
-            "nmse": normalised_mse(x, y, variance).mean().item(),
+            "nmse": normalized_mse(x, y, variance).mean().item(),
             "perceptual": torch.cat(apart).mean().item(),
-            "recognised": (torch.cat(right) == labels).double().mean().item(),
+            "class_accuracy": (torch.cat(right) == labels).double().mean().item(),
         }
     draw_distances(spoil(x), distances)
 
     state = load_checkpoint(args.runs / "objectives" / "vqgan" / "checkpoint.pt")
     discriminator = PatchDiscriminator(images.shape[-1])
-    discriminator.load_state_dict(state["companions"]["discriminator"])
+    discriminator.load_state_dict(state["extra_state"]["discriminator"])
     discriminator.eval()
     judged, maps, originals = {}, {}, logits_of(discriminator, x)
     for title, model in [("original", None), *list(models.items())[:3]]:

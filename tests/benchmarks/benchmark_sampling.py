@@ -104,7 +104,7 @@ def sample_uncached(model, condition):
     return codes
 
 
-def generate(peer, condition, num_codes):
+def generate(peer, condition, seq_len):
     """transformers' own; the condition is the prompt."""
     sequences = peer.generate(
         condition,
@@ -112,11 +112,11 @@ def generate(peer, condition, num_codes):
         use_cache=True,
         do_sample=True,
         top_k=0,
-        min_new_tokens=num_codes,
-        max_new_tokens=num_codes,
+        min_new_tokens=seq_len,
+        max_new_tokens=seq_len,
         pad_token_id=0,
     )
-    assert sequences.shape == (len(condition), 1 + num_codes)
+    assert sequences.shape == (len(condition), 1 + seq_len)
 
 
 def compare(device):

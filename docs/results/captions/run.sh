@@ -6,8 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
-python train_transformer.py --tokenizer runs/shapes-captions-tokenizer/vqgan/checkpoint.pt \
-    --num-drawn 40000 --condition caption --epochs 10 --n-layer 4 --n-head 6 --n-embd 192 \
+python train_transformer.py --tokenizer runs/shapes-captions-tokenizer/checkpoint.pt \
+    --num-rendered 40000 --condition caption --epochs 10 --n-layer 4 --n-head 6 --n-embd 192 \
     --dropout 0 --lr 2e-3 --weight-decay 0.01 --num-samples 500 --guidance 1 2 3 \
     --out runs/captions
 python train_transformer.py --resume --epochs 17 --guidance 1 3 4 --temperature 1 0.8 \

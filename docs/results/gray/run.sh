@@ -5,6 +5,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
-python train_transformer.py --tokenizer runs/vqgan/vqgan/checkpoint.pt \
+python train_transformer.py --tokenizer runs/vqgan/checkpoint.pt \
     --condition image --condition-image gray --limit 20000 --epochs 2 --dropout 0 \
     --num-samples 1000 --out runs/gray

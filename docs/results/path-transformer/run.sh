@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
-python train_transformer.py --tokenizer runs/path-vqgan/vqgan/checkpoint.pt --num-drawn 32000 \
+python train_transformer.py --tokenizer runs/path-vqgan/checkpoint.pt --num-rendered 32000 \
     --no-flip --epochs 7 --n-layer 3 --n-head 2 --n-embd 128 --dropout 0 --lr 3e-3 \
     --weight-decay 0.01 --guidance 3 --temperature 0.8 --num-samples 500 \
     --out runs/path-transformer

@@ -4,6 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
-python train_vqgan.py --data shapes --num-drawn 32000 --epochs 2 --batch-size 32 --lr 2e-3 \
-    --perceptual-weight 1 --adversarial-start 0.85 --channels 16 --discriminator-channels 32 \
-    --num-embeddings 512 --classifier-epochs 3 --yardstick-epochs 2 --out runs/path-vqgan
+python train_vqgan.py --data shapes --num-rendered 32000 --epochs 2 --batch-size 32 --lr 2e-3 \
+    --perceptual-weight 1 --disc-start 0.85 --channels 16 --disc-channels 32 \
+    --num-embeddings 512 --classifier-epochs 3 --eval-classifier-epochs 2 --out runs/path-vqgan

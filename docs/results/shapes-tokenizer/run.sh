@@ -5,6 +5,6 @@ set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
 python train_vqgan.py --data shapes --epochs 3 --batch-size 32 --lr 2e-3 \
-    --perceptual-weight 0.2 --adversarial-start 0.5 --channels 16 --discriminator-channels 32 \
-    --num-embeddings 256 --yardstick-epochs 12 --out runs/shapes-tokenizer
+    --perceptual-weight 0.2 --disc-start 0.5 --channels 16 --disc-channels 32 \
+    --num-embeddings 256 --eval-classifier-epochs 12 --out runs/shapes-tokenizer
 python train_vqgan.py --resume --epochs 8 --out runs/shapes-tokenizer

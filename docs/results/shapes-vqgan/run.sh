@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
 python train_vqgan.py --data shapes --epochs 3 --batch-size 32 --lr 2e-3 \
-    --perceptual-weight 0.2 --adversarial-start 0.5 --channels 16 --discriminator-channels 32 \
+    --perceptual-weight 0.2 --disc-start 0.5 --channels 16 --disc-channels 32 \
     --out runs/shapes-vqgan

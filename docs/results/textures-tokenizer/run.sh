@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
 python train_vqgan.py --data textures --epochs 4 --batch-size 32 --lr 2e-3 \
-    --perceptual-weight 0.2 --adversarial-start 0.5 --channels 16 --discriminator-channels 32 \
-    --num-embeddings 512 --classifier-epochs 2 --yardstick-epochs 4 --out runs/textures-tokenizer
+    --perceptual-weight 0.2 --disc-start 0.5 --channels 16 --disc-channels 32 \
+    --num-embeddings 512 --classifier-epochs 2 --eval-classifier-epochs 4 --out runs/textures-tokenizer

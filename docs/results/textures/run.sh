@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
-python train_transformer.py --tokenizer runs/textures-tokenizer/vqgan/checkpoint.pt --epochs 8 \
+python train_transformer.py --tokenizer runs/textures-tokenizer/checkpoint.pt --epochs 8 \
     --n-layer 4 --n-head 4 --n-embd 128 --dropout 0 --lr 2e-3 --out runs/textures
 vqgan sample runs/textures/checkpoint.pt --class stripes checks --count 3 \
     --height 96 --width 96 --guidance 2 --out runs/textures/large.png

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 
-python train_transformer.py --tokenizer runs/vqgan/vqgan/checkpoint.pt --epochs 8 --dropout 0 \
+python train_transformer.py --tokenizer runs/vqgan/checkpoint.pt --epochs 8 --dropout 0 \
     --out runs/transformer
 python train_transformer.py --resume --guidance 1 2 3 --top-k 1024 100 --out runs/transformer
 vqgan sample runs/transformer/checkpoint.pt --guidance 2 --count 7 \
