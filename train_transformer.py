@@ -190,11 +190,8 @@ def main(args: argparse.Namespace) -> None:
         "seq_len": math.prod(grid),
         "condition_vocabulary": condition.vocabulary,
         "condition_length": condition.length,
-        "n_layer": args.n_layer,
-        "n_head": args.n_head,
-        "n_embd": args.n_embd,
-        "dropout": args.dropout,
     }
+    model_args |= {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "dropout")}
     with user_input(), torch.device("meta"):  # sizes that do not fit raise here
         GPT(**model_args)
     save_model(run.out / "tokenizer.pt", tokenizer_state)  # decodes the samples later

@@ -4,16 +4,24 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from commands import CLASSES, K, save_pair
 from PIL import Image
 
+from vqgan.conditions import (
+    NO_CONDITION,
+    caption_condition,
+    class_condition,
+    image_condition,
+)
 from vqgan.data import load_dataset
-from vqgan.shapes import draw_shapes
+from vqgan.shapes import render_shapes
+from vqgan.transformer import GPT
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shapes_drawn_once():
     """Runs in this process share the drawn shapes, which take seconds to draw."""
-    with mock.patch("vqgan.data.draw_shapes", functools.cache(draw_shapes)):
+    with mock.patch("vqgan.data.render_shapes", functools.cache(render_shapes)):
         yield
 
 
@@ -44,3 +52,57 @@ def image_folder(tmp_path):
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+# --- of the command ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(tmp_path, shape_images):
+    """Three image files, one of them of another size."""
+    paths = []
+    for i in range(3):
+        pixels = (255 * shape_images[i].permute(1, 2, 0)).byte().numpy()
+        image = Image.fromarray(pixels)
+        paths.append(tmp_path / f"{i}.png")
+        (image.resize((80, 40)) if i == 2 else image).save(paths[-1])
+    return paths
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory, shapes):
+    """A folder with a pair for each kind of condition."""
+    folder = tmp_path_factory.mktemp("pairs")
+    conditions = {
+        "none": NO_CONDITION,
+        "class": class_condition(CLASSES),
+        "caption": caption_condition(shapes.train_captions[:200]),
+        "image": image_condition("gray", K, 16),
+    }
+    for kind, condition in conditions.items():
+        save_pair(folder / kind, condition, shapes.train_images[:64])
+    save_pair(folder / "undropped", conditions["class"], shapes.train_images[:64], 0.0)
+    return folder
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """The rows of the pictures that are to be drawn, and drawing is left out."""
+    drawn = []
+    monkeypatch.setattr(
+        "vqgan.figures.image_rows", lambda path, rows, *, title: drawn.append((rows, title))
+    )
+    return drawn
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Keyword arguments (and the condition's tokens) of every call of `GPT.sample`."""
+    calls, sample = [], GPT.sample
+
+    def remember(self, condition, **settings):
+        calls.append(settings | {"condition": condition})
+        return sample(self, condition, **settings)
+
+    monkeypatch.setattr(GPT, "sample", remember)
+    return calls

@@ -15,7 +15,7 @@ def run_in_process(script, out, *flags):
     """The script, in this process; returns its run folder."""
     argv = [f"{script.__name__}.py", "--out", str(out), *map(str, flags)]
     with mock.patch.object(sys, "argv", argv):
-        run_script(script.main)
+        run_script(script.parse, script.main)
     return out
 
 

@@ -6,7 +6,7 @@ import torch
 from vqgan.conditions import (
     NO_CONDITION,
     PADDING,
-    PICTURES,
+    TRANSFORMS,
     Condition,
     caption_condition,
     class_condition,
@@ -29,17 +29,17 @@ def pictures():
 
 def test_a_class_is_its_place_among_the_names():
     condition = class_condition(("cat", "dog", "eel"))
-    assert condition.of_classes(["eel", "cat", "eel"]).tolist() == [[2], [0], [2]]
+    assert condition.encode_classes(["eel", "cat", "eel"]).tolist() == [[2], [0], [2]]
     assert (condition.vocabulary, condition.length) == (3, 1)
 
 
 def test_an_unknown_class_is_refused_and_the_known_are_listed():
     with pytest.raises(InputError, match="'wolf'.*cat, dog, eel"):
-        class_condition(("cat", "dog", "eel")).of_classes(["cat", "wolf"])
+        class_condition(("cat", "dog", "eel")).encode_classes(["cat", "wolf"])
 
 
 def test_nothing_is_one_token_which_is_in_its_vocabulary():
-    assert NO_CONDITION.of_nothing(3).tolist() == [[0], [0], [0]]
+    assert NO_CONDITION.start_tokens(3).tolist() == [[0], [0], [0]]
     assert (NO_CONDITION.vocabulary, NO_CONDITION.length) == (1, 1)
 
 
@@ -50,35 +50,35 @@ def test_the_vocabulary_of_captions_is_their_words_in_order():
 
 
 def test_captions_become_words_whatever_their_case_padded_at_the_end():
-    tokens = caption_condition(CAPTIONS).of_captions(["red STAR on Blue", " heart "])
+    tokens = caption_condition(CAPTIONS).encode_captions(["red STAR on Blue", " heart "])
     assert tokens.tolist() == [[4, 6, 3, 1, 0], [2, 0, 0, 0, 0]]
     assert tokens.dtype == torch.int64
 
 
 def test_unknown_words_are_named_and_the_known_are_listed():
-    with pytest.raises(InputError, match="know moon, green; it knows blue, heart, on, red,"):
-        caption_condition(CAPTIONS).of_captions(["heart", "red moon on green"])
+    with pytest.raises(InputError, match="'moon'.*blue, heart, on, red,"):
+        caption_condition(CAPTIONS).encode_captions(["heart", "red moon on green"])
 
 
 @pytest.mark.parametrize("caption", ["", "  ", "small small blue heart on red"])
 def test_empty_and_too_long_captions_are_refused(caption):
     words = len(caption.split())
-    with pytest.raises(InputError, match=f"has {words} words.*reads 1 to 5"):
-        caption_condition(CAPTIONS).of_captions([caption])
+    with pytest.raises(InputError, match=f"1 to 5 words, not {words}"):
+        caption_condition(CAPTIONS).encode_captions([caption])
 
 
 def test_the_tokens_of_every_drawn_caption_say_its_words(shapes):
     condition = caption_condition(shapes.train_captions)
     assert (condition.vocabulary, condition.length) == (1 + 3 + 8 + 10 + 1, 5)  # "on", padding
     captions = shapes.train_captions + shapes.test_captions
-    tokens = condition.of_captions(captions)
+    tokens = condition.encode_captions(captions)
     read = [" ".join(condition.names[token] for token in row) for row in tokens.tolist()]
     assert read == captions
 
 
-def test_an_image_condition_is_as_long_as_its_grid():
-    condition = image_condition("edges", 512, (8, 4))
-    assert (condition.vocabulary, condition.length, condition.picture) == (512, 32, "edges")
+def test_an_image_condition_is_as_long_as_its_tokens():
+    condition = image_condition("edges", 512, 32)
+    assert (condition.vocabulary, condition.length, condition.transform) == (512, 32, "edges")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_an_image_condition_is_as_long_as_its_grid():
         NO_CONDITION,
         class_condition(("cat", "dog")),
         caption_condition(CAPTIONS),
-        image_condition("gray", 16, (2, 3)),
+        image_condition("gray", 16, 6),
     ],
     ids=lambda condition: condition.kind,
 )
@@ -101,9 +101,9 @@ def test_a_condition_survives_json_and_a_checkpoint(condition, tmp_path):
 # --- pictures of pictures ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PICTURES)
+@pytest.mark.parametrize("name", TRANSFORMS)
 def test_a_picture_keeps_its_shape_and_range_and_is_mirrored_with_its_image(name):
-    x, picture = pictures(), PICTURES[name]
+    x, picture = pictures(), TRANSFORMS[name]
     made = picture(x)
     assert made.shape == x.shape and made.min() >= -1 and made.max() <= 1
     assert torch.allclose(picture(x.flip(3)), made.flip(3), atol=1e-6)
@@ -120,8 +120,8 @@ def test_gray_weighs_the_colours_as_bt_601():
 
 
 def test_a_flat_picture_has_no_edges():
-    colour = torch.tensor([0.9, -0.4, 0.1]).view(1, 3, 1, 1)
-    assert torch.allclose(edges(colour.expand(2, 3, 16, 16)), torch.ones(()), atol=1e-5)
+    color = torch.tensor([0.9, -0.4, 0.1]).view(1, 3, 1, 1)
+    assert torch.allclose(edges(color.expand(2, 3, 16, 16)), torch.ones(()), atol=1e-5)
 
 
 @pytest.mark.parametrize(("step", "drawn"), [(2.0, -1), (1.0, -1), (0.5, 0), (0.25, 0.5)])

@@ -14,8 +14,8 @@ def pixels_of(path):
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def has_colour(pixels, colour, tolerance=3):
-    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+def has_colour(pixels, color, tolerance=3):
+    wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
     return (np.abs(pixels.astype(int) - wanted).max(axis=-1) <= tolerance).any()
 
 
@@ -50,28 +50,23 @@ def test_curves_are_drawn_in_their_colours(tmp_path):
         title="",
     )
     pixels = pixels_of(tmp_path / "a.png")
-    assert all(has_colour(pixels, colour) for colour in figures.COLOURS[:3])
+    assert all(has_colour(pixels, color) for color in figures.COLORS[:3])
 
     results = {"VAE": {16: 0.5, 64: 0.6}, "VQ-VAE": {16: 0.8, 64: 0.85}}
     figures.metric_by_batch_size(tmp_path / "b.png", results, ylabel="SSIM", title="")
-    assert all(has_colour(pixels_of(tmp_path / "b.png"), c) for c in figures.COLOURS[:2])
+    assert all(has_colour(pixels_of(tmp_path / "b.png"), c) for c in figures.COLORS[:2])
 
     figures.codebook_usage(tmp_path / "c.png", {"VQ-VAE": torch.arange(10)}, title="")
-    assert has_colour(pixels_of(tmp_path / "c.png"), figures.COLOURS[0])
-
-    point = {"nmse": 0.1, "ssim": 0.8, "label": "K = 8"}
-    curves = {n: [point | {"bits_per_image": b} for b in (9, 99)] for n in ("VAE", "JPEG")}
-    figures.rate_distortion(tmp_path / "d.png", curves, title="")
-    assert all(has_colour(pixels_of(tmp_path / "d.png"), c) for c in figures.COLOURS[:2])
+    assert has_colour(pixels_of(tmp_path / "c.png"), figures.COLORS[0])
 
 
 def test_what_codes_cost_is_drawn_over_its_baselines(tmp_path, monkeypatch):
-    saved, save = [], figures._save
-    monkeypatch.setattr(figures, "_save", lambda *args: (saved.append(args[0]), save(*args)))
+    saved, save = [], figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda *args: (saved.append(args[0]), save(*args)))
     rows = [{"step": i, "epoch": i / 5, "loss": 3 - i / 20, "lr": 0.1} for i in range(1, 21)]
     validation = [{"epoch": i, "loss": 3.1 - i / 5} for i in range(1, 5)]
-    baselines = {"uniform": 4.1, "single": 3.6, "left": 3.25}
-    figures.code_losses(tmp_path / "a.png", rows, validation, baselines, title="What codes cost")
+    baselines = {"uniform": 4.1, "unigram": 3.6, "bigram": 3.25}
+    figures.token_losses(tmp_path / "a.png", rows, validation, baselines, title="What codes cost")
 
     (axes,) = saved[0].axes
     lines = {line.get_label(): line for line in axes.lines}
@@ -79,13 +74,26 @@ def test_what_codes_cost_is_drawn_over_its_baselines(tmp_path, monkeypatch):
         assert lines[name].get_xdata().tolist() == [point["epoch"] for point in points]
         assert lines[name].get_ydata().tolist() == [point["loss"] for point in points]
         assert lines[name].get_linestyle() == "-"
-    for name, level in (("uniform: 4.10", 4.1), ("single: 3.60", 3.6), ("left: 3.25", 3.25)):
+    for name, level in (("uniform: 4.10", 4.1), ("unigram: 3.60", 3.6), ("bigram: 3.25", 3.25)):
         assert set(lines[name].get_ydata()) == {level} and lines[name].get_linestyle() == "--"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == list(lines)
-    assert len(lines) == 5 and axes.get_ylabel() == "nats a code"
+    assert len(lines) == 5 and axes.get_ylabel() == "nats per token"
     pixels = pixels_of(tmp_path / "a.png")
-    assert [line.get_color() for line in lines.values()] == list(figures.COLOURS[:5])
-    assert all(has_colour(pixels, colour) for colour in figures.COLOURS[:2])  # dashes are too thin
+    assert [line.get_color() for line in lines.values()] == list(figures.COLORS[:5])
+    assert all(has_colour(pixels, color) for color in figures.COLORS[:2])  # dashes are too thin
+
+
+def test_the_adversarial_game_is_drawn_from_where_it_starts(tmp_path, monkeypatch):
+    saved, save = [], figures.save_figure
+    monkeypatch.setattr(figures, "save_figure", lambda *args: (saved.append(args[0]), save(*args)))
+    terms = ("reconstruction", "perceptual", "real", "fake", "lambda")
+    rows = [{"step": i, "epoch": i / 4} | dict.fromkeys(terms, i) for i in range(1, 13)]
+    figures.adversarial(tmp_path / "a.png", rows, 1.0, 2.0, title="The game")
+    lines = {line.get_label(): line for axes in saved[0].axes for line in axes.lines}
+    for term, start in zip(terms, (0, 0, 1.0, 1.0, 2.0), strict=True):
+        epochs = lines[term].get_xdata().tolist()
+        assert epochs == [row["epoch"] for row in rows if row["epoch"] > start], term
+    assert all(has_colour(pixels_of(tmp_path / "a.png"), c) for c in figures.COLORS[:2])
 
 
 @pytest.mark.parametrize("bad", [torch.rand(2, 3, 8, 8) - 0.5, torch.rand(2, 1, 8, 8)])

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vqgan import loading
-from vqgan.checkpoint import fingerprint, load_checkpoint, save_checkpoint, save_model, save_plain
+from vqgan import pretrained
+from vqgan.checkpoint import fingerprint, save_checkpoint
 from vqgan.conditions import class_condition
-from vqgan.data import Batches
+from vqgan.data import TrainLoader
 from vqgan.errors import InputError
 from vqgan.images import from_uint8
-from vqgan.pretrained import SHIPPED, load_model, load_pair, load_tokenizer, read_checkpoint
+from vqgan.pretrained import PRETRAINED, load_model, load_pipeline, load_tokenizer, read_checkpoint
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
 from vqgan.vqgan import VQGAN
@@ -25,7 +25,7 @@ ARGUMENTS = {
     VQGAN: {"channels": 8, "num_embeddings": 16},
     GPT: {
         "num_embeddings": 16,
-        "grid_size": [8, 8],
+        "seq_len": 64,
         "condition_vocabulary": 2,
         "condition_length": 1,
         "n_layer": 1,
@@ -36,38 +36,29 @@ ARGUMENTS = {
 ABOUT = {"data": "textures", "image_size": 32, "command": "python train_vqvae.py --data textures"}
 
 
-def save(path, kind, *, about=None, seed=0):
+def save(path, kind, *, metadata=None, seed=0):
     """A checkpoint of a small model, untrained."""
     torch.manual_seed(seed)
     model = kind(**ARGUMENTS[kind])
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     save_checkpoint(
-        path, model=model, arguments=ARGUMENTS[kind], optimizers={}, batches=Batches(images, 2),
-        step=0, seconds=0.0, about=about,
+        path, model=model, model_args=ARGUMENTS[kind], optimizers={},
+        batches=TrainLoader(images, 2), step=0, seconds=0.0, metadata=metadata,
     )  # fmt: skip
     return model.eval()
 
 
-def save_old(path, kind):
-    """A checkpoint as they were before they said what they are about."""
-    model = save(path, kind)
-    state = load_checkpoint(path)
-    del state["about"]
-    save_plain(path, state)
-    return model
-
-
 def save_pair(folder):
     """A transformer's run: its checkpoint, and its tokenizer beside it."""
-    tokenizer = save(folder / "tokenizer.pt", VQVAE, about=ABOUT)
-    about = ABOUT | {
+    tokenizer = save(folder / "tokenizer.pt", VQVAE, metadata=ABOUT)
+    metadata = ABOUT | {
         "image_size": 24,  # not the tokenizer's
         "condition": CONDITION.to_dict(),
         "condition_drop": 0.1,
         "tokenizer": "runs/vqvae/checkpoint.pt",
         "tokenizer_fingerprint": fingerprint(tokenizer),
     }
-    return save(folder / "checkpoint.pt", GPT, about=about), tokenizer
+    return save(folder / "checkpoint.pt", GPT, metadata=metadata), tokenizer
 
 
 def same_weights(a, b):
@@ -77,34 +68,33 @@ def same_weights(a, b):
     )
 
 
-# --- fingerprints --------------------------------------------------------------------------------
+# --- models --------------------------------------------------------------------------------------
 
 
-def test_the_same_weights_have_one_fingerprint_whichever_file_they_come_from(tmp_path):
-    model = save(tmp_path / "a.pt", VQVAE)
-    save_model(tmp_path / "b.pt", load_checkpoint(tmp_path / "a.pt"))
-    expected = fingerprint(model)
-    assert len(expected) == 64 and int(expected, 16) > 0
-    assert fingerprint(load_model(tmp_path / "a.pt")) == expected
-    assert fingerprint(load_model(tmp_path / "b.pt")) == expected
-    assert fingerprint(model.to(memory_format=torch.channels_last)) == expected
+@pytest.mark.parametrize("kind", [VAE, VQVAE, VQGAN])
+def test_a_loaded_model_is_the_saved_one(tmp_path, kind, shape_images):
+    model = save(tmp_path / "c.pt", kind)
+    loaded = load_model(tmp_path / "c.pt")
+    x = shape_images * 2 - 1
+    assert torch.equal(loaded(x).reconstruction, model(x).reconstruction)
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert loaded.image_size == 32
 
 
-@pytest.mark.parametrize("part", ["encoder", "quantizer", "decoder"])
-def test_one_changed_weight_changes_the_fingerprint(part):
-    model = VQVAE(**ARGUMENTS[VQVAE])
-    before = fingerprint(model)
-    tensors = [t for t in getattr(model, part).state_dict().values() if torch.is_tensor(t)]
-    weight = tensors[-1].view(-1)  # of the model itself, no copy
-    weight[-1] += 1
-    assert fingerprint(model) != before
-    weight[-1] -= 1
-
-
-def test_weights_under_another_name_have_another_fingerprint():
-    layer = torch.nn.Linear(2, 2)
-    a, b = (torch.nn.ModuleDict({name: layer}) for name in ("encoder", "decoder"))
-    assert fingerprint(a) != fingerprint(b)
+def test_checkpoints_of_something_else_are_named(tmp_path):
+    save(tmp_path / "c.pt", VQVAE)
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    torch.save(state | {"model": "Diffusion"}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="'Diffusion'.*VQGAN"):
+        load_model(tmp_path / "other.pt")
+    for model_args, expected in (
+        ({"depth": 3}, "depth"),
+        (state["model_args"] | {"num_downsamples": 0}, "num_downsamples"),
+        (state["model_args"] | {"num_hiddens": 16}, "encoder.0.weight"),
+    ):
+        torch.save(state | {"model_args": model_args}, tmp_path / "other_args.pt")
+        with pytest.raises(InputError, match=f"other_args.pt does not fit VQVAE.*{expected}"):
+            load_model(tmp_path / "other_args.pt")
 
 
 # --- pairs ---------------------------------------------------------------------------------------
@@ -112,10 +102,12 @@ def test_weights_under_another_name_have_another_fingerprint():
 
 def test_a_pair_is_the_transformer_and_the_tokenizer_beside_it(tmp_path):
     transformer, tokenizer = save_pair(tmp_path)
-    pair = load_pair(tmp_path / "checkpoint.pt")
-    assert same_weights(pair.transformer, transformer) and same_weights(pair.tokenizer, tokenizer)
-    assert pair.condition == CONDITION and pair.image_size == 24
-    for model in (pair.transformer, pair.tokenizer):
+    pipeline = load_pipeline(tmp_path / "checkpoint.pt")
+    assert same_weights(pipeline.transformer, transformer) and same_weights(
+        pipeline.tokenizer, tokenizer
+    )
+    assert pipeline.condition == CONDITION and pipeline.tokenizer.image_size == 24
+    for model in (pipeline.transformer, pipeline.tokenizer):
         assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
@@ -123,48 +115,45 @@ def test_a_missing_tokenizer_is_refused_where_it_was_expected_and_where_it_came_
     save_pair(tmp_path)
     (tmp_path / "tokenizer.pt").unlink()
     with pytest.raises(InputError) as error:
-        load_pair(tmp_path / "checkpoint.pt")
-    for part in (str(tmp_path / "tokenizer.pt"), "copy runs/vqvae/checkpoint.pt"):
+        load_pipeline(tmp_path / "checkpoint.pt")
+    for part in (str(tmp_path / "tokenizer.pt"), "runs/vqvae/checkpoint.pt"):
         assert part in str(error.value)
 
 
 def test_a_tokenizer_is_taken_from_where_it_is_said_to_be(tmp_path):
     _, tokenizer = save_pair(tmp_path)
     (tmp_path / "tokenizer.pt").rename(tmp_path / "moved.pt")
-    pair = load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "moved.pt")
-    assert same_weights(pair.tokenizer, tokenizer)
+    pipeline = load_pipeline(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "moved.pt")
+    assert same_weights(pipeline.tokenizer, tokenizer)
     save(tmp_path / "tokenizer.pt", VQVAE, seed=1)  # another one beside it is not looked at
-    pair = load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "moved.pt")
-    assert same_weights(pair.tokenizer, tokenizer)
+    pipeline = load_pipeline(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "moved.pt")
+    assert same_weights(pipeline.tokenizer, tokenizer)
 
 
 def test_another_tokenizer_is_refused(tmp_path):
     save_pair(tmp_path)
     save(tmp_path / "other.pt", VQVAE, seed=1)
-    with pytest.raises(InputError, match="other.pt is not the tokenizer.*runs/vqvae/checkpoint"):
-        load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "other.pt")
+    with pytest.raises(InputError, match="other.pt is not the tokenizer.*runs/vqvae/checkpoint.pt"):
+        load_pipeline(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "other.pt")
     (tmp_path / "other.pt").replace(tmp_path / "tokenizer.pt")
     with pytest.raises(InputError, match="tokenizer.pt is not the tokenizer"):
-        load_pair(tmp_path / "checkpoint.pt")
+        load_pipeline(tmp_path / "checkpoint.pt")
 
 
 def test_a_tokenizer_is_no_transformer(tmp_path):
     save_pair(tmp_path)
-    with pytest.raises(InputError, match="of a VQVAE, and a transformer was expected"):
-        load_pair(tmp_path / "tokenizer.pt")
-    save_old(tmp_path / "tokenizer.pt", VQVAE)
-    with pytest.raises(InputError, match="of a VQVAE, and a transformer was expected"):
-        load_pair(tmp_path / "tokenizer.pt")
+    with pytest.raises(InputError, match="of a VQVAE, not a transformer"):
+        load_pipeline(tmp_path / "tokenizer.pt")
 
 
 @pytest.mark.parametrize("kind", [VAE, GPT])
 def test_a_model_without_codes_of_pictures_is_no_tokenizer(tmp_path, kind):
     save_pair(tmp_path)
     save(tmp_path / "c.pt", kind)
-    with pytest.raises(InputError, match=f"of a {kind.__name__}, and a tokenizer was expected"):
+    with pytest.raises(InputError, match=f"of a {kind.__name__}, not a tokenizer"):
         load_tokenizer(tmp_path / "c.pt")
-    with pytest.raises(InputError, match=f"of a {kind.__name__}, and a tokenizer was expected"):
-        load_pair(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "c.pt")
+    with pytest.raises(InputError, match=f"of a {kind.__name__}, not a tokenizer"):
+        load_pipeline(tmp_path / "checkpoint.pt", tokenizer=tmp_path / "c.pt")
 
 
 # --- tokenizers ----------------------------------------------------------------------------------
@@ -172,33 +161,11 @@ def test_a_model_without_codes_of_pictures_is_no_tokenizer(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", [VQVAE, VQGAN])
 def test_a_tokenizer_says_what_it_was_trained_on(tmp_path, kind):
-    model = save(tmp_path / "c.pt", kind, about=ABOUT)
+    model = save(tmp_path / "c.pt", kind, metadata=ABOUT)
     (tmp_path / "config.json").write_text(json.dumps(ABOUT | {"data": "cifar10"}))  # not asked
     loaded, state = load_tokenizer(tmp_path / "c.pt")
     assert type(loaded) is kind and same_weights(loaded, model)
-    assert state["about"] == ABOUT
-
-
-@pytest.mark.parametrize("folder", [".", "vqvae"], ids=["beside it", "above it"])
-def test_for_an_old_tokenizer_the_config_of_its_run_says_it(tmp_path, folder):
-    path = tmp_path / folder / "checkpoint.pt"
-    save_old(path, VQVAE)
-    (tmp_path / "config.json").write_text(json.dumps(ABOUT | {"lr": 0.1}))
-    assert load_tokenizer(path)[1]["about"] == ABOUT
-
-
-@pytest.mark.parametrize("config", [None, "{", "[]", "{}"])
-def test_an_old_tokenizer_without_a_config_says_nothing(tmp_path, config):
-    save_old(tmp_path / "a" / "b" / "c.pt", VQVAE)
-    if config is not None:
-        (tmp_path / "a" / "b" / "config.json").write_text(config)
-    assert load_tokenizer(tmp_path / "a" / "b" / "c.pt")[1]["about"] == {}
-
-
-def test_an_old_tokenizer_can_be_saved_as_a_model(tmp_path):
-    model = save_old(tmp_path / "old.pt", VQVAE)
-    save_model(tmp_path / "m.pt", load_checkpoint(tmp_path / "old.pt"))
-    assert same_weights(load_tokenizer(tmp_path / "m.pt")[0], model)
+    assert state["metadata"] == ABOUT
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -208,10 +175,14 @@ def test_a_name_is_the_model_that_comes_with_the_package_unless_a_file_has_it(
     tmp_path, monkeypatch
 ):
     packaged, tokenizer = save_pair(tmp_path / "package")
-    monkeypatch.setattr(loading, "SHIPPED", {"shapes": tmp_path / "package" / "checkpoint.pt"})
+    monkeypatch.setattr(
+        pretrained, "PRETRAINED", {"shapes": tmp_path / "package" / "checkpoint.pt"}
+    )
     monkeypatch.chdir(tmp_path)
-    pair = load_pair("shapes")
-    assert same_weights(pair.transformer, packaged) and same_weights(pair.tokenizer, tokenizer)
+    pipeline = load_pipeline("shapes")
+    assert same_weights(pipeline.transformer, packaged) and same_weights(
+        pipeline.tokenizer, tokenizer
+    )
     (tmp_path / "shapes").mkdir()  # a folder of images, say
     assert same_weights(load_model("shapes"), packaged)
     (tmp_path / "shapes").rmdir()
@@ -224,21 +195,22 @@ def test_a_name_is_the_model_that_comes_with_the_package_unless_a_file_has_it(
 # --- the pair that comes with the package --------------------------------------------------------
 
 
-def test_the_shipped_pair_is_small_and_the_readme_has_its_commands():
-    path = SHIPPED["shapes"]
-    files = [path, path.with_name("tokenizer.pt")]
-    assert sum(file.stat().st_size for file in files) <= 5e6
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    for file in files:
-        for command in read_checkpoint(file)["about"]["command"].split(" && "):
-            assert command in readme
+def test_the_shipped_pair_is_small_and_its_commands_stand_beside_what_they_wrote():
+    results = Path(__file__).parents[1] / "docs" / "results"
+    files = {"transformer": PRETRAINED["shapes"]}
+    files["tokenizer"] = PRETRAINED["shapes"].with_name("tokenizer.pt")
+    assert sum(file.stat().st_size for file in files.values()) <= 5e6
+    for folder, file in files.items():
+        script = " ".join((results / f"shapes-{folder}" / "run.sh").read_text().split())
+        for command in read_checkpoint(file)["metadata"]["command"].split(" && "):
+            assert command in script.replace("\\ ", "")
 
 
 def test_the_shipped_pair_is_as_good_as_it_was_before_it_was_rounded(shapes):
-    pair = load_pair("shapes")
+    pipeline = load_pipeline("shapes")
     tokens = shapes.test_labels[:500, None]
-    indices = pair.tokenizer.encode(from_uint8(shapes.test_images[:500])).indices
-    loss = pair.transformer.loss(tokens, indices.flatten(1)).item()
-    measured = read_checkpoint("shapes")["about"]["result"]["nats_per_code"]
+    indices = pipeline.tokenizer.encode(from_uint8(shapes.test_images[:500])).indices
+    loss = pipeline.transformer.loss(tokens, indices.flatten(1)).item()
+    measured = read_checkpoint("shapes")["metadata"]["result"]["nats_per_token"]
     assert loss == pytest.approx(measured, abs=0.05)
-    assert pair.condition.names == shapes.class_names
+    assert pipeline.condition.names == shapes.class_names

@@ -7,14 +7,20 @@ import torch.nn.functional as F
 from vector_quantize_pytorch import VectorQuantize
 
 from vqgan import quantizer as quantizer_module
-from vqgan.quantizer import EMAVectorQuantizer, VectorQuantizer, nearest_codes, straight_through
+from vqgan.quantizer import (
+    EMAVectorQuantizer,
+    VectorQuantizer,
+    make_quantizer,
+    nearest_indices,
+    straight_through,
+)
 
 BOTH = pytest.mark.parametrize("kind", [VectorQuantizer, EMAVectorQuantizer])
 
 
 def make(kind, K=16, D=4, **kwargs):
     """A quantizer whose codes are far apart, and do not start from data."""
-    quantizer = kind(K, D, data_start=False, **kwargs)
+    quantizer = kind(K, D, data_init=False, **kwargs)
     with torch.no_grad():
         quantizer.codebook.copy_(torch.randn(K, D))
     if kind is EMAVectorQuantizer:
@@ -28,9 +34,9 @@ def make(kind, K=16, D=4, **kwargs):
 def test_nearest_codes_by_brute_force(monkeypatch):
     vectors, codebook = torch.randn(300, 8), torch.randn(50, 8)
     expected = torch.cdist(vectors.double(), codebook.double()).argmin(dim=1)
-    assert torch.equal(nearest_codes(vectors, codebook), expected)
-    monkeypatch.setattr(quantizer_module, "DISTANCES_AT_ONCE_CPU", 7 * 50)  # in chunks of 7 vectors
-    assert torch.equal(nearest_codes(vectors, codebook), expected)
+    assert torch.equal(nearest_indices(vectors, codebook), expected)
+    monkeypatch.setattr(quantizer_module, "MAX_DISTANCES_CPU", 7 * 50)  # in chunks of 7 vectors
+    assert torch.equal(nearest_indices(vectors, codebook), expected)
 
 
 @BOTH
@@ -59,7 +65,7 @@ def test_half_precision_input_is_searched_in_float32(kind):
 
 LOWER_PRECISION = """
 import torch
-from vqgan.quantizer import nearest_codes
+from vqgan.quantizer import nearest_indices
 
 def precision():
     if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
@@ -74,7 +80,7 @@ def spy(*args, **kwargs):
 seen, addmm, torch.addmm = [], torch.addmm, spy
 {setting}
 before = precision()
-nearest_codes(torch.randn(40, 8), torch.randn(16, 8))
+nearest_indices(torch.randn(40, 8), torch.randn(16, 8))
 assert seen in (["highest"], [["ieee", "ieee"]]), seen  # during the search
 assert precision() == before, precision()  # and after it, what the script has set
 """
@@ -174,7 +180,9 @@ def test_no_optimizer_can_move_the_ema_codebook():
 
 
 def test_ema_update_by_hand():
-    quantizer = make(EMAVectorQuantizer, K=3, D=2, decay=0.9, epsilon=1e-2, restart_dead=False)
+    quantizer = make(
+        EMAVectorQuantizer, K=3, D=2, decay=0.9, epsilon=1e-2, restart_dead_codes=False
+    )
     counts, sums = quantizer.ema_counts.clone(), quantizer.ema_sums.clone()
     z_e = torch.randn(1, 2, 4, 4)
     indices = quantizer(z_e).indices.flatten()
@@ -191,7 +199,7 @@ def test_ema_update_by_hand():
 
 
 def test_ema_is_that_of_vector_quantize_pytorch():
-    ours = EMAVectorQuantizer(32, 8, decay=0.9, data_start=False, restart_dead=False)
+    ours = EMAVectorQuantizer(32, 8, decay=0.9, data_init=False, restart_dead_codes=False)
     theirs = VectorQuantize(dim=8, codebook_size=32, decay=0.9, accept_image_fmap=True)
     inner = theirs._codebook
     inner.embed.data.copy_(ours.codebook[None])
@@ -208,7 +216,7 @@ def test_ema_is_that_of_vector_quantize_pytorch():
 
 def test_an_unchosen_code_stays_where_it_is():
     """Without restarts, and from counts of one: no code flies away."""
-    quantizer = EMAVectorQuantizer(8, 4, data_start=False, restart_dead=False)
+    quantizer = EMAVectorQuantizer(8, 4, data_init=False, restart_dead_codes=False)
     start = quantizer.codebook.clone()
     far = 100 + torch.randn(2, 4, 4, 4)  # all of it chooses one code
     for _ in range(50):
@@ -223,7 +231,7 @@ def test_evaluation_changes_nothing(kind):
     quantizer = kind(16, 4).eval()
     before = {k: v.clone() for k, v in quantizer.state_dict().items() if torch.is_tensor(v)}
     quantizer(torch.randn(2, 4, 5, 5))
-    assert quantizer.waits_for_data
+    assert not quantizer.initialized
     for name, value in before.items():
         assert torch.equal(quantizer.state_dict()[name], value)
 
@@ -235,7 +243,7 @@ def test_evaluation_changes_nothing(kind):
 def test_codes_start_as_vectors_of_the_first_batch(kind):
     quantizer, z_e = kind(16, 4), torch.randn(2, 4, 5, 5)
     vectors = z_e.permute(0, 2, 3, 1).reshape(-1, 4)
-    quantizer.start_from(vectors)
+    quantizer.init_from_batch(vectors)
     is_code = (vectors[:, None] == quantizer.codebook).all(dim=2)  # (50, 16)
     assert (is_code.sum(dim=0) == 1).all() and is_code.sum(dim=1).max() == 1  # no replacement
 
@@ -243,8 +251,8 @@ def test_codes_start_as_vectors_of_the_first_batch(kind):
 @BOTH
 def test_fewer_vectors_than_codes_are_drawn_with_replacement_and_noise(kind):
     quantizer, vectors = kind(100, 4), torch.randn(10, 4)
-    with pytest.warns(UserWarning, match="100 codes start from 10 vectors"):
-        quantizer.start_from(vectors)
+    with pytest.warns(UserWarning, match="10 vectors for 100 codes"):
+        quantizer.init_from_batch(vectors)
     assert torch.cdist(quantizer.codebook.detach(), vectors).min(dim=1).values.max() < 0.2
     assert len(quantizer.codebook.unique(dim=0)) == 100
 
@@ -255,7 +263,7 @@ def test_the_start_happens_once_and_is_part_of_the_state(kind):
     quantizer(torch.randn(2, 4, 5, 5))
     resumed = kind(16, 4)
     resumed.load_state_dict(quantizer.state_dict())
-    assert not resumed.waits_for_data
+    assert resumed.initialized
     far = 1000 + torch.randn(2, 4, 5, 5)
     resumed(far)
     assert resumed.codebook.max() < far.min()  # moved at most: a new start would be on the data
@@ -285,12 +293,14 @@ def test_restarts_and_the_start_from_data_prevent_the_collapse():
     torch.manual_seed(0)
     data = 20 + torch.randn(4, 4, 16, 16)
     used = {}
-    for data_start in (False, True):
-        for restart_dead in (False, True):
-            quantizer = EMAVectorQuantizer(32, 4, data_start=data_start, restart_dead=restart_dead)
+    for data_init in (False, True):
+        for restart_dead_codes in (False, True):
+            quantizer = EMAVectorQuantizer(
+                32, 4, data_init=data_init, restart_dead_codes=restart_dead_codes
+            )
             for _ in range(100):
                 indices = quantizer(data + 0.1 * torch.randn_like(data)).indices
-            used[data_start, restart_dead] = len(indices.unique())
+            used[data_init, restart_dead_codes] = len(indices.unique())
     assert used[False, False] <= 3
     assert used[True, False] >= 25
     assert used[False, True] == used[True, True] == 32
@@ -303,13 +313,19 @@ def test_restarts_and_the_start_from_data_prevent_the_collapse():
 def test_indices_outside_of_the_codebook_are_refused(kind):
     quantizer = kind(16, 4)
     for bad in (-1, 16):
-        with pytest.raises(ValueError, match=f"{bad}.* 16 codes"):
+        with pytest.raises(ValueError, match=f"0 to 15.*{bad}"):
             quantizer.lookup(torch.tensor([[[0, bad]]]))
 
 
 @BOTH
 def test_shapes_that_do_not_fit_are_refused(kind):
-    with pytest.raises(ValueError, match="embedding_dim = 4"):
+    with pytest.raises(ValueError, match=r"\(B, 4, h, w\).*\(2, 5, 3, 3\)"):
         kind(16, 4)(torch.randn(2, 5, 3, 3))
-    with pytest.raises(ValueError, match="num_embeddings=0"):
-        kind(0, 4)
+
+
+@pytest.mark.parametrize("name", ["ema", "gradient"])
+def test_a_codebook_without_codes_or_dimensions_is_refused(name):
+    assert isinstance(make_quantizer(name, 1, 1), VectorQuantizer | EMAVectorQuantizer)
+    for sizes in ((0, 4), (4, 0)):
+        with pytest.raises(ValueError, match="num_embeddings.*embedding_dim.*1"):
+            make_quantizer(name, *sizes)

@@ -5,42 +5,42 @@ import pytest
 
 from vqgan.shapes import (
     CLASSES,
-    COLOURS,
+    COLORS,
     SIZES,
     TEXTURES,
     _is_inside,
-    colours_of,
-    draw_shapes,
-    draw_textures,
+    detect_colors,
+    render_shapes,
+    render_textures,
 )
 
 
 def test_a_seed_gives_the_same_bytes_on_every_machine():
-    images, labels, captions, _ = draw_shapes(500, seed=3)
+    images, labels, captions, _ = render_shapes(500, seed=3)
     digest = hashlib.sha256(images.tobytes() + labels.tobytes() + "".join(captions).encode())
     assert digest.hexdigest()[:16] == "e51fcf11e99caeaf"
 
 
 def test_another_seed_gives_other_images():
-    assert not np.array_equal(draw_shapes(10, seed=0)[0], draw_shapes(10, seed=1)[0])
+    assert not np.array_equal(render_shapes(10, seed=0)[0], render_shapes(10, seed=1)[0])
 
 
 def test_every_class_colour_and_size_is_drawn_and_captions_name_the_label():
-    images, labels, captions, class_names = draw_shapes(3000, seed=0)
+    images, labels, captions, class_names = render_shapes(3000, seed=0)
     assert images.shape == (3000, 3, 32, 32) and images.dtype == np.uint8
     assert class_names == CLASSES and set(labels) == set(range(10))
     for label, caption in zip(labels, captions, strict=True):
-        size, colour, shape, on, background = caption.split()
+        size, color, shape, on, background = caption.split()
         assert shape == CLASSES[label] and on == "on"
-        assert size in SIZES and {colour, background} <= set(COLOURS) and colour != background
+        assert size in SIZES and {color, background} <= set(COLORS) and color != background
 
 
 def test_a_pixel_within_the_shape_has_the_colour_of_the_caption():
-    images, _, captions, _ = draw_shapes(2000, seed=0)
+    images, _, captions, _ = render_shapes(2000, seed=0)
     for image, caption in zip(images, captions, strict=True):
         if caption.startswith("large") and "circle" in caption:
-            colour = np.array(COLOURS[caption.split()[1]])
-            distance = np.abs(image.transpose(1, 2, 0).astype(int) - colour).max(axis=-1)
+            color = np.array(COLORS[caption.split()[1]])
+            distance = np.abs(image.transpose(1, 2, 0).astype(int) - color).max(axis=-1)
             assert (distance <= 20).mean() > 0.2  # pi 0.65^2 / 4 of the image or more
 
 
@@ -66,25 +66,25 @@ def test_areas_match_geometry(name, area):
 
 def test_the_colours_of_drawn_pictures_are_told(shapes):
     captions = [caption.split() for caption in shapes.test_captions[:500]]
-    told = colours_of(shapes.test_images[:500].numpy())
+    told = detect_colors(shapes.test_images[:500].numpy())
     assert np.mean([c[0] == words[1] for c, words in zip(told, captions, strict=True)]) >= 0.99
     assert np.mean([c[1] == words[4] for c, words in zip(told, captions, strict=True)]) >= 0.99
 
 
 def test_the_colours_of_pictures_painted_by_hand_are_told():
-    pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b]
+    pairs = [(a, b) for a in COLORS for b in COLORS if a != b]
     images = np.empty((len(pairs), 3, 32, 32), dtype=np.uint8)
     for image, (square, ground) in zip(images, pairs, strict=True):
-        image[:] = np.array(COLOURS[ground])[:, None, None]
-        image[:, 10:20, 12:22] = np.array(COLOURS[square])[:, None, None]
-    assert ("red", "blue") in pairs and colours_of(images) == pairs
+        image[:] = np.array(COLORS[ground])[:, None, None]
+        image[:, 10:20, 12:22] = np.array(COLORS[square])[:, None, None]
+    assert ("red", "blue") in pairs and detect_colors(images) == pairs
 
 
 def test_a_shape_is_never_said_to_have_the_colour_of_its_background():
     """Also where a model drew no shape at all."""
-    images = np.array(list(COLOURS.values()), dtype=np.uint8)[:, :, None, None]
-    told = colours_of(np.broadcast_to(images, (8, 3, 32, 32)))
-    assert [ground for _, ground in told] == list(COLOURS)
+    images = np.array(list(COLORS.values()), dtype=np.uint8)[:, :, None, None]
+    told = detect_colors(np.broadcast_to(images, (8, 3, 32, 32)))
+    assert [ground for _, ground in told] == list(COLORS)
     assert all(shape != ground for shape, ground in told)
 
 
@@ -92,22 +92,23 @@ def test_a_shape_is_never_said_to_have_the_colour_of_its_background():
 
 
 def test_a_seed_gives_the_same_textures_on_every_machine():
-    images, labels, _ = draw_textures(500, seed=3)
+    images, labels, *_ = render_textures(500, seed=3)
     digest = hashlib.sha256(images.tobytes() + labels.tobytes())
     assert digest.hexdigest()[:16] == "44cca8178e282ce1"
-    assert not np.array_equal(images, draw_textures(500, seed=4)[0])
+    assert not np.array_equal(images, render_textures(500, seed=4)[0])
 
 
 def test_every_texture_is_drawn_of_two_colours_of_the_palette():
-    images, labels, class_names = draw_textures(400, seed=0)
+    images, labels, captions, class_names = render_textures(400, seed=0)
+    assert captions is None
     assert images.shape == (400, 3, 32, 32) and images.dtype == np.uint8
     assert class_names == TEXTURES and set(labels) == set(range(4))
-    palette, pairs = {colour: name for name, colour in COLOURS.items()}, set()
+    palette, pairs = {color: name for name, color in COLORS.items()}, set()
     for image, label in zip(images, labels, strict=True):
         found = {tuple(pixel) for pixel in image.reshape(3, -1).T.tolist()}
         if TEXTURES[label] in ("stripes", "checks"):
             assert len(found) == 2 and found <= set(palette)
-            pairs.add(frozenset(palette[colour] for colour in found))
+            pairs.add(frozenset(palette[color] for color in found))
         else:
             assert len(found) > 20  # mixtures, which lie between the two
             low, high = np.min(list(found), axis=0), np.max(list(found), axis=0)
@@ -121,8 +122,8 @@ def test_every_texture_is_drawn_of_two_colours_of_the_palette():
 
 
 def test_stripes_and_checks_look_alike_everywhere():
-    """The share of one colour in the quadrants of 16 pixels, of which a wave takes 10 at most."""
-    images, labels, _ = draw_textures(2000, seed=0)
+    """The share of one color in the quadrants of 16 pixels, of which a wave takes 10 at most."""
+    images, labels, *_ = render_textures(2000, seed=0)
     for name in ("stripes", "checks"):
         chosen = images[labels == TEXTURES.index(name)]
         first = (chosen == chosen[:, :, :1, :1]).all(axis=1)  # (n, 32, 32)

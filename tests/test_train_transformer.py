@@ -1,6 +1,5 @@
 """Stage two's script: codes once, conditions, the best epoch, resume, samples, its flags."""
 
-import argparse
 import contextlib
 import copy
 import functools
@@ -26,15 +25,13 @@ from scripts import (
 
 import train_transformer
 from train_transformer import learning_rate
+from vqgan import report
 from vqgan.checkpoint import fingerprint, save_checkpoint
 from vqgan.classifier import Classifier, save_classifier
-from vqgan.conditions import NO_CONDITION, PICTURES, caption_condition, class_condition
-from vqgan.conditions import image_condition as condition_of_image
-from vqgan.data import Batches, load_dataset
+from vqgan.data import TrainLoader, load_dataset
 from vqgan.images import from_uint8
-from vqgan.pretrained import load_model, load_pair
-from vqgan.tokens import TokenLoader
-from vqgan.training import Run, read_log
+from vqgan.pretrained import load_model, load_pipeline
+from vqgan.training import Log, read_log
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
 from vqgan.vqvae import VQVAE
@@ -47,35 +44,35 @@ K, N = 32, 16  # codes in the book, codes of an image
 # Eight steps an epoch, and a checkpoint every four: within an epoch, and exactly at its end.
 SMALL = ["--limit", "128", "--batch-size", "16", "--epochs", "2", "--checkpoint-every", "4"]
 SMALL += ["--n-layer", "1", "--n-head", "2", "--n-embd", "16", "--device", "cpu"]
-SMALL += ["--num-samples", "32", "--pictures", "2"]
+SMALL += ["--num-samples", "32", "--progress-rows", "2"]
 ABOUT = {"data": "shapes", "image_size": 32, "command": "python train_vqvae.py --data shapes"}
 
 
-def save(path, model, arguments, about=ABOUT):
-    batches = Batches(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), 2)
+def save(path, model, model_args, metadata=ABOUT):
+    batches = TrainLoader(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), 2)
     save_checkpoint(
-        path, model=model, arguments=arguments, optimizers={}, batches=batches, step=0,
-        seconds=0.0, about=about,
+        path, model=model, model_args=model_args, optimizers={}, batches=batches, step=0,
+        seconds=0.0, metadata=metadata,
     )  # fmt: skip
 
 
-def save_tokenizer(path, images, seed=0, about=ABOUT):
+def save_tokenizer(path, images, seed=0, metadata=ABOUT):
     """A small VQ-VAE, untrained but for its codebook, which starts from the images' vectors."""
     torch.manual_seed(seed)
-    arguments = {"num_hiddens": 8, "num_embeddings": K, "num_downsamples": 3}
-    model = VQVAE(**arguments)
+    model_args = {"num_hiddens": 8, "num_embeddings": K, "num_downsamples": 3}
+    model = VQVAE(**model_args)
     with torch.no_grad():
         model.train().encode(from_uint8(images[:64]))
-    save(path, model.eval(), arguments, about)
+    save(path, model.eval(), model_args, metadata)
     return model
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory, shapes):
-    """The checkpoint of a tokenizer, with a yardstick beside it, untrained too."""
+    """The checkpoint of a tokenizer, with a eval_classifier beside it, untrained too."""
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(folder / "checkpoint.pt", shapes.train_images)
-    save_classifier(folder / "yardstick.pt", Classifier(10, 4), 0.1)
+    save_classifier(folder / "eval_classifier.pt", Classifier(10, 4), 0.1)
     return folder / "checkpoint.pt"
 
 
@@ -93,8 +90,8 @@ def finished(tmp_path_factory, tokenizer):
 def no_pictures():
     """Most of the time of a small run is matplotlib's."""
     with (
-        mock.patch.object(train_transformer, "draw_pictures"),
-        mock.patch.object(train_transformer, "draw_progress"),
+        mock.patch("vqgan.report.save_transformer_figures"),
+        mock.patch("vqgan.report.save_progress_figure"),
     ):
         yield
 
@@ -119,7 +116,7 @@ def metrics_of(out):
 def measured(out):
     """What a run found out, without what a clock says."""
     written = metrics_of(out)
-    kept = {key: written[key] for key in ("baselines", "validation", "frechet_floors")}
+    kept = {key: written[key] for key in ("baselines", "validation", "reference_frechet")}
     kept["samples"] = [{**sample, "seconds": 0} for sample in written["samples"]]
     return kept | {"transformer": {**written["models"]["transformer"], "seconds": 0}}
 
@@ -134,31 +131,31 @@ def files_of(out):
 def test_metrics(finished):
     written = metrics_of(finished)
     result = written["models"]["transformer"]
-    assert result["bits_per_image"] == pytest.approx(result["nats_per_code"] * N / math.log(2))
-    assert result["plain_bits_per_image"] == N * 5
+    assert result["bits_per_image"] == pytest.approx(result["nats_per_token"] * N / math.log(2))
+    assert result["fixed_length_bits_per_image"] == N * 5
     assert result["compression"] == pytest.approx(8 * 3 * 32**2 / result["bits_per_image"])
     assert result["frechet"] == written["samples"][0]["frechet"] > 0
-    assert result["recognised"] == written["samples"][0]["recognised"]
+    assert result["class_accuracy"] == written["samples"][0]["class_accuracy"]
     assert result["best_epoch"] in (1, 2) and result["batch_size"] == 16
     model = load_model(finished / "checkpoint.pt")
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
-    assert written["baselines"].keys() == {"uniform", "single", "left"}
+    assert written["baselines"].keys() == {"uniform", "unigram", "left"}
     assert [row["epoch"] for row in written["validation"]] == [1, 2]
-    assert written["frechet_floors"].keys() == {"reconstructions", "training images"}
+    assert written["reference_frechet"].keys() == {"reconstructions", "training images"}
     assert len(written["samples"]) == 1 and written["samples"][0]["num_samples"] == 32
-    assert written["yardstick"]["accuracy"] == 0.1
+    assert written["eval_classifier"]["accuracy"] == 0.1
 
 
 def test_a_run_learns(finished):
     """Untrained, a code costs ln K; soon less."""
-    assert metrics_of(finished)["models"]["transformer"]["nats_per_code"] < math.log(K)
+    assert metrics_of(finished)["models"]["transformer"]["nats_per_token"] < math.log(K)
 
 
 def test_the_table_of_samples_and_the_baselines_are_printed(finished):
     text = (finished.parent / "printed.txt").read_text()
-    for title in train_transformer.BASELINES.values():
+    for title in report.BASELINES.values():
         assert title in text
-    assert f"{math.log(K):.3f} nats a code: every code alike" in text
+    assert f"{math.log(K):.3f} nats per token: uniform (ln K)" in text
     assert "samples 1" in text and "Frechet distance of reconstructions" in text
     frechet = metrics_of(finished)["samples"][0]["frechet"]
     assert f"{frechet:.3f}" in text
@@ -167,7 +164,7 @@ def test_the_table_of_samples_and_the_baselines_are_printed(finished):
 def test_files_and_pictures_are_there_and_not_blank(finished):
     names = {path.name for path in finished.iterdir()}
     pictures = {"losses.png", "samples.png", "completions.png", "progress.png"}
-    files = {"config.json", "metrics.json", "log.csv", "checkpoint.pt", "tokenizer.pt", "codes.pt"}
+    files = {"config.json", "metrics.json", "log.csv", "checkpoint.pt", "tokenizer.pt", "tokens.pt"}
     assert names == files | pictures
     for name in pictures:
         pixels = np.asarray(Image.open(finished / name).convert("L"))
@@ -181,24 +178,24 @@ def test_the_log_has_a_row_for_every_checkpoint(finished):
 
 
 def test_the_checkpoint_says_what_it_was_trained_on(finished, tokenizer):
-    about = checkpoint(finished)["about"]
-    assert about["data"] == "shapes" and about["image_size"] == 32
-    assert about["condition"]["kind"] == "class" and len(about["condition"]["names"]) == 10
-    assert about["tokenizer"] == str(tokenizer) and "--tokenizer" in about["command"]
-    assert about["tokenizer_fingerprint"] == fingerprint(load_model(tokenizer))
+    metadata = checkpoint(finished)["metadata"]
+    assert metadata["data"] == "shapes" and metadata["image_size"] == 32
+    assert metadata["condition"]["kind"] == "class" and len(metadata["condition"]["names"]) == 10
+    assert metadata["tokenizer"] == str(tokenizer) and "--tokenizer" in metadata["command"]
+    assert metadata["tokenizer_fingerprint"] == fingerprint(load_model(tokenizer))
 
 
 def test_the_checkpoint_and_the_tokenizer_beside_it_are_a_pair(finished):
-    pair = load_pair(finished / "checkpoint.pt")
-    assert pair.image_size == 32 and pair.transformer.grid_size == (4, 4)
+    pipeline = load_pipeline(finished / "checkpoint.pt")
+    assert pipeline.tokenizer.image_size == 32 and pipeline.transformer.seq_len == N
 
 
 def test_the_loss_is_that_of_checkpoint_and_codes_by_hand(finished, shapes):
     model = load_model(finished / "checkpoint.pt")
-    indices = torch.load(finished / "codes.pt", weights_only=True)["test"][:, 0].long()
+    indices = torch.load(finished / "tokens.pt", weights_only=True)["test"][:, 0].long()
     probabilities = model(shapes.test_labels[:128, None], indices).double().softmax(dim=-1)
     nats = -probabilities.gather(2, indices[..., None]).log().mean().item()
-    assert metrics_of(finished)["models"]["transformer"]["nats_per_code"] == pytest.approx(
+    assert metrics_of(finished)["models"]["transformer"]["nats_per_token"] == pytest.approx(
         nats, rel=1e-5
     )
 
@@ -215,7 +212,7 @@ def test_the_checkpoint_is_the_model_of_the_best_epoch(tmp_path, tokenizer):
         out = run(tmp_path / "run", "--tokenizer", tokenizer, *SMALL)
     first, second, of_the_end = seen
     assert same_weights(checkpoint(out)["weights"], first) and same_weights(of_the_end, first)
-    assert same_weights(checkpoint(out)["companions"]["last"], second)
+    assert same_weights(checkpoint(out)["extra_state"]["trained"], second)
     assert not same_weights(first, second)
     assert metrics_of(out)["models"]["transformer"]["best_epoch"] == 1
 
@@ -226,21 +223,21 @@ def test_the_checkpoint_is_the_model_of_the_best_epoch(tmp_path, tokenizer):
 @contextlib.contextmanager
 def interrupted(step):
     """Ctrl-C when a step is logged."""
-    record = train_transformer.Log.record
+    record = Log.record
 
     def stop(self, at, losses):
         if at == step:
             raise KeyboardInterrupt
         record(self, at, losses)
 
-    with mock.patch.object(train_transformer.Log, "record", stop):
+    with mock.patch.object(Log, "record", stop):
         yield
 
 
 def assert_same_run(out, finished):
     resumed, whole = checkpoint(out), checkpoint(finished)
     assert same_weights(resumed["weights"], whole["weights"])
-    assert same_weights(resumed["companions"]["last"], whole["companions"]["last"])
+    assert same_weights(resumed["extra_state"]["trained"], whole["extra_state"]["trained"])
     assert (out / "log.csv").read_bytes() == (finished / "log.csv").read_bytes()
     assert measured(out) == measured(finished)
 
@@ -264,7 +261,7 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one(tmp_path, tokenizer, 
     assert not (tmp_path / "run" / "metrics.json").exists()
     assert_same_run(run(tmp_path / "run", "--resume"), finished)
     pictures = [
-        checkpoint(o)["companions"]["history"]["pictures"] for o in (finished, tmp_path / "run")
+        checkpoint(o)["extra_state"]["state"]["progress"] for o in (finished, tmp_path / "run")
     ]
     for (epoch, x), (other_epoch, other) in zip(*pictures, strict=True):
         assert epoch == other_epoch and torch.equal(x, other)
@@ -274,7 +271,7 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one(tmp_path, tokenizer, 
 def test_sampling_flags_may_change_and_only_the_evaluation_is_done_again(tmp_path, finished):
     out = shutil.copytree(finished, tmp_path / "run")
     flags = ["--temperature", 0.5, "--top-k", 4, "--guidance", 2, "--num-samples", 8]
-    with mock.patch.object(train_transformer, "encode") as encode:
+    with mock.patch("vqgan.tokens.tokenize") as encode:
         run(out, "--resume", *flags)
     assert not encode.called
     assert (out / "checkpoint.pt").read_bytes() == (finished / "checkpoint.pt").read_bytes()
@@ -300,7 +297,7 @@ def test_a_run_goes_on_with_its_own_copy_of_the_tokenizer(tmp_path, tokenizer, f
         run(out, "--resume")
     finally:
         tokenizer.write_bytes(own)
-    for name in ("tokenizer.pt", "codes.pt", "checkpoint.pt"):
+    for name in ("tokenizer.pt", "tokens.pt", "checkpoint.pt"):
         assert (out / name).read_bytes() == (finished / name).read_bytes()
     assert metrics_of(out)["models"] == metrics_of(finished)["models"]
 
@@ -308,10 +305,10 @@ def test_a_run_goes_on_with_its_own_copy_of_the_tokenizer(tmp_path, tokenizer, f
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--tokenizer", "other.pt"], "has tokenizer"),
-        (["--n-layer", "2"], "has n_layer = 1"),
-        (["--condition", "none"], "has condition = class"),
-        (["--epochs", "1"], "more, but not 1"),
+        (["--tokenizer", "other.pt"], "tokenizer="),
+        (["--n-layer", "2"], "n_layer=1"),
+        (["--condition", "none"], "condition=class"),
+        (["--epochs", "1"], "--epochs 1"),
     ],
 )
 def test_a_resumed_run_stays_the_same_run(flags, expected, tmp_path, finished):
@@ -321,153 +318,22 @@ def test_a_resumed_run_stays_the_same_run(flags, expected, tmp_path, finished):
     assert files_of(out) == before
 
 
-# --- codes, once -------------------------------------------------------------------------------
-
-
-class Once:
-    """`load_corpus` of 128 shapes, and how often it encoded."""
-
-    def __init__(self, folder, data):
-        self.run = Run(folder, torch.device("cpu"), torch.float32, data.first(128), 1.0)
-
-    def __call__(self, tokenizer, condition=NO_CONDITION, flip=True):
-        args = argparse.Namespace(flip=flip)
-        with mock.patch.object(
-            train_transformer, "encode", wraps=train_transformer.encode
-        ) as encode:
-            corpus = train_transformer.load_corpus(self.run, tokenizer, condition, args)
-            train, test = corpus.train, corpus.test
-        self.times = encode.call_count
-        return train, test
-
-
-@pytest.fixture
-def once(tmp_path, shapes):
-    return Once(tmp_path, shapes)
-
-
-@pytest.fixture
-def model(tokenizer):
-    return load_model(tokenizer)
-
-
-def test_images_become_codes_once(once, model):
-    first = once(model)
-    assert once.times == 2  # training and test images
-    with mock.patch.object(model, "encode", side_effect=AssertionError):
-        second = once(model)
-    assert once.times == 0
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_codes_of_something_else_are_not_taken(once, model, tmp_path, shapes):
-    once(model)
-    other = save_tokenizer(tmp_path / "other.pt", shapes.train_images, seed=1)
-    gray, edges = (condition_of_image(picture, K, (4, 4)) for picture in ("gray", "edges"))
-    for arguments in ((other,), (model, NO_CONDITION, False), (model, gray), (model, edges)):
-        once(*arguments)
-        assert once.times == 2
-    once.run = once.run._replace(data=shapes.first(64))
-    once(model, edges)
-    assert once.times == 2
-
-
-def test_a_class_takes_the_same_codes_as_no_condition(once, model, shapes):
-    once(model)
-    once(model, class_condition(shapes.class_names))
-    assert once.times == 0
-
-
-def test_views_are_the_codes_of_the_images_and_of_their_mirror_images(once, model, shapes):
-    train, test = once(model)
-    x = from_uint8(shapes.train_images[:128])
-    assert train.shape == (128, 2, 1 + N) and test.shape == (128, 1, 1 + N)
-    assert torch.equal(train[:, 0, 1:].long(), model.encode(x).indices.flatten(1))
-    assert torch.equal(train[:, 1, 1:].long(), model.encode(x.flip(3)).indices.flatten(1))
-    x = from_uint8(shapes.test_images[:128])
-    assert torch.equal(test[:, 0, 1:].long(), model.encode(x).indices.flatten(1))
-    assert not torch.equal(train[:, 0], train[:, 1])
-
-
-def test_without_flip_there_is_one_view(once, model):
-    train, _ = once(model, flip=False)
-    assert train.shape == (128, 1, 1 + N)
-
-
-def test_a_class_is_the_label_before_the_codes_of_each_view(once, model, shapes):
-    train, test = once(model, class_condition(shapes.class_names))
-    for view in (0, 1):
-        assert torch.equal(train[:, view, 0].long(), shapes.train_labels[:128])
-    assert torch.equal(test[:, 0, 0].long(), shapes.test_labels[:128])
-
-
-def test_a_caption_is_its_words_before_the_codes(once, model, shapes):
-    condition = caption_condition(shapes.train_captions[:128])
-    train, _ = once(model, condition)
-    words = [condition.names[token] for token in train[5, 1, : condition.length].tolist()]
-    assert " ".join(words).strip() == shapes.train_captions[5]
-
-
-def test_no_condition_is_one_start_token(once, model):
-    train, _ = once(model)
-    assert (train[..., 0] == 0).all()
-
-
-@pytest.mark.parametrize("picture", PICTURES)
-def test_an_image_is_the_codes_of_the_picture_of_each_view(once, model, shapes, picture):
-    train, _ = once(model, condition_of_image(picture, K, (4, 4)))
-    assert train.shape == (128, 2, N + N)
-    x = from_uint8(shapes.train_images[:128])
-    for view, images in enumerate((x, x.flip(3))):
-        expected = model.encode(PICTURES[picture](images)).indices.flatten(1)
-        assert torch.equal(train[:, view, :N].long(), expected)
-        assert torch.equal(train[:, view, N:].long(), model.encode(images).indices.flatten(1))
-
-
-# Sequence i is (i, i, i) as it is, and (100 + i, ...) mirrored.
-VIEWS = (torch.arange(40)[:, None] + torch.tensor([0, 100]))[..., None].expand(-1, -1, 3).int()
-
-
-def test_a_batch_has_one_of_the_two_views_of_each_image():
-    given = torch.cat(list(TokenLoader(VIEWS, 8)))
-    assert given.dtype == torch.int64 and given.shape == (40, 3)
-    assert sorted((given[:, 0] % 100).tolist()) == list(range(40))
-    assert 5 < (given[:, 0] >= 100).sum() < 35
-    assert (given == given[:, :1]).all()
-
-
-def test_without_flip_a_batch_has_the_first_view():
-    assert torch.cat(list(TokenLoader(VIEWS, 8, flip=False))).max() < 40
-
-
-def test_batches_go_on_where_they_were():
-    batches = TokenLoader(VIEWS, 8)
-    epoch = iter(batches)
-    next(epoch), next(epoch)
-    state = batches.state_dict()
-    rest = [*epoch, *batches]
-    other = TokenLoader(VIEWS, 8, seed=5)
-    other.load_state_dict(state)
-    again = [*other, *other]
-    assert len(rest) == 3 + 5 and torch.equal(torch.cat(rest), torch.cat(again))
-
-
 # --- conditions --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [["none"], ["caption"], ["image", "--condition-image", "gray"]])
 def test_every_kind_of_condition_trains_and_is_drawn(flags, tmp_path, tokenizer):
-    with mock.patch.object(train_transformer, "draw_progress"):
+    with mock.patch("vqgan.report.save_progress_figure"):
         flags = ["--tokenizer", tokenizer, *SMALL, "--epochs", 1, "--condition", *flags]
         out = run(tmp_path / "run", *flags)
-    condition = checkpoint(out)["about"]["condition"]
+    condition = checkpoint(out)["metadata"]["condition"]
     assert condition["kind"] == flags[flags.index("--condition") + 1]
-    assert condition["picture"] == ("gray" if condition["kind"] == "image" else None)
+    assert condition["transform"] == ("gray" if condition["kind"] == "image" else "")
     pixels = np.asarray(Image.open(out / "samples.png").convert("L"))
     assert pixels.std() > 5
     (sample,) = metrics_of(out)["samples"]
-    assert (sample["recognised"] is None) == (condition["kind"] == "none")
-    assert (sample["prompt_right"] is None) == (condition["kind"] != "caption")
+    assert (sample["class_accuracy"] is None) == (condition["kind"] == "none")
+    assert (sample["prompt_accuracy"] is None) == (condition["kind"] != "caption")
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -508,7 +374,7 @@ def test_a_caption_is_dropped_as_a_whole(tmp_path, tokenizer):
     told, loss = [], GPT.loss
 
     def remember(self, condition, indices):
-        told.append((condition == self.nothing) if self.training else condition[:0] > 0)
+        told.append((condition == self.null_token) if self.training else condition[:0] > 0)
         return loss(self, condition, indices)
 
     flags = [*SMALL, "--condition", "caption", "--condition-drop", 0.5]
@@ -560,10 +426,10 @@ def test_every_flag_changes_what_it_says(name, tmp_path, tokenizer, finished):
     flags = [*SMALL, "--num-samples", 4, *FLAGS[name]]
     changed = checkpoint(run(tmp_path / "run", "--tokenizer", tokenizer, *flags))
     default = checkpoint(finished)
-    last, of_default = changed["companions"]["last"], default["companions"]["last"]
+    last, of_default = changed["extra_state"]["trained"], default["extra_state"]["trained"]
     assert last.keys() != of_default.keys() or not same_weights(last, of_default)
-    if name in default["arguments"]:
-        assert changed["arguments"][name] == float(FLAGS[name][1]) != default["arguments"][name]
+    if name in default["model_args"]:
+        assert changed["model_args"][name] == float(FLAGS[name][1]) != default["model_args"][name]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -581,12 +447,12 @@ def test_every_combination_of_sampling_flags_is_measured(tmp_path, finished, cap
 
 @pytest.mark.usefixtures("no_pictures")
 def test_pictures_and_epochs_are_as_many_as_asked(tmp_path, tokenizer):
-    flags = [*SMALL, "--epochs", 3, "--pictures", 6, "--num-samples", 2]
+    flags = [*SMALL, "--epochs", 3, "--progress-rows", 6, "--num-samples", 2]
     out = run(tmp_path / "run", "--tokenizer", tokenizer, *flags)
-    history = checkpoint(out)["companions"]["history"]
-    assert [epoch for epoch, _ in history["pictures"]] == [0.5, 1, 1.5, 2, 2.5, 3]
-    assert history["pictures"][0][1].shape == (12, 3, 32, 32)
-    assert len(history["validation"]) == 3
+    state = checkpoint(out)["extra_state"]["state"]
+    assert [epoch for epoch, _ in state["progress"]] == [0.5, 1, 1.5, 2, 2.5, 3]
+    assert state["progress"][0][1].shape == (12, 3, 32, 32)
+    assert [row["epoch"] for row in state["validation"]] == [1, 2, 3]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -600,9 +466,9 @@ def test_more_samples_than_test_images_go_around_again(tmp_path, finished):
 def test_a_yardstick_of_ones_own_choice(tmp_path, finished, tokenizer):
     torch.manual_seed(3)
     save_classifier(tmp_path / "y.pt", Classifier(10, 4), 0.25)
-    flags = ["--yardstick", tmp_path / "y.pt", *SMALL]
+    flags = ["--eval-classifier", tmp_path / "y.pt", *SMALL]
     out = run(tmp_path / "run", "--tokenizer", tokenizer, *flags)
-    assert metrics_of(out)["yardstick"]["accuracy"] == 0.25
+    assert metrics_of(out)["eval_classifier"]["accuracy"] == 0.25
     assert measured(out)["samples"] != measured(finished)["samples"]
     assert measured(out)["validation"] == measured(finished)["validation"]
 
@@ -613,9 +479,9 @@ def test_a_yardstick_of_ones_own_choice(tmp_path, finished, tokenizer):
 @pytest.fixture
 def of_folder(tmp_path, image_folder, shapes):
     """A tokenizer that was trained on the folder with classes."""
-    about = ABOUT | {"data": str(image_folder)}
-    save_tokenizer(tmp_path / "of_folder" / "checkpoint.pt", shapes.train_images, about=about)
-    save_classifier(tmp_path / "of_folder" / "yardstick.pt", Classifier(2, 4), 0.5)
+    metadata = ABOUT | {"data": str(image_folder)}
+    save_tokenizer(tmp_path / "of_folder" / "checkpoint.pt", shapes.train_images, metadata=metadata)
+    save_classifier(tmp_path / "of_folder" / "eval_classifier.pt", Classifier(2, 4), 0.5)
     return tmp_path / "of_folder" / "checkpoint.pt"
 
 
@@ -624,7 +490,7 @@ def test_data_and_size_are_the_tokenizers(tmp_path, of_folder, image_folder):
     flags = [*SMALL, "--batch-size", 8, "--epochs", 1, "--num-samples", 4]
     out = run(tmp_path / "run", "--tokenizer", of_folder, *flags)
     assert metrics_of(out)["data"]["source"] == str(image_folder)
-    assert checkpoint(out)["about"]["condition"]["names"] == ["cats", "dogs"]
+    assert checkpoint(out)["metadata"]["condition"]["names"] == ["cats", "dogs"]
     assert json.loads((out / "config.json").read_text())["image_size"] == 32
 
 
@@ -635,10 +501,10 @@ def test_unlabelled_images_have_a_loss_and_no_frechet(
 ):
     flags = [*SMALL, "--batch-size", 8, "--epochs", 1, "--condition", "none", "--other-data"]
     if has_yardstick:
-        flags += ["--yardstick", tokenizer.parent / "yardstick.pt"]
+        flags += ["--eval-classifier", tokenizer.parent / "eval_classifier.pt"]
     out = run(tmp_path / "run", "--tokenizer", tokenizer, "--data", loose_images, *flags)
     result = metrics_of(out)["models"]["transformer"]
-    assert result["frechet"] is None and result["nats_per_code"] > 0
+    assert result["frechet"] is None and result["nats_per_token"] > 0
     assert metrics_of(out)["samples"] == []
 
 
@@ -646,10 +512,19 @@ def test_unlabelled_images_have_a_loss_and_no_frechet(
 def test_another_tokenizers_yardstick_does_not_measure_other_data(
     tmp_path, tokenizer, image_folder
 ):
-    flags = [*SMALL, "--batch-size", 8, "--epochs", 1, "--other-data", "--yardstick-epochs", 1]
+    flags = [
+        *SMALL,
+        "--batch-size",
+        8,
+        "--epochs",
+        1,
+        "--other-data",
+        "--eval-classifier-epochs",
+        1,
+    ]
     out = run(tmp_path / "run", "--tokenizer", tokenizer, "--data", image_folder, *flags)
-    assert (out / "yardstick.pt").exists()
-    assert checkpoint(out)["about"]["data"] == str(image_folder)
+    assert (out / "eval_classifier.pt").exists()
+    assert checkpoint(out)["metadata"]["data"] == str(image_folder)
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -658,23 +533,26 @@ def test_another_tokenizers_yardstick_does_not_measure_other_data(
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--data", "textures"], "--data textures: the tokenizer"),
-        (["--image-size", "64"], "--image-size 64: the tokenizer"),
-        (["--image-size", "36", "--other-data"], "cannot be halved 3 times"),
-        (["--data", "textures", "--condition", "caption", "--other-data"], "textures has none"),
-        (["--top-k", "33"], "top-k 33 was given, but there are 32 codes"),
-        (["--top-p", "1.5"], "top-p 1.5"),
-        (["--guidance", "1", "2", "--condition", "none"], "--condition is none"),
+        (["--data", "textures"], "--data textures, but"),
+        (["--image-size", "64"], "--image-size 64, but"),
+        (["--image-size", "36", "--other-data"], "36x36 pixels"),
+        (
+            ["--data", "textures", "--condition", "caption", "--other-data"],
+            "--condition caption needs captions",
+        ),
+        (["--top-k", "33"], "--top-k 33: give 1 to 32"),
+        (["--top-p", "1.5"], "--top-p 1.5"),
+        (["--guidance", "1", "2", "--condition", "none"], "--guidance needs a --condition"),
         (["--guidance", "2", "--condition-drop", "0"], "--condition-drop"),
         (["--num-samples", "1"], "--num-samples 1"),
-        (["--n-embd", "18", "--n-head", "4"], "18 cannot be shared by 4 heads"),
-        (["--batch-size", "200"], "128 training images"),
+        (["--n-embd", "18", "--n-head", "4"], "--n-head 4 must divide --n-embd 18"),
+        (["--batch-size", "200"], "1 to 128"),
     ],
 )
 def test_what_cannot_work_stops_with_one_line(flags, expected, tmp_path, tokenizer, few_textures):
     with (
-        mock.patch.object(train_transformer, "encode", side_effect=AssertionError),
-        mock.patch.object(train_transformer, "yardstick_of", side_effect=AssertionError),
+        mock.patch("vqgan.tokens.tokenize", side_effect=AssertionError),
+        mock.patch.object(train_transformer, "load_eval_classifier", side_effect=AssertionError),
     ):
         message = error_of(tmp_path / "run", "--tokenizer", tokenizer, *SMALL, *flags)
     assert expected in message
@@ -688,14 +566,14 @@ def few_textures():
         data = load_dataset("shapes", seed=0).first(128)
         return replace(data, train_captions=None) if source == "textures" else data
 
-    with mock.patch("vqgan.training.load_dataset", load):
+    with mock.patch("vqgan.arguments.load_dataset", load):
         yield
 
 
 @pytest.mark.usefixtures("no_pictures", "few_textures")
 def test_other_data_on_request(tmp_path, tokenizer):
     flags = [*SMALL, "--data", "textures", "--other-data", "--epochs", 1]
-    flags += ["--yardstick", tokenizer.parent / "yardstick.pt", "--num-samples", 4]
+    flags += ["--eval-classifier", tokenizer.parent / "eval_classifier.pt", "--num-samples", 4]
     out = run(tmp_path / "run", "--tokenizer", tokenizer, *flags)
     assert metrics_of(out)["data"]["source"] == "textures"
 
@@ -716,26 +594,26 @@ def test_a_tokenizer_must_be_given_and_be_one(tmp_path, tokenizer, finished):
     )
     (tmp_path / "text.pt").write_text("no checkpoint")
     out = tmp_path / "run"
-    assert "--tokenizer was not given" in error_of(out)
+    assert "--tokenizer is missing" in error_of(out)
     for path, expected in (
         (tokenizer.parent, "is a folder"),
         (tmp_path / "gone.pt", "there is no checkpoint"),
-        (tmp_path / "vae.pt", "is of a VAE, and a tokenizer was expected"),
-        (finished / "checkpoint.pt", f"is of a GPT, and a tokenizer was expected: name {finished}"),
-        (tmp_path / "text.pt", "is not a checkpoint"),
+        (tmp_path / "vae.pt", "is of a VAE, not a tokenizer"),
+        (finished / "checkpoint.pt", f"is of a GPT, not a tokenizer: name {finished}"),
+        (tmp_path / "text.pt", "text.pt is no"),
     ):
         assert expected in error_of(out, "--tokenizer", path)
     assert not out.exists()
 
 
 def test_a_tokenizer_that_does_not_say_its_data_needs_the_flag(tmp_path, shapes):
-    save_tokenizer(tmp_path / "silent.pt", shapes.train_images, about={})
+    save_tokenizer(tmp_path / "silent.pt", shapes.train_images, metadata={})
     assert "give --data" in error_of(tmp_path / "run", "--tokenizer", tmp_path / "silent.pt")
 
 
 def test_a_class_needs_labelled_images(tmp_path, tokenizer, loose_images):
     flags = ["--tokenizer", tokenizer, "--data", loose_images, "--other-data", "--batch-size", 8]
-    assert "--condition none" in error_of(tmp_path / "run", *flags)
+    assert "--condition class needs class folders" in error_of(tmp_path / "run", *flags)
 
 
 def test_a_run_that_is_there_is_not_overwritten(finished, tokenizer):
@@ -762,36 +640,25 @@ def test_help_states_defaults(tmp_path, capsys):
 @pytest.mark.usefixtures("no_pictures")
 def test_a_damaged_file_of_codes_is_made_again(tmp_path, finished):
     out = shutil.copytree(finished, tmp_path / "run")
-    good = torch.load(out / "codes.pt", weights_only=True)
-    (out / "codes.pt").write_bytes((out / "codes.pt").read_bytes()[:500])
+    good = torch.load(out / "tokens.pt", weights_only=True)
+    (out / "tokens.pt").write_bytes((out / "tokens.pt").read_bytes()[:500])
     run(out, "--resume")
-    again = torch.load(out / "codes.pt", weights_only=True)
+    again = torch.load(out / "tokens.pt", weights_only=True)
     assert torch.equal(again["train"], good["train"]) and again["key"] == good["key"]
 
 
 def test_a_yardstick_of_other_classes_is_refused_before_anything_is_encoded(tmp_path, tokenizer):
     save_classifier(tmp_path / "three.pt", Classifier(3, 4), 0.5)
-    flags = ["--tokenizer", tokenizer, "--yardstick", tmp_path / "three.pt"]
+    flags = ["--tokenizer", tokenizer, "--eval-classifier", tmp_path / "three.pt"]
     message = error_of(tmp_path / "run", *SMALL, *flags)
-    assert "3 classes" in message and "has 10" in message
-    assert not (tmp_path / "run" / "codes.pt").exists()
+    assert "three.pt has 3 classes, not 10" in message and "--eval-classifier" in message
+    assert not (tmp_path / "run" / "tokens.pt").exists()
 
 
 def test_words_that_only_test_captions_have_stop_before_anything_is_encoded(tmp_path, tokenizer):
     flags = ["--tokenizer", tokenizer, *SMALL, "--condition", "caption", "--limit", 20]
-    assert "does not know" in error_of(tmp_path / "run", *flags)
-    assert not (tmp_path / "run" / "codes.pt").exists()
-
-
-def test_a_trailing_slash_does_not_make_other_data(tmp_path, image_folder):
-    images = load_dataset(str(image_folder)).train_images
-    save_tokenizer(tmp_path / "t.pt", images, about=ABOUT | {"data": str(image_folder)})
-    args = argparse.Namespace(
-        tokenizer=tmp_path / "t.pt", out=tmp_path, resume=False, other_data=False,
-        data=f"{image_folder}/", image_size=None,
-    )  # fmt: skip
-    train_transformer.tokenizer_of(args)
-    assert args.image_size == 32
+    assert "is unknown" in error_of(tmp_path / "run", *flags)
+    assert not (tmp_path / "run" / "tokens.pt").exists()
 
 
 @pytest.mark.usefixtures("no_pictures")

@@ -1,62 +1,26 @@
 import copy
 import math
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
+from priors import (
+    CONDITIONS,
+    GRID,
+    K,
+    N,
+    data,
+    from_forward,
+    large,
+    make,
+    sample_plainly,
+    samplers,
+    seeded,
+)
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from vqgan.sampling import filter_top_k_top_p, sample_sliding_window, sample_token, uniform_numbers
 from vqgan.transformer import GPT
-
-K, GRID, N, CONDITIONS = 11, (3, 4), 12, 5
-TOKENIZER = SimpleNamespace(grids=[GRID])  # what a sliding window asks of one
-
-
-def make(C=1, dtype=torch.float64, **sizes):
-    """A tiny transformer in eval mode, far enough from its start that everything has an effect."""
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.0} | sizes
-    model = GPT(K, N, CONDITIONS, C, **sizes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.to(dtype).eval()
-
-
-def data(C=1, B=3, N=12):
-    return torch.randint(CONDITIONS, (B, C)), torch.randint(K, (B, N))
-
-
-def seeded(seed=7):
-    return torch.Generator().manual_seed(seed)
-
-
-def sample_plainly(condition, next_logits, seed=7, given=None, **filters):
-    """Twelve codes without a cache: next_logits(indices so far) gives the logits of the next."""
-    uniform = uniform_numbers(12, len(condition), seeded(seed))
-    indices = torch.zeros(len(condition), 0, dtype=torch.int64)
-    for i in range(12):
-        settings = {"temperature": 1.0, "top_k": None, "top_p": None} | filters
-        code = sample_token(next_logits(indices), uniform[i], **settings)
-        if given is not None:
-            code = torch.where(given[:, i] < 0, code, given[:, i])
-        indices = torch.cat([indices, code[:, None]], dim=1)
-    return indices
-
-
-def from_forward(model, condition):
-    """next_logits for `sample_plainly`: a whole forward for each code."""
-
-    def next_logits(indices):
-        unread = torch.zeros(len(indices), 1, dtype=torch.int64)
-        with torch.no_grad():
-            return model(condition, torch.cat([indices, unread], dim=1))[:, -1]
-
-    return next_logits
-
 
 # --- the network -------------------------------------------------------------------------------
 
@@ -72,9 +36,9 @@ def by_hand(model, condition, indices):
     def linear(x, name):
         return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
 
-    rows = [w["condition_table.weight"][c] for c in condition]
-    rows += [w["code_table.weight"][s] for s in indices[:-1]]
-    places = [row + w["position_table"][t] for t, row in enumerate(rows)]
+    rows = [w["cond_emb.weight"][c] for c in condition]
+    rows += [w["tok_emb.weight"][s] for s in indices[:-1]]
+    places = [row + w["pos_emb"][t] for t, row in enumerate(rows)]
     size = len(places[0]) // model.n_head
     for layer in range(len(model.blocks)):
         block = f"blocks.{layer}"
@@ -129,8 +93,8 @@ def test_same_logits_as_gpt2_of_transformers():
             mine.weight.copy_(other.weight.normal_())
         for mine, other in pairs:
             mine.weight.copy_(other.weight.T)  # theirs is (in, out)
-        ours.position_table.copy_(body.wpe.weight)
-        for table in (ours.code_table.weight, ours.condition_table.weight[:K], ours.head.weight):
+        ours.pos_emb.copy_(body.wpe.weight)
+        for table in (ours.tok_emb.weight, ours.cond_emb.weight[:K], ours.head.weight):
             table.copy_(body.wte.weight)
         tokens = torch.randint(K, (3, 12))
         unread = torch.zeros(3, 1, dtype=torch.int64)
@@ -232,137 +196,20 @@ def test_the_head_has_the_codes_alone():
     assert indices.unique().tolist() == [0, 1, 2, 3]
 
 
-# --- drawing a code ----------------------------------------------------------------------------
-
-
-def likely_plainly(logits, top_k, top_p):
-    """Which codes of one row are kept, by a sorted list."""
-    codes = sorted(range(len(logits)), key=lambda code: -logits[code])
-    if top_k is not None:
-        codes = codes[:top_k]
-    if top_p is not None:
-        total = sum(math.exp(logits[code]) for code in codes)
-        kept, mass = [], 0.0
-        for code in codes:
-            kept.append(code)
-            mass += math.exp(logits[code]) / total
-            if mass >= top_p:
-                break
-        codes = kept
-    return set(codes)
-
-
-@pytest.mark.parametrize("top_k", [None, 1, 4, 30])
-@pytest.mark.parametrize("top_p", [None, 1e-9, 0.35, 0.8, 1.0])
-def test_the_likely_codes_by_a_sorted_list(top_k, top_p):
-    logits = 2 * torch.randn(2, 10, 30, dtype=torch.float64)
-    kept = filter_top_k_top_p(logits, top_k, top_p)
-    assert kept.shape == logits.shape
-    for row, kept_row in zip(logits.flatten(0, 1), kept.flatten(0, 1), strict=True):
-        expected = likely_plainly(row.tolist(), top_k, top_p)
-        assert set(kept_row.isfinite().nonzero().flatten().tolist()) == expected
-        assert all(kept_row[code] == row[code] for code in expected)
-
-
-def test_of_ties_as_many_are_kept_as_are_needed():
-    logits = torch.zeros(1, 8)
-    assert filter_top_k_top_p(logits, 3, None).isfinite().sum() == 3
-    assert filter_top_k_top_p(logits, None, 0.5).isfinite().sum() == 4
-    assert filter_top_k_top_p(logits, 4, 0.5).isfinite().sum() == 2  # half of the four
-    logits[0, 5] = 1.0
-    assert filter_top_k_top_p(logits, 2, None).isfinite()[0, 5]
-
-
-def test_codes_are_drawn_as_often_as_the_softmax_says():
-    logits, n = torch.randn(K, dtype=torch.float64), 200_000
-    for temperature in (1.0, 0.5):
-        uniform = uniform_numbers(n, 1, seeded()).flatten()
-        codes = sample_token(logits.expand(n, K), uniform, temperature, None, None)
-        p = (logits / temperature).softmax(dim=0)
-        share = codes.bincount(minlength=K) / n
-        assert ((share - p).abs() < 4 * (p * (1 - p) / n).sqrt()).all()
-
-
-def test_each_code_has_its_stretch_of_the_line():
-    logits = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
-    for u, code in ((0.01, 0), (0.199, 0), (0.201, 1), (0.699, 1), (0.701, 2), (1.0, 2)):
-        assert sample_token(logits[None], torch.tensor([u]), 1.0, None, None).item() == code
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_impossible_code_is_never_drawn(dtype):
-    """Neither the first nor the last on the line, at either end of what is drawn."""
-    logits = torch.full((2, 300), -math.inf, dtype=dtype)
-    logits[:, [7, 8, 200]] = torch.tensor([0.1, 0.7, 0.3], dtype=dtype)
-    codes = sample_token(logits, torch.tensor([2.0**-24, 1.0]), 1.0, None, None)
-    assert codes.tolist() == [7, 200]
-
-
-def test_what_is_impossible_is_not_drawn_where_sums_are_rounded_up():
-    """As a parallel sum may be: stretches of codes of probability 0 are not empty then."""
-    logits = torch.tensor([[0.0, -math.inf, 1.0, -math.inf]])
-    rounded = torch.tensor([[0.26, 0.28, 0.99, 1.0]])
-    with mock.patch.object(torch.Tensor, "cumsum", lambda *args, **kwargs: rounded):
-        codes = [
-            sample_token(logits, torch.tensor([u]), 1.0, None, None).item() for u in (0.27, 1.0)
-        ]
-    assert codes == [2, 2]
-
-
-def test_a_temperature_that_float32_cannot_divide_by_is_greedy():
-    logits = torch.randn(5, K)
-    for temperature in (1e-7, 1e-40, 1e-300):
-        codes = sample_token(logits, torch.full((5,), 0.5), temperature, None, None)
-        assert torch.equal(codes, logits.argmax(dim=-1))
-
-
-def test_half_precision_logits_are_drawn_from_in_float32():
-    """In bfloat16 the line of 2,000 equally likely codes would have a few hundred stretches."""
-    logits, uniform = torch.zeros(500, 2000, dtype=torch.bfloat16), torch.rand(500)
-    codes = sample_token(logits, uniform, 1.0, None, 0.999)
-    assert torch.equal(codes, sample_token(logits.float(), uniform, 1.0, None, 0.999))
-
-
-def test_uniform_numbers_leave_out_zero_and_have_one():
-    zeros = mock.Mock(return_value=torch.zeros(2, 3))
-    with mock.patch("vqgan.sampling.torch.rand", zeros):
-        assert (uniform_numbers(2, 3, seeded()) == 1).all()
-    uniform = uniform_numbers(1000, 100, seeded())
-    assert uniform.min() > 0 and uniform.max() <= 1
-    assert uniform.mean().item() == pytest.approx(0.5, abs=0.005)
-
-
-def test_greedy_by_temperature_top_k_and_top_p():
-    logits, uniform = torch.randn(50, K), torch.rand(50)
-    likeliest = logits.argmax(dim=-1)
-    assert torch.equal(sample_token(logits, uniform, 0, None, None), likeliest)
-    assert torch.equal(sample_token(logits, uniform, 1.0, 1, None), likeliest)
-    assert torch.equal(sample_token(logits, uniform, 1.0, None, 1e-6), likeliest)
-    assert torch.equal(sample_token(logits, uniform, 1e-4, None, None), likeliest)
-    assert not torch.equal(sample_token(logits, uniform, 1.0, None, None), likeliest)
-
-
-def test_the_temperature_comes_before_top_p():
-    """At 0.5 the probabilities 0.6, 0.4 become 0.69, 0.31: one code has 0.65 of them."""
-    logits = torch.tensor([[0.6, 0.4]]).log()
-    assert sample_token(logits, torch.ones(1), 1.0, None, 0.65).item() == 1
-    assert sample_token(logits, torch.ones(1), 0.5, None, 0.65).item() == 0
-
-
 # --- sampling ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("C", [1, 3])
 def test_logits_with_the_cache_are_those_without(C):
     model, (condition, indices) = make(C, dtype=torch.float32), data(C)
-    caches, x = model._new_caches(3), model.condition_table(condition)
+    caches, x = model._new_caches(3), model.cond_emb(condition)
     with torch.no_grad():
         expected = model(condition, indices)
         for i in range(12):
             logits = model._next_logits(x, caches)
             assert torch.allclose(logits, expected[:, i], atol=1e-4)
-            x = model.code_table(indices[:, i : i + 1])
-    assert caches[0].length == len(model.position_table) == C + 11
+            x = model.tok_emb(indices[:, i : i + 1])
+    assert caches[0].length == len(model.pos_emb) == C + 11
 
 
 @pytest.mark.parametrize("C", [1, 3])
@@ -400,7 +247,7 @@ def test_what_is_given_does_not_shift_what_is_drawn():
 
 def test_guidance_1_is_none_and_0_leaves_the_condition_out():
     model, (condition, _) = make(3), data(3)
-    nothing = torch.full_like(condition, model.nothing)
+    nothing = torch.full_like(condition, model.null_token)
     for sample in (model.sample, lambda *args, **kwargs: large(model, *args, 3, 5, **kwargs)):
         plain = sample(condition, generator=seeded())
         without = sample(nothing, generator=seeded())
@@ -413,23 +260,12 @@ def test_guidance_goes_beyond_the_condition():
     """3 l(condition) - 2 l(nothing), for g = 3."""
     model, (condition, _) = make(), data()
     told = from_forward(model, condition)
-    untold = from_forward(model, torch.full_like(condition, model.nothing))
+    untold = from_forward(model, torch.full_like(condition, model.null_token))
     plain = sample_plainly(condition, lambda s: 3 * told(s) - 2 * untold(s), top_k=5)
     settings = {"guidance": 3.0, "top_k": 5}
     assert torch.equal(model.sample(condition, generator=seeded(), **settings), plain)
     grid = large(model, condition, *GRID, generator=seeded(), **settings)
     assert torch.equal(grid.flatten(1), plain)
-
-
-def large(model, condition, height, width, **settings):
-    return sample_sliding_window(model, TOKENIZER, condition, height, width, **settings)
-
-
-def samplers(model, condition):
-    return (
-        lambda **settings: model.sample(condition, **settings),
-        lambda **settings: large(model, condition, 4, 4, **settings),
-    )
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -474,54 +310,6 @@ def test_an_overfitted_transformer_writes_its_grids_back():
     assert loss < 0.003  # four times what it is, of other seeds too
     for settings in ({"temperature": 0}, {"generator": seeded()}):
         assert torch.equal(model.sample(condition, **settings), grids)
-
-
-# --- larger grids ------------------------------------------------------------------------------
-
-
-def test_a_large_grid_of_the_blocks_size_is_that_of_sample():
-    model, (condition, _) = make(3), data(3)
-    for filters in ({}, {"temperature": 0.7, "top_k": 6, "top_p": 0.9}):
-        grid = large(model, condition, *GRID, generator=seeded(), **filters)
-        plain = model.sample(condition, generator=seeded(), **filters)
-        assert torch.equal(grid.flatten(1), plain)
-
-
-def test_each_code_of_a_large_grid_is_drawn_with_its_own_number():
-    """Of a model to which all codes are equally likely, code k has the stretch k/K to (k + 1)/K."""
-    model, (condition, _) = make(), data()
-    nn.init.zeros_(model.head.weight)
-    grid = large(model, condition, 5, 6, generator=seeded())
-    uniform = uniform_numbers(30, 3, seeded()).T.reshape(3, 5, 6)
-    assert torch.equal(grid, (uniform * K).ceil().long() - 1)
-
-
-@pytest.mark.parametrize(("height", "width"), [(7, 9), (3, 6), (5, 4)])
-def test_each_code_is_predicted_in_a_window_around_it(height, width):
-    """Every code that is written is told apart by where it stands; K has to be large enough."""
-    (h, w), model = GRID, GPT(100, N, CONDITIONS, 1, n_layer=1, n_head=1, n_embd=8)
-    seen = []
-
-    def read(condition, indices):
-        code = len(seen)  # raster order
-        seen.append(indices[0].clone())
-        return F.one_hot(torch.tensor(code), 100).float().expand(1, indices.shape[1], 100)
-
-    condition = torch.zeros(1, 1, dtype=torch.int64)
-    model.head = nn.Identity()
-    with mock.patch.object(model, "forward_features", read):
-        grid = large(model, condition, height, width, temperature=0)
-    assert torch.equal(grid, torch.arange(height * width).view(1, height, width))
-    for code, window in enumerate(seen):
-        row, column = divmod(code, width)
-        tops = [top for top in range(height - h + 1) if top <= row < top + h]
-        lefts = [left for left in range(width - w + 1) if left <= column < left + w]
-        top = min(tops, key=lambda top: abs(row - top - h // 2))  # as near to its middle as it goes
-        left = min(lefts, key=lambda left: abs(column - left - w // 2))
-        place = (row - top) * w + column - left
-        expected = grid[0, top : top + h, left : left + w].flatten()[:place]
-        assert len(window) == place + 1  # its last is the code itself, not written yet
-        assert torch.equal(window[:-1], expected)
 
 
 # --- bad input ---------------------------------------------------------------------------------
@@ -578,41 +366,6 @@ def test_conditions_that_do_not_fit_are_refused(condition, expected):
 def test_given_tokens_that_do_not_fit_are_refused(given, expected):
     with pytest.raises(ValueError, match=expected):
         make().sample(CONDITION, given=given)
-
-
-@pytest.mark.parametrize(
-    ("setting", "expected"),
-    [
-        ({"temperature": -1.0}, "temperature=-1.0: give"),
-        ({"temperature": math.nan}, "temperature=nan"),
-        ({"temperature": math.inf}, "temperature=inf"),
-        ({"top_k": 0}, "top_k=0: give 1 to 11"),
-        ({"top_k": K + 1}, "top_k=12"),
-        ({"top_p": 0.0}, "top_p=0.0"),
-        ({"top_p": 1.5}, "top_p=1.5"),
-        ({"top_p": math.nan}, "top_p=nan"),
-        ({"guidance": -1.0}, "guidance=-1.0"),
-        ({"guidance": math.nan}, "guidance=nan"),
-        ({"guidance": math.inf}, "guidance=inf"),
-        ({"guidance": 1e39}, "1 \\(none\\), or up to 100"),
-    ],
-)
-def test_settings_out_of_range_are_named(setting, expected):
-    for sample in samplers(make(), CONDITION):
-        with pytest.raises(ValueError, match=expected):
-            sample(**setting)
-
-
-@pytest.mark.parametrize(("height", "width"), [(2, 40), (30, 3)])
-def test_a_large_grid_smaller_than_the_window_is_refused(height, width):
-    with pytest.raises(ValueError, match=f"{height}x{width} tokens are smaller than .* 3x4"):
-        large(make(), CONDITION, height, width)
-
-
-def test_a_sliding_window_takes_one_grid():
-    tokenizer = SimpleNamespace(grids=[(4, 4), (8, 8)])
-    with pytest.raises(ValueError, match="takes one grid, and there are 2"):
-        sample_sliding_window(make(), tokenizer, CONDITION, 16, 16)
 
 
 @pytest.mark.parametrize(

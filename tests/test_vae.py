@@ -6,7 +6,7 @@ import torch
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
 from vqgan import vae
-from vqgan.vae import LIKELIHOODS, SMALLEST_SCALE, VAE
+from vqgan.vae import LIKELIHOODS, MIN_SCALE, VAE
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_kl_is_that_of_torch_distributions():
 def test_reparameterised_samples_have_the_moments_and_the_gradients():
     mean = torch.tensor([[1.0, -2.0]], requires_grad=True)
     log_var = torch.tensor([[0.0, -3.0]], requires_grad=True)
-    z = vae.reparameterise(mean.expand(100_000, 2), log_var.expand(100_000, 2))
+    z = vae.reparameterize(mean.expand(100_000, 2), log_var.expand(100_000, 2))
     assert torch.allclose(z.mean(dim=0), mean[0], atol=0.02)
     assert torch.allclose(z.std(dim=0), (0.5 * log_var[0]).exp(), rtol=0.02)
     z.mean(dim=0).sum().backward()
@@ -84,7 +84,7 @@ def test_a_perfect_reconstruction_keeps_a_finite_likelihood(x, likelihood):
     nll = model.negative_log_likelihood(x, x.clone())
     D = x[0].numel()
     assert nll.item() == pytest.approx(
-        D * (math.log(SMALLEST_SCALE) + 0.5 * math.log(2 * math.pi)), rel=1e-4
+        D * (math.log(MIN_SCALE) + 0.5 * math.log(2 * math.pi)), rel=1e-4
     )
 
 

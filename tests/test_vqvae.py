@@ -29,6 +29,37 @@ def test_indices_hold_the_whole_reconstruction(x, quantizer, num_downsamples, si
     assert torch.allclose(model.decode(model.quantizer.lookup(indices)), reconstruction, atol=1e-5)
 
 
+@QUANTIZERS
+@pytest.mark.parametrize(("num_downsamples", "side"), [(1, 16), (3, 4)])
+def test_as_a_tokenizer_it_turns_images_into_sequences_and_back(
+    x, quantizer, num_downsamples, side
+):
+    model = small(num_downsamples=num_downsamples, quantizer=quantizer)
+    model(x)  # the codebook starts from data
+    model.eval()
+    tokens = model.tokens(x)
+    assert tokens.dtype == torch.int64 and tokens.min() >= 0 and tokens.max() < 32
+    assert torch.equal(tokens, model.encode(x).indices.flatten(1))
+    assert model.grids == [(side, side)] and tokens.shape == (16, side**2)
+    assert model.num_embeddings == 32 and model.image_size == 32
+    assert torch.allclose(model.decode_tokens(tokens), model(x).reconstruction, atol=1e-4)
+
+
+def test_a_sequence_is_of_images_of_the_size_that_it_was_made_for():
+    """Which changes no weight."""
+    model = small(image_size=48).eval()
+    assert model.grids == [(12, 12)]
+    assert model.tokens(torch.zeros(2, 3, 48, 48)).shape == (2, 144)
+    assert model.decode_tokens(torch.zeros(2, 144, dtype=torch.int64)).shape == (2, 3, 48, 48)
+    assert model.state_dict().keys() == small().state_dict().keys()
+    for sides in ((30, 32), (32, 30), (0, 4)):
+        with pytest.raises(ValueError, match=f"{sides[0]}x{sides[1]}.* 4"):
+            model.check_resolution(*sides)
+    model.check_resolution(4, 64)
+    with pytest.raises(ValueError, match="30x30.* 4"):
+        small(image_size=30)
+
+
 def test_parameters_counted_by_hand():
     """No weights are shared between the residual blocks, and the EMA codebook is no parameter."""
 
@@ -62,8 +93,8 @@ def test_the_residual_block_adds_what_it_was_given():
 
 
 def test_constructor_arguments_reach_the_quantizer():
-    quantizer = small(beta=0.7, data_start=False, restart_dead=False).quantizer
-    assert quantizer.beta == 0.7 and not quantizer.waits_for_data and not quantizer.restart_dead
+    quantizer = small(beta=0.7, data_init=False, restart_dead_codes=False).quantizer
+    assert quantizer.beta == 0.7 and quantizer.initialized and not quantizer.restart_dead_codes
 
 
 def test_bad_arguments_are_named(x):
@@ -71,5 +102,5 @@ def test_bad_arguments_are_named(x):
         VQVAE(quantizer="product")
     with pytest.raises(ValueError, match="num_downsamples"):
         VQVAE(num_downsamples=0)
-    with pytest.raises(ValueError, match="30x32 .* 4 divides"):
+    with pytest.raises(ValueError, match="30x32.* 4"):
         small()(x[:, :, :30])

@@ -1,9 +1,9 @@
-"""A small residual network that tells the classes of labelled images apart.
+"""A small residual network that classifies labeled images.
 
-One network is trained for its features, which are a perceptual distance that needs no download
-(`perceptual.py`). Another one, of another seed and width, is the eval_classifier that no model was
-trained on: it gives the Frechet distance between two sets of images (`metrics.frechet_distance`),
-and says how many reconstructions it still recognises (`evaluation.py`).
+One network is trained for its features, which give a perceptual distance that needs no download
+(`perceptual.py`). Another one, of another seed and width, is the evaluation classifier, which no
+model is trained with. Its features give the Frechet distance between two sets of images
+(`metrics.frechet_distance`), and `evaluation.py` measures its accuracy on a model's images.
 
 He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016, arXiv 1512.03385.
 
@@ -24,13 +24,13 @@ from vqgan.checkpoint import save_plain
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
 from vqgan.errors import InputError
 
-# The highest rate of the schedule, which suits these widths and BatchNorm; and the usual decay.
+# The peak of the schedule suits these widths and BatchNorm; the weight decay is the usual one.
 MAX_LR, WEIGHT_DECAY = 1e-2, 1e-2
 SHIFT = 4  # training images are moved by up to this many pixels, as He et al. do on CIFAR-10
 
 
 class ResidualBlock(nn.Module):
-    """relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))); the stride halves the side."""
+    """relu(shortcut(x) + norm(conv(relu(norm(conv(x)))))); a stride of 2 halves the resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -48,10 +48,10 @@ class ResidualBlock(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Three stages of two residual blocks; for images of at least 8 pixels a side.
+    """Three stages of two residual blocks; for images of at least 8 pixels per side.
 
     Args:
-        num_classes: logits.
+        num_classes: number of logits.
         width: channels of the first stage; they double from stage to stage.
     """
 
@@ -69,7 +69,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(4 * width, num_classes)
 
     def stage_features(self, x: Tensor) -> list[Tensor]:
-        """x (B, 3, H, W) in [-1, 1] -> what each stage puts out, (B, C, h, w), first to last."""
+        """x (B, 3, H, W) in [-1, 1] -> outputs of all stages, (B, C, h, w), first to last."""
         features, h = [], self.stem(x)
         for stage in self.stages:
             h = stage(h)
@@ -77,7 +77,7 @@ class Classifier(nn.Module):
         return features
 
     def features(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] -> (B, 4 width), the last stage averaged over places."""
+        """x (B, 3, H, W) in [-1, 1] -> (B, 4 width), the last stage averaged over positions."""
         return self.stage_features(x)[-1].mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,13 +96,13 @@ def train_classifier(
     dtype: torch.dtype,
     name: str,
 ) -> Classifier:
-    """Train on labelled images; returns the network in eval mode, its parameters frozen.
+    """Train on labeled images, and return the network in eval mode, its parameters frozen.
 
     The global random state is left as it was.
 
     Args:
         loader: batches of images (B, 3, H, W) in [-1, 1] and labels (B,); it has a length.
-        name: what the progress bar calls it.
+        name: title of the progress bar.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -138,10 +138,10 @@ def save_classifier(path: Path, model: Classifier, accuracy: float) -> None:
 
 
 def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float]:
-    """The network in eval mode, its parameters frozen, and its accuracy on the test images.
+    """Load the network, in eval mode and frozen, and its accuracy on the test images.
 
     Raises:
-        InputError: the file is something else.
+        InputError: the file was not written by `save_classifier`.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -149,6 +149,6 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float
         model.load_state_dict(state["weights"])
         accuracy = state["accuracy"]
     except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is not a classifier of this package: name another") from error
+        raise InputError(f"{path} is not a classifier of this package: give another") from error
     model = prepare_model(model, device, compile=False)
     return model.eval().requires_grad_(False), accuracy

@@ -58,7 +58,10 @@ def _result(checkpoint: str, state: dict) -> dict:
     for path in (folder / "metrics.json", folder.parent / "metrics.json"):
         try:
             models = json.loads(path.read_text())["models"]
-            return next(iter(models.values())) if len(models) == 1 else models[folder.name]
+            name = "transformer" if state["model"] == "GPT" else folder.name
+            if len(models) == 1 and "transformer" not in models:  # a run of one model
+                (name,) = models
+            return models[name]
         except (OSError, ValueError, KeyError):
             continue
     print("(no metrics.json: the run was not finished, or is in another folder)")

@@ -1,14 +1,14 @@
-"""What a picture is conditioned on, as a few tokens that stand before its codes.
+"""What an image is conditioned on, as a few tokens that precede its own.
 
-    none      nothing to say: one start token, always the same
-    class     one token, the picture's label
-    caption   a token for each word, from the words of the training captions
-    image     the codes of another picture, which a function makes of the picture: its edges, its
-              grey copy, its small copy; so one mechanism colors, sharpens, or fills in a sketch
+    none      one start token, always the same
+    class     one token, the image's label
+    caption   one token per word, from the words of the training captions
+    image     the tokens of a transform of the image: its edges, its gray copy or its low-resolution
+              copy; so one mechanism colors, sharpens, or fills in a sketch
 
-The transformer has a table of its own for these tokens, so code 0 and class 0 have nothing in
-common, and no token of a condition can ever be sampled (`transformer.py`). It has one more row for
-a condition that is not told, which guidance needs: `GPT.null_token`.
+The transformer has a separate embedding table for these tokens, so code 0 and class 0 have nothing
+in common, and no token of a condition can ever be sampled (`transformer.py`). The table has one
+more row for a dropped condition, which guidance needs: `GPT.null_token`.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ PADDING = ""  # the word after the last one of a short caption
 
 @dataclass(frozen=True)
 class Condition:
-    """How a model's conditions become tokens; kept in its checkpoint as a plain dictionary.
+    """How conditions become tokens; a checkpoint holds this as a plain dictionary.
 
     Attributes:
-        kind: of `KINDS`.
-        vocabulary: how many different tokens there are.
-        length: C, tokens of one condition.
-        names: of classes, or words; a token is an index into it. Empty for none and image.
-        transform: of `TRANSFORMS`, for an image.
+        kind: one of `KINDS`.
+        vocabulary: number of different tokens.
+        length: C, the number of tokens per condition.
+        names: classes or words, which tokens index; empty for none and image.
+        transform: one of `TRANSFORMS`, for an image.
     """
 
     kind: str
@@ -43,21 +43,21 @@ class Condition:
     transform: str = ""
 
     def to_dict(self) -> dict:
-        """For a checkpoint: numbers, strings and a list of names."""
+        """Return numbers, strings and a list of names, for a checkpoint."""
         return asdict(self) | {"names": list(self.names)}
 
     @staticmethod
     def from_dict(state: dict) -> "Condition":
-        """What `to_dict` gave, a condition again."""
-        names, picture = tuple(state["names"]), state["transform"] or ""
-        return Condition(**state | {"names": names, "transform": picture})
+        """Rebuild a condition from what `to_dict` returned."""
+        names, transform = tuple(state["names"]), state["transform"] or ""
+        return Condition(**state | {"names": names, "transform": transform})
 
     def start_tokens(self, count: int) -> Tensor:
         """(count, 1) start tokens, for the kind none."""
         return torch.zeros(count, 1, dtype=torch.int64)
 
     def encode_classes(self, names: Sequence[str]) -> Tensor:
-        """Names of classes -> (B, 1). Raises InputError for an unknown one, and lists the known."""
+        """Names of classes -> (B, 1). Raises InputError, with all names, for an unknown one."""
         for name in names:
             if name not in self.names:
                 raise InputError(f"there is no class {name!r}: give {', '.join(self.names)}")
@@ -67,30 +67,30 @@ class Condition:
         """Captions -> (B, C), padded after the last word.
 
         Raises:
-            InputError: a word that no training caption has (the known are listed), or too many.
+            InputError: a word is unknown (the known are listed), or there are not 1 to C words.
         """
-        places = {word: place for place, word in enumerate(self.names)}
-        tokens = torch.full((len(captions), self.length), places[PADDING])
+        index = {word: i for i, word in enumerate(self.names)}
+        tokens = torch.full((len(captions), self.length), index[PADDING])
         for row, caption in zip(tokens, captions, strict=True):
             words = caption.lower().split()
-            unknown = [word for word in words if word not in places]
+            unknown = [word for word in words if word not in index]
             if unknown:
                 known = ", ".join(word for word in self.names if word)
                 raise InputError(f"caption {caption!r}: {unknown[0]!r} is unknown; give {known}")
             if not 1 <= len(words) <= self.length:
                 num_words = f"1 to {self.length} words, not {len(words)}"
                 raise InputError(f"caption {caption!r}: give {num_words}")
-            row[: len(words)] = torch.tensor([places[word] for word in words])
+            row[: len(words)] = torch.tensor([index[word] for word in words])
         return tokens
 
 
 def class_condition(class_names: Sequence[str]) -> Condition:
-    """One token, the class's place among the names: the label of the data set."""
+    """One token, the index of the class among the names, which is its label."""
     return Condition("class", vocabulary=len(class_names), length=1, names=tuple(class_names))
 
 
 def caption_condition(captions: Sequence[str]) -> Condition:
-    """The words of the captions, in alphabetical order; as long as the longest of them."""
+    """Words of the captions, in alphabetical order; the length is that of the longest caption."""
     split = [caption.lower().split() for caption in captions]
     words = (PADDING, *sorted({word for words in split for word in words}))
     length = max(len(words) for words in split)
@@ -98,17 +98,17 @@ def caption_condition(captions: Sequence[str]) -> Condition:
 
 
 def image_condition(transform: str, num_embeddings: int, seq_len: int) -> Condition:
-    """Of a tokenizer with K codes, and `seq_len` tokens per image."""
+    """`seq_len` tokens of a transformed image, from a tokenizer with K codes."""
     return Condition("image", vocabulary=num_embeddings, length=seq_len, transform=transform)
 
 
 NO_CONDITION = Condition("none", vocabulary=1, length=1)
 
 
-# --- pictures of pictures ------------------------------------------------------------------------
+# --- transforms of images ------------------------------------------------------------------------
 
 LUMA = (0.299, 0.587, 0.114)  # how bright red, green and blue look: ITU-R BT.601
-# Sobel's operator for changes from left to right; transposed, from top to bottom.
+# Sobel's operator finds changes from left to right; transposed, from top to bottom.
 SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 LOWRES_FACTOR = 4  # a 32-pixel image keeps 8x8 pixels
 
@@ -131,7 +131,7 @@ def edges(x: Tensor) -> Tensor:
 
 def lowres(x: Tensor) -> Tensor:
     """x (B, 3, H, W) in [-1, 1] -> means over blocks of 4x4 pixels, at the old size."""
-    blocks = F.avg_pool2d(x, LOWRES_FACTOR, ceil_mode=True)  # at the border, of what is there
+    blocks = F.avg_pool2d(x, LOWRES_FACTOR, ceil_mode=True)  # smaller blocks at the border
     blocks = blocks.repeat_interleave(LOWRES_FACTOR, 2).repeat_interleave(LOWRES_FACTOR, 3)
     return blocks[..., : x.shape[2], : x.shape[3]]
 

@@ -1,7 +1,7 @@
 """Data sets, and batches of them: CIFAR-10, a folder, or images that the package draws.
 
-A set that fits in memory is one uint8 tensor on the training device, and a batch is an indexing
-operation: no worker processes, no Python per image. A larger folder streams through a DataLoader.
+A set that fits in memory is one uint8 tensor on the training device, and a batch is one indexing
+operation, without workers or Python per image. A larger folder streams through a DataLoader.
 
     uint8 (N, 3, H, W) -> shuffled rows of a batch -> float (B, 3, H, W) in [-1, 1], some mirrored
 """
@@ -24,12 +24,12 @@ from vqgan.image_folder import ImageFiles, read_folder
 from vqgan.images import from_uint8
 from vqgan.shapes import render_shapes, render_textures
 
-NUM_TRAIN, NUM_TEST = 10_000, 2_000  # drawn for training, unless told otherwise; for testing
+NUM_TRAIN, NUM_TEST = 10_000, 2_000  # images to draw by default: for training, for testing
 
 
 @dataclass
 class ImageDataset:
-    """Training and test images with what is known about them.
+    """Training and test images with their labels and captions.
 
     Images are uint8 (N, 3, H, W), or an `ImageFiles` of the same length where the folder is too
     large to hold. Labels are int64 (N,), or None where images have no classes; captions are N
@@ -46,10 +46,9 @@ class ImageDataset:
 
     def first(self, limit: int) -> "ImageDataset":
         """The same set with at most `limit` training and `limit` test images."""
-
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        of_images = (name for name in parts if name != "class_names" and parts[name] is not None)
-        return replace(self, **{name: parts[name][:limit] for name in of_images})
+        per_image = (name for name in parts if name != "class_names" and parts[name] is not None)
+        return replace(self, **{name: parts[name][:limit] for name in per_image})
 
 
 def load_dataset(
@@ -63,34 +62,34 @@ def load_dataset(
     """Load one of the four sources.
 
     Args:
-        source: "cifar10" (downloaded to `root` where it is not there yet), "shapes" or "textures"
+        source: "cifar10" (downloaded to `root` unless it is there), "shapes" or "textures"
             (drawn from `seed`), or a folder of images: train/<class>/* and test/<class>/*, or
-            <class>/*, or loose images; the last two are split, always in the same way.
-        image_size: side of the square images in pixels; folders are resized and cropped to it,
-            the other sources have 32.
-        num_rendered: training images of "shapes" and "textures"; their test images stay the same.
+            <class>/*, or loose images; the last two are always split in the same way.
+        image_size: side of the square images in pixels; images of a folder are resized and cropped
+            to it, those of the other sources have 32.
+        num_rendered: training images of "shapes" and "textures"; it leaves test images unchanged.
 
     Raises:
-        InputError: an unknown source, a folder without readable images, CIFAR-10 out of reach.
+        InputError: the source is unknown, has no readable images, or cannot be downloaded.
     """
     if source in ("cifar10", "shapes", "textures") and image_size != 32:
-        raise InputError(f"image_size={image_size}: images of {source} have 32 pixels per side")
+        raise InputError(f"image_size={image_size}: data={source} needs image_size=32")
     if source in ("shapes", "textures"):
-        return _draw(source, seed, num_rendered)
+        return _render(source, seed, num_rendered)
     if source == "cifar10":
         return _load_cifar10(Path(root))
     if Path(source).is_dir():
         return ImageDataset(**read_folder(Path(source), image_size=image_size))
-    raise InputError(f"data={source}: give cifar10, shapes, textures, or a folder of images")
+    raise InputError(f"data={source} is unknown: give cifar10, shapes, textures, or a folder")
 
 
-def _draw(source: str, seed: int, num_rendered: int) -> ImageDataset:
-    """Shapes or textures, drawn: `num_rendered` for training, NUM_TEST for testing."""
-    draw = render_shapes if source == "shapes" else render_textures
-    images, labels, captions, class_names = draw(NUM_TRAIN + NUM_TEST, seed=seed)
-    # Images past the usual number are drawn by a stream of their own: the others stay as they are.
-    more = max(0, num_rendered - NUM_TRAIN)
-    more_images, more_labels, more_captions, _ = draw(more, seed=(seed, 1))
+def _render(source: str, seed: int, num_rendered: int) -> ImageDataset:
+    """Draw shapes or textures, `num_rendered` for training and NUM_TEST for testing."""
+    render = render_shapes if source == "shapes" else render_textures
+    images, labels, captions, class_names = render(NUM_TRAIN + NUM_TEST, seed=seed)
+    # Images beyond NUM_TRAIN come from a separate random stream, so the others do not change.
+    num_more = max(0, num_rendered - NUM_TRAIN)
+    more_images, more_labels, more_captions, _ = render(num_more, seed=(seed, 1))
     train = slice(min(num_rendered, NUM_TRAIN))
     return ImageDataset(
         train_images=torch.from_numpy(np.concatenate([more_images, images[train]])),
@@ -104,15 +103,15 @@ def _draw(source: str, seed: int, num_rendered: int) -> ImageDataset:
 
 
 def _load_cifar10(root: Path) -> ImageDataset:
-    """50,000 and 10,000 images of ten classes, downloaded where they are not in `root` yet."""
+    """Load 50,000 and 10,000 images of ten classes, downloaded unless they are in `root`."""
     if not (root / "cifar-10-batches-py").is_dir():
         print(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {root}")
     try:
         train, test = (CIFAR10(root=root, train=part, download=True) for part in (True, False))
-    except Exception as error:  # the network's, the server's and the archive's, of many types
+    except Exception as error:  # network, server and archive raise many types
         raise InputError(
             f"CIFAR-10 is not in {root} and cannot be downloaded ({error}): place "
-            f"{CIFAR10.url} there, give another data_root=FOLDER, or data=shapes"
+            f"{CIFAR10.url} there, or give another data_root=FOLDER, or data=shapes"
         ) from error
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in (train, test)]
     train_images, test_images = (part.contiguous() for part in images)
@@ -125,11 +124,11 @@ def _load_cifar10(root: Path) -> ImageDataset:
 
 
 class TrainLoader:
-    """Shuffled training batches: each `for x in batches` is one epoch.
+    """Shuffled training batches: each `for x in loader` is one epoch.
 
-    Yields x, float (B, 3, H, W) in [-1, 1] on `device`; given labels (N,), pairs of x and its
-    labels (B,). The last images of an epoch that do not fill a batch are left out (the next epoch
-    shuffles anew), so every step averages over as many images.
+    Yields x, float (B, 3, H, W) in [-1, 1] on `device`; given labels (N,), it yields pairs of x and
+    its labels (B,). An incomplete last batch is left out (the next epoch shuffles anew), so every
+    step averages over the same number of images.
 
     All randomness of an epoch, its order and its flips, is drawn at the epoch's start from a
     generator of this object's own. So the generator's state at that moment and the number of
@@ -147,13 +146,13 @@ class TrainLoader:
         labels: Tensor | None = None,
     ):
         if not 1 <= batch_size <= len(images):
-            raise InputError(f"batch size {batch_size}: give 1 to {len(images)}, the images")
+            raise InputError(f"batch size {batch_size}: give 1 to {len(images)} (all images)")
         self.images = images.to(device) if isinstance(images, Tensor) else images
         self.batch_size, self.device, self.flip = batch_size, torch.device(device), flip
         self.labels = None if labels is None else labels.to(device)
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch_start = self.generator.get_state()
-        self.position = 0  # batches of this epoch that were given out
+        self.position = 0  # in the epoch: how many batches were given out
 
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
@@ -165,7 +164,7 @@ class TrainLoader:
         order = order[: len(self) * self.batch_size].view(-1, self.batch_size)  # (steps, B)
         flips = flips[: order.numel()].view_as(order).to(self.device)
         if isinstance(self.images, Tensor):
-            order = order.to(self.device)  # once an epoch: no copy to the GPU at every step
+            order = order.to(self.device)  # once per epoch, not at every step
         for images in _fetch(self.images, order[self.position :], self.device):
             row, mirrored = order[self.position], flips[self.position]
             self.position += 1
@@ -175,21 +174,21 @@ class TrainLoader:
     def make_batch(
         self, images: Tensor, row: Tensor, mirrored: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """What is given out, of images uint8 (B, 3, H, W), their numbers and flips, both (B,)."""
+        """Make a batch of images uint8 (B, 3, H, W), given their indices and flips, both (B,)."""
         x = from_uint8(images)
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
         return x if self.labels is None else (x, self.labels[row.to(self.device)])
 
     def state_dict(self) -> dict:
-        """Where in which epoch it stands, for a checkpoint."""
+        """The epoch and the position in it, for a checkpoint."""
         state = {"epoch_start": self.epoch_start, "position": self.position}
         return state | {"num_images": len(self.images)}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from there. Raises InputError where there are more or fewer images than then."""
+        """Continue from a state. Raises InputError if the number of images differs from then."""
         if state["num_images"] != len(self.images):
             given, had = len(self.images), state["num_images"]
-            raise InputError(f"the run had {had} training images, not {given}: give it those")
+            raise InputError(f"the run had {had} training images, not {given}: give the same")
         self.epoch_start, self.position = state["epoch_start"].cpu(), state["position"]
 
 
@@ -201,16 +200,16 @@ def eval_batches(
 ) -> Iterator[Tensor]:
     """All images once, in order: float (B, 3, H, W) in [-1, 1]; the last batch may be smaller.
 
-    `batch_size`: None takes what is measured at once (`eval_batch_size`).
+    A `batch_size` of None means `eval_batch_size`.
     """
-    side = images.shape[-1] if isinstance(images, Tensor) else images.image_size
-    batch_size = batch_size or eval_batch_size(side)
+    image_size = images.shape[-1] if isinstance(images, Tensor) else images.image_size
+    batch_size = batch_size or eval_batch_size(image_size)
     for chunk in _fetch(images, torch.arange(len(images)).split(batch_size), torch.device(device)):
         yield from_uint8(chunk)
 
 
 def _fetch(images, indices, device: torch.device) -> Iterator[Tensor]:
-    """For each row of indices the images uint8 (B, 3, H, W), on the device."""
+    """Yield the images of each row of indices, uint8 (B, 3, H, W), on the device."""
     if isinstance(images, Tensor):
         for row in indices:
             yield images[row].to(device)
@@ -220,36 +219,36 @@ def _fetch(images, indices, device: torch.device) -> Iterator[Tensor]:
             batch_sampler=[row.tolist() for row in indices],
             num_workers=min(4, os.cpu_count() or 1),
             pin_memory=device.type == "cuda",
-            generator=torch.Generator(),  # its own, or it would advance the global one
+            generator=torch.Generator(),  # or it would advance the global one
         )
         try:
             for batch in loader:
                 yield batch.to(device, non_blocking=True)
-        except InputError as error:  # a worker's comes with its traceback: its last line is ours
+        except InputError as error:  # a worker adds its traceback before our line
             line = str(error).strip().splitlines()[-1]
             raise InputError(line.removeprefix(f"{InputError.__module__}.InputError: ")) from None
 
 
 def eval_batch_size(image_size: int) -> int:
-    """How many images to measure at once: 500 of 32 pixels a side, fewer of more pixels."""
+    """Number of images to evaluate at once: 500 of 32 pixels per side, fewer of larger ones."""
     return max(1, 500 * 32**2 // image_size**2)
 
 
 def pixel_variance(images: Tensor | ImageFiles) -> float:
     """Variance of all pixels of all channels, in the models' range [-1, 1].
 
-    The unit in which van den Oord's code reports the error: MSE / variance is 1 for a model that
-    always answers with one mean grey. Of a streamed folder the first 2,000 images stand for all.
+    It is the unit of the error in van den Oord's code: MSE / variance is 1 for a model that always
+    predicts the mean of all pixels. Of a streamed folder only the first 2,000 images are measured.
     """
     total, total_squares, count = 0.0, 0.0, 0
-    lowest, highest = torch.full((3,), math.inf), torch.full((3,), -math.inf)  # by channel
-    part = images if isinstance(images, Tensor) else images[:2000]
-    for x in eval_batches(part, 1000):
+    lowest, highest = torch.full((3,), math.inf), torch.full((3,), -math.inf)  # per channel
+    subset = images if isinstance(images, Tensor) else images[:2000]
+    for x in eval_batches(subset, 1000):
         x = x.double()
         total, total_squares = total + x.sum().item(), total_squares + x.square().sum().item()
         count += x.numel()
         lowest = torch.minimum(lowest, x.amin(dim=(0, 2, 3)).float())
         highest = torch.maximum(highest, x.amax(dim=(0, 2, 3)).float())
     if torch.equal(lowest, highest):
-        raise InputError("the training images are all of one colour: give others")
+        raise InputError("the training images all have one color: give others")
     return total_squares / count - (total / count) ** 2

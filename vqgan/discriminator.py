@@ -1,4 +1,4 @@
-"""The adversary: a patch discriminator, its losses, and the weight that balances them.
+"""A patch discriminator, the losses of the adversarial game, and the weight that balances them.
 
 Esser, Rombach, Ommer, 2021, arXiv 2012.09841, eq. 5 to 7. A discriminator D tells originals x from
 reconstructions x_hat, patch by patch, and the autoencoder learns to deceive it:
@@ -10,13 +10,14 @@ reconstructions x_hat, patch by patch, and the autoencoder learns to deceive it:
 D's output here is a logit, D(x) = sigmoid(logit) in eq. 5. The default loss is not eq. 5 but its
 hinge form, as in the authors' code (Lim, Ye, "Geometric GAN", 2017, arXiv 1705.02894):
 
-    D minimises              max(0, 1 - logit(x)) / 2 + max(0, 1 + logit(x_hat)) / 2
+    D minimizes              max(0, 1 - logit(x)) / 2 + max(0, 1 + logit(x_hat)) / 2
     the autoencoder          -logit(x_hat)                        (each a mean over patches)
 
-A squared error averages over everything that could have been, and a blur is what such averages look
-like. No blurred patch passes as an original, so D charges for it, wherever the texture is lost.
+The squared error is smallest for the average over everything that could have been there, and such
+averages look blurred. No blurred patch passes as an original, so D penalizes it wherever texture is
+lost.
 
-Where it stands: x and x_hat (B, 3, H, W) -> PatchDiscriminator -> logits (B, 1, h', w').
+Data flow: x and x_hat (B, 3, H, W) -> PatchDiscriminator -> logits (B, 1, h', w').
 """
 
 import torch
@@ -31,11 +32,11 @@ DELTA = 1e-6
 
 
 def receptive_field(depth: int) -> int:
-    """Side in pixels of the patch that one logit sees.
+    """The side in pixels of the patch that one logit sees.
 
-    Seen from the output back to the input, a convolution of kernel k and stride s widens a patch of
-    r to (r - 1) s + k: the last two have stride 1, `depth` before them stride 2; all have kernel 4.
-    Depth 0 sees 7, 1 sees 16, 2 sees 34, and 3 the 70 pixels of the paper.
+    From the output back to the input, a convolution of kernel k and stride s widens a patch of r to
+    (r - 1) s + k. All kernels are 4; the last two layers have stride 1, and the `depth` layers
+    before them stride 2. Depth 0 sees 7 pixels, 1 sees 16, 2 sees 34, and 3 the 70 of the paper.
     """
     side = 1
     for stride in [1, 1] + [2] * depth:
@@ -46,27 +47,27 @@ def receptive_field(depth: int) -> int:
 def choose_depth(image_size: int) -> int:
     """The largest depth up to the paper's 3 whose patch is at most two thirds of the image's side.
 
-    16 of 32 pixels, 34 of 64, 70 of 128 and more: with the usual depth of 3, a small image would be
-    judged as a whole, by far more logits than there are patches.
+    That is 16 of 32 pixels, 34 of 64, and 70 of 128 and more. With the usual depth of 3, every
+    logit would see the whole of a small image, and no patch would be left.
     """
     fitting = (depth for depth in (1, 2, 3) if receptive_field(depth) <= 2 / 3 * image_size)
     return max(fitting, default=0)
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: every logit judges a patch (Isola, Zhu, Zhou, Efros, 2017, arXiv 1611.07004).
+    """PatchGAN: every logit scores a patch (Isola, Zhu, Zhou, Efros, 2017, arXiv 1611.07004).
 
-    At 32 pixels the depth is 1, and each of 14x14 logits sees 16x16 pixels. No BatchNorm: with it,
-    originals and reconstructions in one batch would tell on each other.
+    At 32 pixels the depth is 1, and each of 14x14 logits sees 16x16 pixels. There is no BatchNorm,
+    through which the originals and reconstructions of a batch would give each other away.
 
     Args:
-        image_size: side of the images in pixels, from which the depth follows (`choose_depth`).
-        channels: of the first layer; they double with every layer, up to eight times.
-        norm: "spectral" (divides weights by their largest singular value, which keeps D's slope
-            and so its gradient in bounds: Miyato et al. 2018, arXiv 1802.05957), "group", "none".
+        image_size: the side of the images in pixels, from which the depth follows.
+        channels: those of the first layer; they double with every layer, up to eight times.
+        norm: "spectral" divides weights by their largest singular value, which bounds D's slope and
+            so its gradient (Miyato et al. 2018, arXiv 1802.05957); or "group", or "none".
 
     Raises:
-        ValueError: an unknown norm, or an image smaller than a patch.
+        ValueError: the norm is unknown, or an image is smaller than a patch.
     """
 
     def __init__(self, image_size: int, channels: int = 64, norm: str = "spectral"):
@@ -95,7 +96,7 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in about [-1, 1] -> logits (B, 1, h', w'), high for originals."""
         with parametrize.cached():
-            # Spectral norms first, in float32: CUDA's autocast would round them to half precision.
+            # Spectral norms come first, in float32, because CUDA's autocast would round them.
             with torch.autocast(device_type=x.device.type, enabled=False):
                 for layer in self.layers:
                     getattr(layer, "weight", None)
@@ -114,10 +115,10 @@ def _check_kind(kind: str) -> None:
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
-    """What D minimises; logits of originals and of reconstructions, any shape -> ().
+    """The loss of D: logits of originals and of reconstructions, any shape -> ().
 
-    Half the sum of the two means, as in the authors' code, so that the loss is 1 (hinge) or ln 2
-    (the others) for a D that knows nothing.
+    It is half the sum of the two means, as in the authors' code, so an untrained D has a loss of 1
+    (hinge) or ln 2 (the others).
     """
     _check_kind(kind)
     real, fake = real.float(), fake.float()
@@ -129,7 +130,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, kind: str) -> Tensor:
 
 
 def generator_loss(fake: Tensor, kind: str) -> Tensor:
-    """What the autoencoder minimises; logits of reconstructions -> ()."""
+    """The adversarial loss of the autoencoder: logits of reconstructions -> ()."""
     _check_kind(kind)
     fake = fake.float()
     if kind == "hinge":
@@ -146,11 +147,12 @@ def generator_loss(fake: Tensor, kind: str) -> Tensor:
 def adaptive_weight(
     reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor, *, maximum: float
 ) -> Tensor:
-    """lambda of eq. 7: makes both losses pull equally hard at the decoder's last layer.
+    """Lambda of eq. 7, with which both losses pull equally hard at the decoder's last layer.
 
-    In float32: squares of half-precision gradients overflow or vanish. Clamped to `maximum`: when D
-    stops learning its gradient vanishes, and a lambda that divides by it grows without bound (68
-    was seen, and pictures like posters). The authors' clamp of 10,000 does not prevent that.
+    It is computed in float32, because squares of half-precision gradients overflow or vanish. It is
+    clamped to `maximum`, because the gradient of a D that stops learning vanishes, and a lambda
+    that divides by it grows without bound (68 was seen, with images like posters). The authors'
+    clamp of 10,000 does not prevent that.
     """
 
     def norm(loss: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""A model over a whole test set: reconstructions, and samples beside the images they stand for.
+"""A model over a whole test set: the quality of its reconstructions or samples.
 
-The networks that look at them are those of `eval_networks.py`; the measures are `metrics.py`'s.
+The networks that measure them are in `eval_networks.py`, the formulas in `metrics.py`.
 """
 
 from collections import defaultdict
@@ -23,7 +23,7 @@ from vqgan.transformer import GPT
 from vqgan.vae import VAE, reparameterize
 from vqgan.vqvae import VQAutoencoder
 
-MAX_CACHED = 2**28  # numbers in the keys and values of sampling, 1 GiB
+MAX_CACHED = 2**28  # numbers in the keys and values of sampling, 1 GiB in float32
 
 
 # --- reconstructions -----------------------------------------------------------------------------
@@ -38,14 +38,14 @@ def evaluate_autoencoder(
     eval_classifier: Classifier | None = None,
     inception: Any = None,
 ) -> tuple[dict, Tensor | None]:
-    """Measures over the test set, in float32; and how often each code is used, (K,).
+    """Measure a model over the test set, in float32, and count the uses of each code, (K,).
 
-    A VAE is measured twice: with z at the mean of q(z|x), the usual reconstruction, and with a
-    sampled z ("..._sampled"), since it is a sample that the bits of the KL can transmit. A code is
-    not random, so for the others both are the same. What is not measured is None.
+    A VAE is measured twice, with z at the mean of q(z|x), the usual reconstruction, and with a
+    sampled z ("..._sampled"), since it is a sample that the bits of the KL can transmit. Codes are
+    not random, so for other models both are the same. What is not measured is None.
     """
     model.eval()
-    generator = torch.Generator().manual_seed(0)  # its own: evaluation must not disturb training
+    generator = torch.Generator().manual_seed(0)  # the global one belongs to training
     usage: Any = None if isinstance(model, VAE) else metrics.CodebookUsage(model.num_embeddings)
     per_image, features, features_hat = defaultdict(list), [], []
     for x in eval_batches(run.data.test_images, device=run.device):
@@ -100,20 +100,19 @@ def evaluate_autoencoder(
 
 @torch.no_grad()
 def decode_tokens(tokenizer: VQAutoencoder, tokens: Tensor) -> Tensor:
-    """Tokens (M, N) -> images (M, 3, H, W), about [-1, 1], on the CPU; decoded in parts."""
-    parts = tokens.split(eval_batch_size(tokenizer.image_size))
-    return torch.cat([tokenizer.decode_tokens(part).cpu() for part in parts])
+    """Tokens (M, N) -> images (M, 3, H, W), about [-1, 1], on the CPU; decoded in chunks."""
+    chunks = tokens.split(eval_batch_size(tokenizer.image_size))
+    return torch.cat([tokenizer.decode_tokens(chunk).cpu() for chunk in chunks])
 
 
 @torch.no_grad()
 def reference_frechet(
     eval_classifier: Classifier, tokenizer: VQAutoencoder, run: Run
 ) -> tuple[Tensor, dict[str, float]]:
-    """Features of the test images, and two distances to them that a sample's is read beside.
+    """Extract features of the test images, and measure two reference distances to them.
 
-    Reconstructions of the test images differ from them by what the tokenizer loses, and as many
-    training images by what two sets of real images differ by. (Neither is a bound: guided samples
-    can lie below.)
+    That of their reconstructions shows what the tokenizer loses; that of as many training images
+    shows how far apart two real sets are. (Neither is a bound, and guided samples can lie below.)
     """
     device, test = run.device, run.data.test_images
     features = extract_features(eval_classifier, eval_batches(test, device=device))
@@ -136,21 +135,21 @@ def evaluate_samples(
     num_samples: int | None,
     run: Run,
 ) -> tuple[list[dict], dict[str, float]]:
-    """Samples at each setting, beside the test images; and `reference_frechet`.
+    """Measure samples of each setting against the test images; return `reference_frechet` too.
 
-    They are sampled under the conditions of the test images, in their order. Without an
-    evaluation classifier there is nothing to measure them by.
+    The samples have the conditions of the test images, in their order. Without an evaluation
+    classifier there is nothing to measure them with.
 
     Args:
-        settings: keyword arguments of `GPT.sample`, which stand in the results too.
-        num_samples: None takes one for each test image.
+        settings: keyword arguments of `GPT.sample`, which the results repeat.
+        num_samples: None means one per test image.
     """
     if eval_classifier is None:
         return [], {}
     test_features, references = reference_frechet(eval_classifier, tokenizer, run)
-    chosen = torch.arange(num_samples or len(dataset.test)) % len(dataset.test)  # around again
-    conditions = dataset.test_conditions[chosen].to(run.device)
-    labels, kind = run.data.test_labels[chosen], dataset.condition.kind
+    indices = torch.arange(num_samples or len(dataset.test)) % len(dataset.test)  # wraps around
+    conditions = dataset.test_conditions[indices].to(run.device)
+    labels, kind = run.data.test_labels[indices], dataset.condition.kind
     # Keys and values of every block and position, twice with guidance.
     cached = 2 * 2 * len(prior.blocks) * prior.pos_emb.numel()
     chunk_size = min(500, max(1, MAX_CACHED // cached))
@@ -158,27 +157,27 @@ def evaluate_samples(
     def measure(setting: dict) -> dict:
         watch, generator = Stopwatch(), torch.Generator().manual_seed(0)
         features, colors = [], []
-        for part in tqdm(conditions.split(chunk_size), desc="sampling", unit="batch"):
-            x = decode_tokens(tokenizer, prior.sample(part, generator=generator, **setting))
-            parts = x.split(eval_batch_size(x.shape[-1]))
-            features.append(extract_features(eval_classifier, parts))
+        for chunk in tqdm(conditions.split(chunk_size), desc="sampling", unit="batch"):
+            x = decode_tokens(tokenizer, prior.sample(chunk, generator=generator, **setting))
+            batches = x.split(eval_batch_size(x.shape[-1]))
+            features.append(extract_features(eval_classifier, batches))
             if kind == "caption":
-                colors += detect_colors(to_uint8(x).numpy())
+                colors += [shape for shape, _ in detect_colors(to_uint8(x).numpy())]
         sample_features = torch.cat(features)
-        right = eval_classifier.head(sample_features.to(run.device)).argmax(dim=1).cpu() == labels
+        correct = eval_classifier.head(sample_features.to(run.device)).argmax(dim=1).cpu() == labels
         result = setting | {
-            "num_samples": len(chosen),
+            "num_samples": len(indices),
             "frechet": metrics.frechet_distance(sample_features, test_features),
-            "class_accuracy": None if kind == "none" else right.double().mean().item(),
+            "class_accuracy": None if kind == "none" else correct.double().mean().item(),
             "color_accuracy": None,
             "prompt_accuracy": None,
         }
         if kind == "caption":
-            # "small red star on blue": its second and fifth word.
-            wanted = (tuple(run.data.test_captions[i].split()[1::3]) for i in chosen.tolist())
-            same = torch.tensor([a[0] == b[0] for a, b in zip(wanted, colors, strict=True)])
-            result["color_accuracy"] = same.double().mean().item()
-            result["prompt_accuracy"] = (right & same).double().mean().item()
+            # The color of the shape is the second word, as in "small red star on blue".
+            requested = [run.data.test_captions[i].split()[1] for i in indices.tolist()]
+            color_correct = torch.tensor([a == b for a, b in zip(requested, colors, strict=True)])
+            result["color_accuracy"] = color_correct.double().mean().item()
+            result["prompt_accuracy"] = (correct & color_correct).double().mean().item()
         return result | {"seconds": round(watch.seconds, 1)}
 
     return [measure(setting) for setting in settings], references

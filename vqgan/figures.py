@@ -1,6 +1,6 @@
-"""Every picture, with matplotlib. Images come as float (N, 3, H, W) in [0, 1], results as numbers.
+"""Every figure, drawn with matplotlib from images, float (N, 3, H, W) in [0, 1], and numbers.
 
-Each function writes one PNG. Colours are Okabe and Ito's, which color-blind readers tell apart.
+Each function writes one PNG. The colors are Okabe and Ito's, which color-blind readers tell apart.
 """
 
 import itertools
@@ -17,18 +17,18 @@ from torch import Tensor
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DOTS_PER_INCH = 110  # sharp enough on a page, and small enough to commit
-ROWS_FONT_SIZE = 13  # points: rows are 10 inches wide and more, and a page shrinks them to 7 or so
+ROWS_FONT_SIZE = 13  # points; rows are 10 inches wide or more, and a page shrinks them to about 7
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure, in inches."""
+    """An empty figure with a title; width and height are in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title)
     return figure
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write the PNG, and its folder."""
+    """Write the PNG, and create its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
@@ -48,25 +48,25 @@ def _side_by_side(images: Tensor, gap: int = 2) -> np.ndarray:
 
 
 def image_rows(path: Path, rows: Sequence[tuple[str, Tensor]], *, title: str) -> None:
-    """Rows of images: originals over reconstructions, say.
+    """Draw rows of images, for example originals over reconstructions.
 
     Args:
-        rows: from the top, each a label, of a line or more, and its images (N, 3, H, W).
+        rows: from top to bottom, each with a label of one or more lines and images (N, 3, H, W).
     """
     for _, images in rows:
         _check_images(images)
     strips = [_side_by_side(images) for _, images in rows]
     height, width = strips[0].shape[0], max(strip.shape[1] for strip in strips)
-    # In inches: the longest line of a label, and a margin.
+    # Lengths are in inches. A label is as wide as its longest line and a margin.
     longest = max(len(line) for label, _ in rows for line in label.split("\n"))
     label_width = 0.0085 * ROWS_FONT_SIZE * longest + 0.15
-    picture_width = 9.0
-    row_height = picture_width * height / width + 0.06
+    images_width = 9.0
+    row_height = images_width * height / width + 0.06
     total_height = row_height * len(rows) + 0.45
-    figure = Figure(figsize=(label_width + picture_width + 0.1, total_height))
+    figure = Figure(figsize=(label_width + images_width + 0.1, total_height))
     figure.suptitle(title, y=1 - 0.1 / total_height, va="top", fontsize=ROWS_FONT_SIZE)
     for i, ((label, _), strip) in enumerate(zip(rows, strips, strict=True)):
-        strip_width = picture_width * strip.shape[1] / width  # a last row may be shorter
+        strip_width = images_width * strip.shape[1] / width  # a last row may be shorter
         bottom = total_height - 0.45 - (i + 1) * row_height + 0.06
         box = (label_width, bottom, strip_width, row_height - 0.06)  # in inches
         size = np.tile(figure.get_size_inches(), 2)  # width, height, width, height
@@ -74,18 +74,18 @@ def image_rows(path: Path, rows: Sequence[tuple[str, Tensor]], *, title: str) ->
         # Pixels stay squares: at this size, smoothing would hide the very blur that is shown.
         axes.imshow(strip, interpolation="nearest", aspect="auto")
         axes.set_axis_off()
-        place: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "center"}
-        axes.text(-0.09 / strip_width, 0.5, label, fontsize=ROWS_FONT_SIZE, **place)  # 0.09 inches
+        anchor: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "center"}
+        axes.text(-0.09 / strip_width, 0.5, label, fontsize=ROWS_FONT_SIZE, **anchor)  # 0.09 inches
     save_figure(figure, path)
 
 
 def image_grid(path: Path, images: Tensor, *, title: str, columns: int = 12) -> None:
-    """Images (N, 3, H, W) in rows of `columns`, unlabelled."""
+    """Draw images (N, 3, H, W) in rows of `columns`, without labels."""
     image_rows(path, [("", chunk) for chunk in images.split(columns)], title=title)
 
 
 def plot_axes(figure: Figure, panel: int = 1, of: int = 1, *, xlabel: str, ylabel: str) -> Axes:
-    """The axes of one panel in a row of them, from 1."""
+    """Add the axes of one panel in a row of panels; the first is number 1."""
     axes = figure.add_subplot(1, of, panel)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -95,7 +95,7 @@ def plot_axes(figure: Figure, panel: int = 1, of: int = 1, *, xlabel: str, ylabe
 
 
 def _curve(axes: Axes, rows: Sequence[Mapping[str, float]], term: str, **style) -> None:
-    """A term by epoch; of few rows the points are marked, since one alone makes no line."""
+    """Plot a term by epoch; points of few rows are marked, since one alone makes no line."""
     style = {"linewidth": 1.4, "marker": "o" if len(rows) < 10 else "", "markersize": 3} | style
     axes.plot([row["epoch"] for row in rows], [row[term] for row in rows], **style)
 
@@ -108,11 +108,11 @@ def losses(
     title: str,
     share: bool = True,
 ) -> None:
-    """Training losses by epoch.
+    """Plot training losses by epoch.
 
     Args:
-        logs: for each model its rows, as in log.csv.
-        ylabels: for each model the unit of its losses.
+        logs: the rows of each model, as in log.csv.
+        ylabels: the unit of the losses of each model.
         share: models whose rows have the same terms share a panel (a sweep).
     """
     panels: dict[tuple[str, ...], list[str]] = {}
@@ -124,7 +124,7 @@ def losses(
         terms = [key for key in logs[names[0]][0] if key not in ("step", "epoch")]
         ylabel = ylabels[names[0]]
         axes = plot_axes(figure, number, len(panels), xlabel="epoch", ylabel=ylabel)
-        # A sweep has too many lines for every term: the whole loss of each model is shown.
+        # A sweep has too many lines for every term, so only the total loss is shown.
         shown = terms if len(names) == 1 else terms[:1]
         curves = [(name, term) for name in names for term in shown]
         for (name, term), color in zip(curves, itertools.cycle(COLORS), strict=False):
@@ -132,7 +132,7 @@ def losses(
             _curve(axes, logs[name], term, label=label, color=color)
         values = np.array([row[term] for name in names for row in logs[name] for term in shown])
         if (values > 0).all() and values.max() > 20 * np.median(values):
-            axes.set_yscale("log")  # the first rows would press the others flat
+            axes.set_yscale("log")  # or the first rows would flatten the others
         axes.legend(frameon=False, fontsize=9)
     save_figure(figure, path)
 
@@ -145,11 +145,11 @@ def token_losses(
     *,
     title: str,
 ) -> None:
-    """Nats a code by epoch: training, validation, and dashed lines that a model must get below.
+    """Plot nats per token by epoch, in training and validation; dashed lines are to be beaten.
 
     Args:
         rows, validation: {"epoch", "loss"}, as in log.csv.
-        baselines: label -> nats a code.
+        baselines: label -> nats per token.
     """
     figure = new_figure(9.0, 4.2, title)
     axes = plot_axes(figure, xlabel="epoch", ylabel="nats per token")
@@ -171,14 +171,14 @@ def adversarial(
     *,
     title: str,
 ) -> None:
-    """The game by epoch: quality, the discriminator, lambda.
+    """Plot the adversarial game by epoch: quality, the discriminator, lambda.
 
     Args:
-        rows: of a log with a discriminator, as in log.csv.
-        disc_start, gan_start: epochs at which the discriminator starts to learn, and is used.
+        rows: as in the log.csv of a model with a discriminator.
+        disc_start, gan_start: epochs at which the discriminator starts to learn, and to be used.
     """
     figure = new_figure(14.0, 3.8, title)
-    panels = (  # from when on there is something to show
+    panels = (  # label, terms, and the epoch after which they exist
         ("reconstruction losses", ("reconstruction", "perceptual"), 0),
         ("mean output of the discriminator", ("real", "fake"), disc_start),
         ("lambda", ("lambda",), gan_start),
@@ -190,7 +190,7 @@ def adversarial(
             if term in rows[0]:
                 _curve(axes, shown, term, label=term, color=color)
         axes.axvline(disc_start, color="0.4", linestyle=":", label="discriminator starts to learn")
-        axes.axvline(gan_start, color="0.4", linestyle="--", label="is used")
+        axes.axvline(gan_start, color="0.4", linestyle="--", label="discriminator is used")
         axes.legend(frameon=False, fontsize=9)
     save_figure(figure, path)
 
@@ -198,7 +198,7 @@ def adversarial(
 def metric_by_batch_size(
     path: Path, results: Mapping[str, Mapping[int, float]], *, ylabel: str, title: str
 ) -> None:
-    """One line a model over the batch sizes: {"VAE": {16: 0.61, 64: 0.60}, ...}."""
+    """Plot one line per model over the batch sizes: {"VAE": {16: 0.61, 64: 0.60}, ...}."""
     figure = new_figure(5.6, 3.8, title)
     axes = plot_axes(figure, xlabel="batch size", ylabel=ylabel)
     above: dict[str, Any] = {"xytext": (0, 7), "textcoords": "offset points", "fontsize": 8}
@@ -218,18 +218,18 @@ def metric_by_batch_size(
 
 
 def codebook_usage(path: Path, counts: Mapping[str, Tensor], *, title: str) -> None:
-    """How often each code is chosen, codes sorted from the most to the least frequent.
+    """Plot how often each code is chosen, from the most to the least frequent.
 
     Args:
-        counts: for each model the counts (K,) over a whole set.
+        counts: the counts (K,) of each model over a whole set.
     """
     figure = new_figure(6.4, 3.8, title)
-    axes = plot_axes(figure, xlabel="code, from the most frequent", ylabel="share of all positions")
+    axes = plot_axes(figure, xlabel="code, from the most frequent", ylabel="fraction of positions")
     for (name, count), color in zip(counts.items(), itertools.cycle(COLORS), strict=False):
-        share = np.sort((count.double() / count.sum()).numpy())[::-1]
-        axes.plot(np.arange(1, len(share) + 1), share, color=color, label=name)
+        fractions = np.sort((count.double() / count.sum()).numpy())[::-1]
+        axes.plot(np.arange(1, len(fractions) + 1), fractions, color=color, label=name)
     style: dict[str, Any] = {"color": "0.4", "linestyle": "--", "linewidth": 1}
-    axes.axhline(1 / len(share), label="all codes alike (1/K)", **style)
+    axes.axhline(1 / len(fractions), label="uniform (1/K)", **style)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
     axes.legend(frameon=False)

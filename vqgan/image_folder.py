@@ -1,11 +1,11 @@
 """A folder of images: which files it has, which of them can be read, how they are split.
 
-    folder/train/<class>/*  and  folder/test/<class>/*      two parts, as they are
-    folder/<class>/*                                        labelled, split here
+    folder/train/<class>/*  and  folder/test/<class>/*      two parts, used as they are
+    folder/<class>/*                                        labeled images, split here
     folder/*                                                loose images, split here
 
-Any mode and size that Pillow opens becomes RGB of one size. Files that cannot be read are named and
-left out, before training and not hours into it.
+Images of any mode and size that Pillow opens become RGB of one size. Files that cannot be read are
+named and left out, before training and not hours into it.
 """
 
 import os
@@ -22,66 +22,66 @@ from tqdm import tqdm
 
 from vqgan.errors import InputError
 
-TEST_SHARE = 0.1  # of a folder that has no test/ of its own
-MAX_NAMED = 100  # unreadable files that are named, before the rest is only counted
+TEST_FRACTION = 0.1  # of the images in a folder without train/ and test/
+MAX_NAMED = 100  # unreadable files to name; the rest are only counted
 MEMORY_LIMIT = 4 * 2**30  # bytes of uint8 images to hold at once; a larger folder streams
 
 
 def read_folder(folder: Path, *, image_size: int) -> dict:
-    """List the files, read them, and split them where they are not split.
+    """List the files, read them, and split them unless the folder does.
 
     Returns the keyword arguments of `data.ImageDataset`.
 
     Raises:
-        InputError: no readable image, in the folder or in a class of it; parts that do not match.
+        InputError: the folder or a class has no readable image, or the parts do not match.
     """
     parts = [folder / name for name in ("train", "test") if (folder / name).is_dir()]
     if len(parts) == 1:
-        raise InputError(f"{folder} has a folder {parts[0].name}/ alone: give train/ and test/")
+        raise InputError(f"{folder} has only {parts[0].name}/: give train/ and test/")
     paths, labels, class_names = list_images(parts[0] if parts else folder)
     num_train = len(paths)
     if parts:
         test_paths, test_labels, test_names = list_images(parts[1])
-        odd = sorted(set(class_names) ^ set(test_names))
-        if odd:
-            raise InputError(f"train/ and test/ of {folder} do not both have the classes {odd}")
+        unmatched = sorted(set(class_names) ^ set(test_names))
+        if unmatched:
+            raise InputError(f"train/ and test/ of {folder} must both have the classes {unmatched}")
         paths, labels = paths + test_paths, labels + test_labels
 
     images, readable = _read_all(paths, image_size)
     if not readable:
-        raise InputError(f"none of the {len(paths)} files in {folder} is an image")
+        raise InputError(f"none of the {len(paths)} files in {folder} is an image: give others")
     found = {labels[i] for i in readable}
     for label, name in enumerate(class_names):
         if label not in found:
             raise InputError(f"class {name!r} in {folder} has no readable image: add some")
 
-    # Shuffled, so that the first N images are of all classes; and with a seed of its own, so that
-    # runs of other seeds are measured on the same test images.
+    # They are shuffled, so that the first N images are of all classes, and always with seed 0, so
+    # that runs of other seeds are measured on the same test images.
     order = np.random.default_rng(0).permutation(readable)
     if parts:
         train, test = order[order < num_train], order[order >= num_train]
     else:
-        num_test = max(1, round(TEST_SHARE * len(order)))
+        num_test = max(1, round(TEST_FRACTION * len(order)))
         train, test = order[num_test:], order[:num_test]
     if len(train) == 0 or len(test) == 0:
-        raise InputError(f"{folder} gives {len(train)} training and {len(test)} test images")
-    of_images = torch.tensor(labels) if class_names else None
+        raise InputError(f"{folder} has {len(train)} train and {len(test)} test images: add more")
+    all_labels = torch.tensor(labels) if class_names else None
     return {
         "train_images": images[train],
         "test_images": images[test],
-        "train_labels": None if of_images is None else of_images[train],
-        "test_labels": None if of_images is None else of_images[test],
+        "train_labels": None if all_labels is None else all_labels[train],
+        "test_labels": None if all_labels is None else all_labels[test],
         "class_names": class_names,
     }
 
 
 def list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
-    """Files of a folder of class folders (with labels), or of loose files (labels all 0)."""
+    """Files in class folders with their labels, or loose files, with labels 0; and class names."""
     entries = sorted(p for p in folder.iterdir() if p.name[0] != ".")
     classes = [p for p in entries if p.is_dir()]
     if 0 < len(classes) < len(entries):
         loose = len(entries) - len(classes)
-        print(f"skipped {loose} files beside the class folders of {folder}: they have no class")
+        print(f"skipped {loose} files next to the class folders of {folder}: they have no class")
     paths, labels = [], []
     for label, directory in enumerate(classes or [folder]):
         files = sorted(p for p in directory.rglob("*") if p.is_file() and p.name[0] != ".")
@@ -95,8 +95,8 @@ def list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
 def read_image(path: Path, image_size: int) -> np.ndarray:
     """One image file of any mode and size -> uint8 (3, image_size, image_size), RGB.
 
-    Resized so that the shorter side fits, then cropped in the middle. Transparency is laid over
-    white. Raises OSError (or another of Pillow's errors) where the file is not an image.
+    The shorter side is resized to fit, and the center is cropped. Transparent images are laid over
+    white. Raises OSError (or another of Pillow's errors) if the file is not an image.
     """
     with Image.open(path) as file:
         file.draft("RGB", (image_size, image_size))  # a large JPEG is decoded at a lower scale
@@ -113,7 +113,7 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
 
 
 def read_images(paths: Sequence[str | Path], image_size: int) -> Tensor:
-    """Image files -> uint8 (N, 3, H, W), H = W = image_size; InputError for an unreadable one."""
+    """Files -> uint8 (N, 3, H, W), H = W = image_size. Raises InputError if one is unreadable."""
     images = []
     for path in paths:
         try:
@@ -124,20 +124,20 @@ def read_images(paths: Sequence[str | Path], image_size: int) -> Tensor:
 
 
 def _read_all(paths: list[Path], image_size: int) -> tuple["Tensor | ImageFiles", list[int]]:
-    """Read every file once: what can be read is known before training, not hours into it.
+    """Read every file once, so that bad ones are known before training, not hours into it.
 
-    Returns all images, uint8 (N, 3, H, W), or as `ImageFiles` where they are too large to hold; and
-    the numbers of those that can be read. The others are named, and counted.
+    Returns all images, uint8 (N, 3, H, W), or as `ImageFiles` if they are too large to hold, and
+    the indices of those that can be read. The others are named and counted.
     """
-    hold = len(paths) * 3 * image_size**2 <= MEMORY_LIMIT
-    images = np.zeros((len(paths) if hold else 0, 3, image_size, image_size), dtype=np.uint8)
+    fits = len(paths) * 3 * image_size**2 <= MEMORY_LIMIT
+    images = np.zeros((len(paths) if fits else 0, 3, image_size, image_size), dtype=np.uint8)
 
     def read(i: int) -> str | None:
         try:
             image = read_image(paths[i], image_size)
         except Exception as error:  # Pillow raises many types on broken files
             return str(error) or type(error).__name__
-        if hold:
+        if fits:
             images[i] = image
         return None
 
@@ -149,12 +149,12 @@ def _read_all(paths: list[Path], image_size: int) -> tuple["Tensor | ImageFiles"
         print(f"skipped {paths[i]}: {faults[i]}")
     if broken:
         print(f"skipped {len(broken)} of {len(paths)} files that cannot be read as an image")
-    held = torch.from_numpy(images) if hold else ImageFiles(paths, image_size)
-    return held, [i for i, fault in enumerate(faults) if fault is None]
+    readable = [i for i, fault in enumerate(faults) if fault is None]
+    return torch.from_numpy(images) if fits else ImageFiles(paths, image_size), readable
 
 
 class ImageFiles(Dataset):
-    """Image files that are read when they are asked for: item i is uint8 (3, H, W)."""
+    """Image files that are read when they are indexed: item i is uint8 (3, H, W)."""
 
     def __init__(self, paths: list[Path], image_size: int):
         self.paths, self.image_size = paths, image_size
@@ -163,14 +163,14 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: "int | slice | np.ndarray") -> "Tensor | ImageFiles":
-        """One image; or, of a slice or an array of indices, the smaller set."""
+        """Read one image, or select the subset of a slice or an array of indices."""
         if isinstance(index, slice):
             return ImageFiles(self.paths[index], self.image_size)
         if isinstance(index, np.ndarray):
             return ImageFiles([self.paths[i] for i in index], self.image_size)
         try:
-            # A copy: to share the memory of a read-only array, torch warns.
+            # torch.tensor copies, because torch warns when it shares a read-only array.
             return torch.tensor(read_image(self.paths[index], self.image_size))
         except Exception as error:
             path = self.paths[index]
-            raise InputError(f"{path} is gone ({error}): put it back and resume") from error
+            raise InputError(f"{path} is unreadable ({error}): restore it and resume") from error

@@ -1,7 +1,7 @@
 """How good a reconstruction is, and what it costs.
 
-Images come as float (B, 3, H, W) in [0, 1] (`images.to_unit`); anything outside is refused, since a
-range given wrongly changes every number without a sign.
+Images come as float (B, 3, H, W) in [0, 1] (`images.to_unit`); values outside raise ValueError,
+since a wrong range would silently change every number.
 """
 
 import math
@@ -20,24 +20,24 @@ def _require_unit_range(*images: Tensor) -> None:
     """Raise ValueError unless both batches are (B, C, H, W) of one shape, in [0, 1]."""
     if images[0].shape != images[1].shape or images[0].dim() != 4:
         shapes = " and ".join(str(tuple(x.shape)) for x in images)
-        raise ValueError(f"two batches (B, C, H, W) of one shape are needed, not {shapes}")
+        raise ValueError(f"give two batches (B, C, H, W) of one shape, not {shapes}")
     for x in images:
         low, high = x.min().item(), x.max().item()
         if not (low >= 0 and high <= 1):  # written so that NaN fails too
-            raise ValueError(f"images must lie in [0, 1], but reach from {low:.3g} to {high:.3g}")
+            raise ValueError(f"give images in [0, 1] (images.to_unit), not {low:.3g} to {high:.3g}")
 
 
 def normalized_mse(x: Tensor, reconstruction: Tensor, variance: float) -> Tensor:
-    """MSE of raw model outputs by the variance of the training pixels, per image: (B,).
+    """MSE of raw model outputs over the variance of the training pixels, per image: (B,).
 
-    Any range, as long as all three are in the same. 1 is the error of answering with one
-    mean grey. (The `nmse` of van den Oord et al. 2017's code.)
+    All three must be in the same range. Predicting the mean of all pixels gives 1. (The code of van
+    den Oord et al. 2017 calls it `nmse`.)
     """
     return (x - reconstruction).double().square().mean(dim=(1, 2, 3)) / variance
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB per image: -10 log10 MSE for images in [0, 1]. (B,).
+    """Peak signal-to-noise ratio in dB per image: -10 log10 MSE for images in [0, 1], (B,).
 
     Equal images give infinity.
     """
@@ -54,7 +54,7 @@ def gaussian_mean(images: Tensor) -> Tensor:
     window = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
     window = window / window.sum()  # (11,)
     planes = images.flatten(0, 1)[:, None]  # (B C, 1, H, W)
-    # The two-dimensional window is a product of two: first down the columns, then along the rows.
+    # The two-dimensional window is a product of two, one along the columns, one along the rows.
     planes = F.conv2d(planes, window.view(1, 1, -1, 1))
     return F.conv2d(planes, window.view(1, 1, 1, -1)).view(*images.shape[:2], -1)
 
@@ -68,7 +68,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
         (2 m_x m_y + C1)(2 s_xy + C2) / ((m_x^2 + m_y^2 + C1)(s_x^2 + s_y^2 + C2))
 
-    In float64: the variances are small differences of large squares.
+    It is computed in float64, because the variances are small differences of large squares.
     """
     _require_unit_range(x, y)
     if min(x.shape[-2:]) < SSIM_WINDOW:
@@ -77,10 +77,10 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def ssim_global(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM with one window, the whole image of a channel, every pixel weighing alike. (B,) float64.
+    """SSIM with one window, the whole of each channel, and uniform weights: (B,) float64.
 
-    Not the standard definition: it compares mean, contrast and correlation of whole images, which
-    a blurred copy mostly keeps, while it loses those of small windows. See docs/ssim.md.
+    This is not the standard definition. It compares mean, contrast and correlation of whole images,
+    which a blurred copy mostly keeps, while it loses those of small windows. See docs/ssim.md.
     """
     _require_unit_range(x, y)
     return _ssim_formula(x, y, lambda images: images.flatten(2).mean(dim=2, keepdim=True))
@@ -99,13 +99,13 @@ def _ssim_formula(x: Tensor, y: Tensor, mean) -> Tensor:
 
 
 def reconstruction_quality(x: Tensor, reconstruction: Tensor, variance: float) -> dict[str, Tensor]:
-    """The four measures of a reconstruction, each (B,); both images as models give them.
+    """Compute the four measures of reconstructions, each (B,), from images in the models' range.
 
     Args:
         x, reconstruction: (B, 3, H, W), in and about [-1, 1].
         variance: of the training pixels, in the same range.
     """
-    x, reconstruction = x.cpu(), reconstruction.cpu()  # float64, which not every device has
+    x, reconstruction = x.cpu(), reconstruction.cpu()  # for float64, which not every device has
     original, unit = to_unit(x), to_unit(reconstruction)
     return {
         "nmse": normalized_mse(x, reconstruction, variance),
@@ -122,12 +122,12 @@ def frechet_distance(features_x: Tensor, features_y: Tensor) -> float:
 
         |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))
 
-    In the features of Inception this is FID. In those of another network it is not, and compares
-    with nothing but itself. In float64, on the CPU.
+    In the features of Inception this is FID. In those of another network it is not, and
+    values compare only within that network. It is computed in float64 on the CPU.
     """
     if min(len(features_x), len(features_y)) < 2 or features_x.shape[1:] != features_y.shape[1:]:
         shapes = f"{tuple(features_x.shape)} and {tuple(features_y.shape)}"
-        raise ValueError(f"two sets (N, F) and (M, F) of two or more are needed, not {shapes}")
+        raise ValueError(f"give two sets (N, F) and (M, F) of two or more, not {shapes}")
     x, y = features_x.double().cpu(), features_y.double().cpu()
     mean_term = (x.mean(dim=0) - y.mean(dim=0)).square().sum()
     covariance_x, covariance_y = torch.cov(x.T), torch.cov(y.T)  # (F, F)
@@ -166,32 +166,31 @@ class CodebookUsage:
 
     @property
     def entropy(self) -> float:
-        """Of the frequencies p_k, in bits a code: -sum p_k log2 p_k, at most log2 K."""
+        """Entropy of the frequencies p_k, in bits per code: -sum p_k log2 p_k, at most log2 K."""
         p = self.counts.double() / self.counts.sum()
         return -(p * p.clamp(min=1e-300).log2()).sum().item()  # the clamp makes 0 log 0 zero
 
     @property
     def perplexity(self) -> float:
-        """2^entropy: as many equally frequent codes would have this entropy. 1 to K."""
+        """2^entropy, 1 to K: the number of equally frequent codes that have this entropy."""
         return 2**self.entropy
 
 
-# The frequencies of single codes count for as many observations after a code. A code that was seen
-# less often than this is followed by what is frequent anywhere, rather than by what it happened to
-# be followed by.
+# The bigram model adds this many observations, distributed like single tokens, to those after each
+# token. So after a token that was seen less often, it predicts mostly what is frequent anywhere.
 SMOOTHING = 100
 
 
 def token_baselines(train: Tensor, test: Tensor, num_embeddings: int) -> dict[str, float]:
-    """What three simple models of grids need for a code, in nats: a transformer must need less.
+    """Losses of three simple models of grids, in nats per token, which a transformer must beat.
 
-        uniform   ln K: every code alike
-        single    -mean log p(s), by how often each code occurs
-        left      -mean log p(s | l), by how often it occurs to the right of code l
+        uniform   ln K
+        unigram   -mean log p(s), from how often token s occurs
+        bigram    -mean log p(s | l), from how often s occurs to the right of token l
 
     The frequencies are those of the training grids, and the mean is over the test grids, so tokens
     that were not seen are penalized as in a transformer's validation loss. (p(s) counts every token
-    once more than it was seen, and p(s | l) SMOOTHING times more, distributed as p(s). The first
+    once more than it was seen, and p(s | l) adds SMOOTHING tokens distributed as p(s). The first
     token of a row has none to its left, and costs -log p(s).)
 
     Args:
@@ -199,27 +198,27 @@ def token_baselines(train: Tensor, test: Tensor, num_embeddings: int) -> dict[st
     """
     K = num_embeddings
     counts = torch.bincount(train.flatten(), minlength=K).double() + 1
-    single = counts / counts.sum()  # p(s), (K,)
-    # Pairs that occur are few of the K^2: they are counted as numbers l K + s.
+    unigram = counts / counts.sum()  # p(s), (K,)
+    # Few of the K^2 pairs occur, so they are counted as numbers l K + s.
     pairs, pair_counts = (train[..., :-1] * K + train[..., 1:]).unique(return_counts=True)
     left_counts = torch.bincount(train[..., :-1].flatten(), minlength=K)
-    left, code = test[..., :-1].flatten(), test[..., 1:].flatten()
-    wanted = left * K + code
-    place = torch.searchsorted(pairs, wanted).clamp(max=max(len(pairs) - 1, 0))
-    seen = torch.zeros_like(wanted)
+    left, token = test[..., :-1].flatten(), test[..., 1:].flatten()
+    test_pairs = left * K + token
+    position = torch.searchsorted(pairs, test_pairs).clamp(max=max(len(pairs) - 1, 0))
+    seen = torch.zeros_like(test_pairs)
     if len(pairs):
-        seen = torch.where(pairs[place] == wanted, pair_counts[place], 0)
-    given_left = (seen + SMOOTHING * single[code]) / (left_counts[left] + SMOOTHING)  # p(s | l)
-    first = single[test[..., 0].flatten()]  # of a row
-    nats = {"uniform": math.log(K), "unigram": -single[test].log().mean().item()}
+        seen = torch.where(pairs[position] == test_pairs, pair_counts[position], 0)
+    given_left = (seen + SMOOTHING * unigram[token]) / (left_counts[left] + SMOOTHING)  # p(s | l)
+    first = unigram[test[..., 0].flatten()]  # of every row
+    nats = {"uniform": math.log(K), "unigram": -unigram[test].log().mean().item()}
     return nats | {"bigram": -torch.cat([given_left, first]).log().mean().item()}
 
 
 def fixed_length_bits(seq_len: int, num_embeddings: int) -> float:
-    """Bits of N tokens sent as plain numbers: N log2 K."""
+    """Bits of N tokens with a fixed number of bits each: N log2 K."""
     return seq_len * math.log2(num_embeddings)
 
 
 def nats_to_bits(nats: float) -> float:
-    """A KL divergence or a negative log-likelihood in nats, as the length of a message in bits."""
+    """Convert a KL divergence or negative log-likelihood to the length of a message in bits."""
     return nats / math.log(2)

@@ -1,18 +1,18 @@
 """Perceptual distances: how far apart two images are in the features of a network.
 
-Two textures of grass differ in every pixel and look alike; a network that has learned to recognise
+Two textures of grass differ in every pixel and look alike; a network that has learned to recognize
 things finds them alike too. Esser et al. 2021 (arXiv 2012.09841, section 3.1) put such a distance
 in place of the squared error of eq. 4.
 
 Zhang, Isola, Efros, Shechtman, Wang, "The Unreasonable Effectiveness of Deep Features as a
-Perceptual Metric", 2018, arXiv 1801.03924, eq. 1: with the features f_l of layer l, each place
-scaled to unit length over its channels, and a weight w_l for every channel,
+Perceptual Metric", 2018, arXiv 1801.03924, eq. 1: with the features f_l of layer l,
+scaled to unit length over the channels at each position, and a weight w_l for every channel,
 
-    d(x, y) = sum over l of the mean over places of |w_l * (f_l(x) - f_l(y))|^2
+    d(x, y) = sum over l of the mean over positions of |w_l * (f_l(x) - f_l(y))|^2
 
-`LPIPS` has VGG16's features and weights fitted to what people answered; `ClassifierDistance` has
-those of a classifier of our own (`classifier.py`), every channel weighing alike, and needs no
-download. Both take images in [-1, 1], never learn, and are in eval mode and float32 always.
+`LPIPS` has the features of VGG16 and weights fitted to human judgments. `ClassifierDistance` has
+the features of a classifier trained here (`classifier.py`), weighs all channels equally, and needs
+no download. Both take images in [-1, 1], never learn, and are always in eval mode and float32.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from torchvision.models import VGG16_Weights, vgg16
 from vqgan.classifier import Classifier
 from vqgan.errors import InputError
 
-# After these layers of torchvision's VGG16 features: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3.
+# Indices of relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 in torchvision's VGG16 features.
 VGG_STAGES = (3, 8, 15, 22, 29)
 VGG_CHANNELS = (64, 128, 256, 512, 512)
 # Mean and deviation of ImageNet's pixels in [-1, 1], as in the authors' code.
@@ -39,14 +39,14 @@ LINS_SHA256 = "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"
 
 
 class PerceptualDistance(nn.Module):
-    """What both distances share. A subclass defines `stages`, and may register weights `w0`..."""
+    """What both distances share. A subclass defines `stages`, and may define `weights`."""
 
     def stages(self, x: Tensor) -> list[Tensor]:
         """x (B, 3, H, W) in [-1, 1] -> features of each layer, (B, C_l, h_l, w_l)."""
         raise NotImplementedError
 
     def weights(self) -> list[Tensor] | None:
-        """Of each layer w_l^2 (C_l,), or None where all weigh alike."""
+        """w_l^2 (C_l,) of each layer, or None if all channels weigh alike."""
         return None
 
     def train(self, mode: bool = True) -> "PerceptualDistance":
@@ -54,12 +54,12 @@ class PerceptualDistance(nn.Module):
         return super().train(False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x, y (B, 3, H, W) in [-1, 1] (nothing warns of [0, 1]) -> distances (B,), at least 0."""
+        """x, y (B, 3, H, W) in [-1, 1] (this is not checked) -> distances (B,), at least 0."""
         with torch.autocast(device_type=x.device.type, enabled=False):
             stages_x, stages_y = self.stages(x.float()), self.stages(y.float())
         distance = x.new_zeros(len(x), dtype=torch.float32)
         for i, (f_x, f_y) in enumerate(zip(stages_x, stages_y, strict=True)):
-            # 1e-10: a place where all channels are zero has no direction, and stays zero.
+            # 1e-10: a position where all channels are zero has no direction, and stays zero.
             difference = F.normalize(f_x, dim=1, eps=1e-10) - F.normalize(f_y, dim=1, eps=1e-10)
             squared = difference.square()  # (B, C_l, h_l, w_l)
             if (weights := self.weights()) is not None:
@@ -69,7 +69,7 @@ class PerceptualDistance(nn.Module):
 
 
 class ClassifierDistance(PerceptualDistance):
-    """In the three stages of a trained `Classifier`: 0 to 6, at most 2 from each stage.
+    """Distance in the three stages of a trained `Classifier`: 0 to 6, at most 2 per stage.
 
     (Features are at least 0, so two directions are at most a right angle apart.)
     """
@@ -85,13 +85,13 @@ class ClassifierDistance(PerceptualDistance):
 
 
 class LPIPS(PerceptualDistance):
-    """The published distance, version 0.1 with VGG16; for images of at least 16 pixels a side.
+    """The published distance, version 0.1 with VGG16; for images of at least 16 pixels per side.
 
     Args:
         vgg_weights: state dict of torchvision's `vgg16`.
         lin_weights: state dict of the five linear layers, keys "lin0.model.1.weight" to
-            "lin4.model.1.weight", each (1, C_l, 1, 1). Loaded strictly: heads whose keys differ
-            and stay random give a distance that is wrong without a sign.
+            "lin4.model.1.weight", each (1, C_l, 1, 1). They are loaded strictly, since
+            layers with other keys would stay random, and the distance would be silently wrong.
 
     Raises:
         ValueError, RuntimeError: a state dict does not fit.
@@ -105,7 +105,7 @@ class LPIPS(PerceptualDistance):
         expected = {f"lin{i}.model.1.weight": (1, C, 1, 1) for i, C in enumerate(VGG_CHANNELS)}
         given = {name: tuple(weight.shape) for name, weight in lin_weights.items()}
         if given != expected:
-            raise ValueError(f"the LPIPS heads must be {expected}, not {given}: see {LINS_URL}")
+            raise ValueError(f"the linear layers must be {expected}, not {given}: see {LINS_URL}")
         vgg = vgg16(weights=None)
         vgg.load_state_dict(vgg_weights)
         self.features = vgg.features[: VGG_STAGES[-1] + 1]
@@ -117,11 +117,11 @@ class LPIPS(PerceptualDistance):
         self.eval().requires_grad_(False)
 
     def weights(self) -> list[Tensor]:
-        """The heads' numbers as published, which are w_l^2 (C_l,): they multiply squares."""
+        """The published numbers, which are w_l^2 (C_l,), because they multiply squares."""
         return [self.get_buffer(f"w{i}") for i in range(len(VGG_STAGES))]
 
     def stages(self, x: Tensor) -> list[Tensor]:
-        """x (B, 3, H, W) -> what VGG16 has before each of its five poolings, (B, C_l, h_l, w_l)."""
+        """x (B, 3, H, W) -> features before each of the five poolings, (B, C_l, h_l, w_l)."""
         features, h = [], (x - self.mean) / self.std
         for i, layer in enumerate(self.features):
             h = layer(h)
@@ -131,10 +131,10 @@ class LPIPS(PerceptualDistance):
 
 
 def load_lpips() -> LPIPS:
-    """LPIPS with the published weights, each file checked against its SHA-256.
+    """Load LPIPS with the published weights, each file checked against its SHA-256.
 
-    VGG16's are torchvision's (528 MB); the heads are read from the installed package `lpips`, or
-    downloaded (7 KB). Both are kept where torch.hub keeps its files.
+    Those of VGG16 are torchvision's (528 MB). Those of the linear layers are read from the package
+    `lpips`, or downloaded (7 KB). Both are saved where torch.hub keeps its files.
 
     Raises:
         InputError: a download fails, or a file is not the published one.
@@ -148,25 +148,25 @@ def load_lpips() -> LPIPS:
 
 
 def load_lpips_lins(path: Path) -> dict[str, Tensor]:
-    """The five heads: from `path` if it is there, else the package `lpips`, else downloaded."""
+    """Load the linear layers from `path` if it exists, else from `lpips`, else download them."""
     package = importlib.util.find_spec("lpips")
     packaged = package and Path(package.origin or "").parent / "weights" / "v0.1" / "vgg.pth"
     if not path.exists() and packaged and packaged.exists():
         path = packaged
-    return _read_published("the heads of LPIPS (7 KB)", LINS_URL, path, LINS_SHA256)
+    return _read_published("the linear layers of LPIPS (7 KB)", LINS_URL, path, LINS_SHA256)
 
 
 def _read_published(what: str, url: str, path: Path, sha256: str) -> dict[str, Tensor]:
-    """A file of weights whose SHA-256 begins with `sha256`; downloaded where it is not there."""
+    """Read a file of weights whose SHA-256 begins with `sha256`; download it if it is missing."""
     if not path.exists():
         print(f"downloading {what} from {url} to {path}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256)
-        except (OSError, RuntimeError) as error:  # the network's; a checksum that is not the one
+        except (OSError, RuntimeError) as error:  # no network, or a wrong checksum
             raise InputError(
-                f"{what} cannot be downloaded ({error}): place {url} at {path}, or do without: "
-                "perceptual=classifier (labelled images) or none"
+                f"{what} cannot be downloaded ({error}): place {url} at {path}, or give "
+                "perceptual=classifier (for labeled images) or none"
             ) from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(sha256):

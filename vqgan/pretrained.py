@@ -130,7 +130,7 @@ def load_pipeline(path: str | Path, *, tokenizer: str | Path | None = None) -> P
     file = Path(tokenizer or checkpoint_path(path).with_name("tokenizer.pt"))
     source = metadata["tokenizer"]
     if tokenizer is None and not file.exists():
-        raise InputError(f"{file}, the tokenizer of {path}, is missing: copy {source} there")
+        raise InputError(f"there is no tokenizer {file}: copy {source} there, or name it")
     model, _ = load_tokenizer(file)
     if fingerprint(model) != metadata["tokenizer_fingerprint"]:
         raise InputError(f"{file} is not the tokenizer of {path}: name a copy of {source}")

@@ -1,19 +1,20 @@
-"""Codebooks: continuous vectors in, the nearest of K learned vectors out.
+"""Vector quantization: each continuous vector is replaced by the nearest of K learned codes.
 
 van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", 2017, arXiv
-1711.00937. An encoder gives a vector z_e at each place of a grid; the quantizer replaces it by
+1711.00937. An encoder gives a vector z_e at each position of a grid; the quantizer replaces it by
 
     z_q = e_k   with   k = argmin_j |z_e - e_j|^2                                  (eq. 1 and 2)
 
-The argmin has no gradient, so the decoder's is handed to the encoder unchanged (straight-through),
-and the loss pulls codes and vectors together (eq. 3, last two terms; sg[.] stops the gradient):
+The argmin has no gradient, so the decoder's gradient is passed on to the encoder unchanged
+(straight-through), and the loss pulls codes and vectors together (eq. 3, the last two terms, where
+sg[.] stops the gradient):
 
     |sg[z_e] - e|^2          codebook: moves the codes to the vectors      (VectorQuantizer)
     beta |z_e - sg[e]|^2     commitment: moves the vectors to the codes    (both quantizers)
 
-Without the commitment nothing would hold the encoder's vectors near their codes: they could grow,
+Without the commitment nothing would hold the encoder's vectors near their codes. They could grow,
 and jump from code to code, faster than the codes follow. Both terms are means over all elements
-(the paper's norms are sums over D), as is the reconstruction that stands beside them.
+(the paper's norms are sums over D), and so is the reconstruction term that they are added to.
 
 `EMAVectorQuantizer` moves the codes by moving averages instead of a gradient (appendix A.1).
 
@@ -35,17 +36,17 @@ MAX_DISTANCES_CPU, MAX_DISTANCES_GPU = 2**22, 2**24
 
 
 class Quantized(NamedTuple):
-    """What a quantizer makes of vectors z_e (B, D, h, w): codes in their places, and their loss."""
+    """What a quantizer returns for z_e (B, D, h, w): the codes at each position, and the loss."""
 
-    z_q: Tensor  # (B, D, h, w), straight-through: its gradient is that of z_e
+    z_q: Tensor  # (B, D, h, w); by the straight-through step its gradient is that of z_e
     indices: Tensor  # (B, h, w) int64, 0 to K - 1
     loss: Tensor  # (), every term but the reconstruction
 
 
-# An operator of its own, since torch.compile cannot look into the switch of the precision.
+# A custom operator, because torch.compile cannot trace the switch of the precision.
 @torch.library.custom_op("vqgan::nearest_indices", mutates_args=())
 def nearest_indices(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Index of the nearest code for each vector: (N, D), (K, D) -> (N,) int64.
+    """The index of the nearest code for each vector: (N, D), (K, D) -> (N,) int64.
 
     The squared distance is
 
@@ -79,22 +80,22 @@ def straight_through(z_e: Tensor, z_q: Tensor) -> Tensor:
 
 
 def as_vectors(z_e: Tensor, embedding_dim: int) -> Tensor:
-    """The vectors at every position: z_e (B, D, h, w) -> (N, D), N = B h w."""
+    """One row for each position: z_e (B, D, h, w) -> vectors (N, D), N = B h w."""
     if z_e.dim() != 4 or z_e.shape[1] != embedding_dim:
         raise ValueError(f"z_e must be (B, {embedding_dim}, h, w), not {tuple(z_e.shape)}")
     return z_e.permute(0, 2, 3, 1).reshape(-1, embedding_dim)
 
 
 def init_vectors(vectors: Tensor, num_embeddings: int) -> Tensor:
-    """K of the first batch's vectors, to start a codebook from: (N, D) -> (K, D).
+    """Choose K of the first batch's vectors as the first codebook: (N, D) -> (K, D).
 
-    With codes of random noise, one code is nearest to all that an untrained encoder puts out, it
-    alone learns, and the codebook has collapsed before it began.
+    If the codes were random noise, one of them would be nearest to all outputs of an untrained
+    encoder. It alone would learn, and the codebook would have collapsed before it began.
     """
     N, K = len(vectors), num_embeddings
     if N >= K:
         return vectors[torch.randperm(N, device=vectors.device)[:K]]
-    message = f"{K} codes start from {N} vectors, the first batch: with copies, and a little noise"
+    message = f"the first batch has {N} vectors for {K} codes: some are copied, with a little noise"
     warnings.warn(message, stacklevel=2)
     chosen = vectors[torch.randint(N, (K,), device=vectors.device)]
     noise = 0.01 * vectors.std(dim=0, unbiased=False)  # 1% of each dimension's deviation
@@ -102,7 +103,7 @@ def init_vectors(vectors: Tensor, num_embeddings: int) -> Tensor:
 
 
 def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
-    """The codes of a grid: indices (B, h, w) int64, 0 to K - 1, and (K, D) -> z_q (B, D, h, w)."""
+    """Look up a grid of codes: indices (B, h, w) int64, codebook (K, D) -> z_q (B, D, h, w)."""
     low, high, K = indices.min().item(), indices.max().item(), len(codebook)
     if low < 0 or high >= K:
         raise ValueError(f"indices must lie in 0 to {K - 1}, but reach from {low} to {high}")
@@ -110,17 +111,17 @@ def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
 
 
 class VectorQuantizer(nn.Module):
-    """Codes moved by the gradient of the codebook term: the paper's equation 3.
+    """A codebook that the gradient of the codebook term moves (eq. 3 of the paper).
 
-    They move at the optimizer's learning rate. An encoder that moves faster leaves codes behind,
-    and one that nobody chooses gets no gradient: on drawn shapes 10 of 512 stay in use
-    (docs/codebook.md). `EMAVectorQuantizer` keeps up, and restarts the dead.
+    The codes move at the optimizer's learning rate. An encoder that moves faster leaves codes
+    behind, and a code that no vector chooses gets no gradient. On drawn shapes 10 of 512 stay in
+    use (docs/codebook.md). `EMAVectorQuantizer` keeps up, and restarts dead codes.
 
     Args:
         num_embeddings: K, the number of codes.
-        embedding_dim: D, their dimensions.
-        beta: weight of the commitment; the paper saw no difference from 0.1 to 2.0.
-        data_init: take the codes from the first training batch.
+        embedding_dim: D, the dimensions of a code.
+        beta: the weight of the commitment; the paper saw no difference from 0.1 to 2.0.
+        data_init: whether the codes are initialized from the first training batch.
     """
 
     def __init__(
@@ -128,16 +129,14 @@ class VectorQuantizer(nn.Module):
     ):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
-        # A Python bool, so that asking for it does not wait for the GPU at every step.
+        # A Python bool, so that no step has to wait for the GPU to read it.
         self.initialized = not data_init
-        embeddings = torch.empty(
-            num_embeddings, embedding_dim
-        )  # small at first, as in their example
+        embeddings = torch.empty(num_embeddings, embedding_dim)  # small, as in their example
         self.codebook = nn.Parameter(embeddings.uniform_(-1 / num_embeddings, 1 / num_embeddings))
 
     def forward(self, z_e: Tensor) -> Quantized:
-        """z_e (B, D, h, w), any float type; computed in float32, also under autocast."""
-        # Half-precision distances choose wrong codes, so autocast is off in here.
+        """Quantize z_e (B, D, h, w) of any float type, in float32 also under autocast."""
+        # Distances in half precision choose wrong codes, so autocast is switched off here.
         with torch.autocast(device_type=z_e.device.type, enabled=False):
             z_e = z_e.float()
             vectors = as_vectors(z_e, self.embedding_dim)  # (N, D), N = B h w
@@ -147,7 +146,7 @@ class VectorQuantizer(nn.Module):
             indices = nearest_indices(vectors, self.codebook)  # (N,)                   eq. 1, 2
             quantized = F.embedding(indices, self.codebook)  # (N, D)
 
-            # Eq. 3, taken before the straight-through step, which would cut one of the gradients.
+            # Eq. 3, before the straight-through step, which would cut one of the two gradients.
             codebook_loss = F.mse_loss(quantized, vectors.detach())
             commitment = F.mse_loss(vectors, quantized.detach())
             loss = codebook_loss + self.beta * commitment
@@ -157,52 +156,52 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def init_from_batch(self, vectors: Tensor) -> None:
-        """Take the codes from the first batch's vectors (N, D)."""
+        """Initialize the codes from the first batch's vectors (N, D)."""
         self.codebook.copy_(init_vectors(vectors, self.num_embeddings))
         self.initialized = True
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """indices (B, h, w) int64 -> z_q (B, D, h, w); `ValueError` outside of 0 to K - 1."""
+        """indices (B, h, w) int64 -> z_q (B, D, h, w). Raises `ValueError` outside 0 to K - 1."""
         return lookup(indices, self.codebook)
 
     def get_extra_state(self) -> dict:
-        """`initialized`, for the state dict: or a resumed run would start its codebook again."""
+        """Put `initialized` into the state dict, or a resumed run would initialize again."""
         return {"initialized": self.initialized}
 
     def set_extra_state(self, state: dict) -> None:
-        """Take back what `get_extra_state` gave."""
+        """Restore `initialized`."""
         self.initialized = state["initialized"]
 
 
 class EMAVectorQuantizer(nn.Module):
-    """Codes that follow the mean of the vectors that chose them: the paper's appendix A.1.
+    """A codebook whose codes follow the mean of the vectors that chose them (appendix A.1).
 
-    With n_i vectors choosing code i in a batch, and gamma the decay:
+    With gamma the decay, and n_i the number of vectors that choose code i in a batch:
 
         N_i = gamma N_i + (1 - gamma) n_i                    counts     (eq. 6)
         m_i = gamma m_i + (1 - gamma) sum of those vectors   sums       (eq. 7)
         e_i = m_i / N_i                                      codes      (eq. 8)
 
-    where N_i is smoothed before it divides, so that a code nobody chose stays finite (Laplace):
+    N_i is smoothed before it divides (Laplace), so that a code that no vector chose stays finite:
 
         (N_i + epsilon) / (S + K epsilon) * S,   S = sum of all N_i
 
     Args:
         num_embeddings: K, the number of codes.
-        embedding_dim: D, their dimensions.
-        beta: weight of the commitment, which is the whole loss here.
+        embedding_dim: D, the dimensions of a code.
+        beta: the weight of the commitment, which is the whole loss here.
         decay: gamma; 0.99 averages over the last hundred batches.
-        epsilon: of the smoothing.
-        data_init: take the codes from the first training batch.
-        restart_dead_codes: put a code that is hardly chosen any more on a vector of the batch.
+        epsilon: the constant of the smoothing.
+        data_init: whether the codes are initialized from the first training batch.
+        restart_dead_codes: whether a code that is hardly chosen any more is moved onto a vector of
+            the current batch.
     """
 
     codebook: Tensor
     ema_counts: Tensor
     ema_sums: Tensor
-    dead_code_threshold = (
-        0.1  # of the average count: 230 steps after its last choice, at decay 0.99
-    )
+    # Of the average count. At decay 0.99 a code falls below it 230 steps after its last choice.
+    dead_code_threshold = 0.1
 
     def __init__(
         self,
@@ -217,18 +216,18 @@ class EMAVectorQuantizer(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
         self.decay, self.epsilon, self.restart_dead_codes = decay, epsilon, restart_dead_codes
-        self.initialized = not data_init  # a Python bool: no step waits for the GPU to read it
-        # Buffers, not parameters: no optimizer may move them.
+        self.initialized = not data_init  # a Python bool, so that no step waits for the GPU
+        # These are buffers and not parameters, because no optimizer may move them.
         embeddings = torch.randn(num_embeddings, embedding_dim)  # as in the authors' example
         self.register_buffer("codebook", embeddings)
         # Counts start at one and sums at the codes, so that m / N is the code from the first step.
-        # Counts from zero beside these sums would divide by nearly nothing, and codes fly away.
+        # With counts that start at zero, these sums would be divided by almost nothing.
         self.register_buffer("ema_counts", torch.ones(num_embeddings))
         self.register_buffer("ema_sums", embeddings.clone())
 
     def forward(self, z_e: Tensor) -> Quantized:
-        """z_e (B, D, h, w), any float type; computed in float32, also under autocast."""
-        # Half-precision distances choose wrong codes, so autocast is off in here.
+        """Quantize z_e (B, D, h, w) of any float type, in float32 also under autocast."""
+        # Distances in half precision choose wrong codes, so autocast is switched off here.
         with torch.autocast(device_type=z_e.device.type, enabled=False):
             z_e = z_e.float()
             vectors = as_vectors(z_e, self.embedding_dim)  # (N, D), N = B h w
@@ -238,13 +237,13 @@ class EMAVectorQuantizer(nn.Module):
             indices = nearest_indices(vectors, self.codebook)  # (N,)                   eq. 1, 2
             quantized = F.embedding(indices, self.codebook)  # (N, D)
 
-            # The commitment alone: averages move the codes, no gradient does.
+            # The commitment alone, because averages move the codes and no gradient does.
             loss = self.beta * F.mse_loss(vectors, quantized)
 
             if self.training:
                 with torch.no_grad():
-                    # Processes that train together must add up these two, and share the vectors
-                    # that codes start from, or their codebooks drift apart.
+                    # Processes that train together must sum these two over all of them, and share
+                    # the vectors that codes are initialized from, or their codebooks drift apart.
                     ones = torch.ones_like(indices, dtype=torch.float32)
                     counts = torch.zeros_like(self.ema_counts).index_add_(0, indices, ones)  # n_i
                     sums = torch.zeros_like(self.ema_sums).index_add_(0, indices, vectors)
@@ -260,18 +259,18 @@ class EMAVectorQuantizer(nn.Module):
             return Quantized(straight_through(z_e, z_q), indices.view(B, h, w), loss)
 
     def _smoothed_counts(self) -> Tensor:
-        """N_i as it divides in eq. 8, (K,): a temporary, since written back it would drift."""
+        """N_i of eq. 8, (K,). It is a temporary: written back, the counts would drift."""
         total = self.ema_counts.sum()  # S
         fraction = (self.ema_counts + self.epsilon) / (total + self.num_embeddings * self.epsilon)
         return fraction * total
 
     def _restart_dead_codes(self, vectors: Tensor) -> None:
-        """Move dead codes onto random vectors of the batch: code, sum and count together.
+        """Move dead codes onto random vectors of the batch, together with their sums and counts.
 
-        The count becomes the average one, as if the code had been chosen as often as the others.
+        The count becomes the average count, as if the code had been chosen as often as the others.
         (Without count and sum, the old average would overwrite the new code in the same step.)
-        A candidate is drawn for every code, dead or not: to ask how many are dead, a GPU would have
-        to be waited for.
+        A candidate is drawn for every code, dead or not, because counting the dead ones would make
+        the step wait for the GPU.
         """
         average = self.ema_counts.mean()
         chosen = torch.randint(len(vectors), (self.num_embeddings,), device=vectors.device)
@@ -281,11 +280,11 @@ class EMAVectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def init_from_batch(self, vectors: Tensor) -> None:
-        """Take codes and averages from the first batch's vectors (N, D).
+        """Initialize codes and averages from the first batch's vectors (N, D).
 
-        The averages hold one batch so far, with the weight (1 - gamma) that a batch has. Such light
-        averages let the codes keep up with an encoder that moves far in its first steps, and a code
-        that nobody chooses then falls behind the others soon, and is restarted.
+        The averages then hold a single batch with its usual weight of (1 - gamma). Averages with so
+        little weight let the codes keep up with an encoder that moves far in its first steps, and a
+        code that no vector chooses soon falls below the threshold and is restarted.
         """
         self.codebook.copy_(init_vectors(vectors, self.num_embeddings))
         one_batch = (1 - self.decay) * len(vectors) / self.num_embeddings
@@ -294,15 +293,15 @@ class EMAVectorQuantizer(nn.Module):
         self.initialized = True
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """indices (B, h, w) int64 -> z_q (B, D, h, w); `ValueError` outside of 0 to K - 1."""
+        """indices (B, h, w) int64 -> z_q (B, D, h, w). Raises `ValueError` outside 0 to K - 1."""
         return lookup(indices, self.codebook)
 
     def get_extra_state(self) -> dict:
-        """`initialized`, for the state dict: or a resumed run would start its codebook again."""
+        """Put `initialized` into the state dict, or a resumed run would initialize again."""
         return {"initialized": self.initialized}
 
     def set_extra_state(self, state: dict) -> None:
-        """Take back what `get_extra_state` gave."""
+        """Restore `initialized`."""
         self.initialized = state["initialized"]
 
 
@@ -318,7 +317,7 @@ def make_quantizer(
     data_init: bool = True,
     restart_dead_codes: bool = True,
 ) -> Quantizer:
-    """The quantizer that a model names: "ema" or "gradient". Only the first restarts codes."""
+    """Build the quantizer of a kind, "ema" or "gradient". Only the first restarts dead codes."""
     if num_embeddings < 1 or embedding_dim < 1:
         raise ValueError("num_embeddings and embedding_dim must be at least 1")
     shared: dict[str, Any] = {"beta": beta, "data_init": data_init}
@@ -335,7 +334,7 @@ def make_quantizer(
 
 @contextmanager
 def exact_float32_matmul() -> Iterator[None]:
-    """Switch off TF32 and the like, which a script may have allowed: they choose wrong codes."""
+    """Switch off TF32 and the like inside. A script may allow them, but they choose wrong codes."""
     backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:

@@ -1,4 +1,4 @@
-"""What each script prints and draws at the end of a run, and while it trains."""
+"""What each script prints and plots while it trains and at the end of a run."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,16 @@ from vqgan.transformer import GPT
 from vqgan.vae import VAE
 from vqgan.vqvae import VQAutoencoder
 
-NUM_SHOWN = 12  # test images in a row
+NUM_SHOWN = 12  # test images per row
 SAMPLES_PER_ROW = 8  # of one class or caption
 STUDY_TITLES = {"vae": "VAE", "vqvae": "VQ-VAE"}
 OBJECTIVES = {"mse": "MSE", "perceptual": "L1 + perceptual", "vqgan": "VQGAN"}
 BASELINES = {  # titles of `metrics.token_baselines`
-    "uniform": "every code alike (ln K)",
-    "unigram": "frequencies of codes",
-    "bigram": "given the code to the left",
+    "uniform": "uniform (ln K)",
+    "unigram": "unigram (frequencies of tokens)",
+    "bigram": "bigram (given the token to the left)",
 }
-# Of the printed tables: key of metrics.json -> heading, format; and which columns each has.
+# Printed tables: key of metrics.json -> heading and format; then the columns of each table.
 FORMATS = {
     "nmse": ("norm. MSE", ".4f"), "psnr": ("PSNR/dB", ".2f"), "ssim": ("SSIM", ".4f"),
     "ssim_global": ("SSIM whole", ".4f"), "perceptual": ("perceptual", ".3f"),
@@ -48,7 +48,7 @@ SAMPLES_COLUMNS += ["prompt_accuracy", "seconds"]
 
 
 def print_table(results: Mapping[str, dict], columns: Sequence[str]) -> None:
-    """A line for each result; columns are keys of `FORMATS`."""
+    """Print a line per result; columns are keys of `FORMATS`."""
     width = max(len(name) for name in results)
     print(" " * width, *(f"{FORMATS[key][0]:>10}" for key in columns))
     for name, result in results.items():
@@ -64,13 +64,13 @@ def shown_images(run: Run, device: torch.device | str = "cpu") -> Tensor:
 
 @torch.no_grad()
 def reconstruct(model: VAE | VQAutoencoder, x: Tensor) -> Tensor:
-    """x (B, 3, H, W) in [-1, 1] -> reconstructions, about [-1, 1], on the CPU. In eval mode."""
+    """x (B, 3, H, W) in [-1, 1] -> reconstructions, about [-1, 1], on the CPU, in eval mode."""
     device = next(model.parameters()).device
     return model.eval()(x.to(device)).reconstruction.cpu()
 
 
-def _usage(out: Path, titles: Mapping[str, str], results: Mapping, counts: Mapping) -> None:
-    """codebook_usage.png, for the models that have a codebook."""
+def _save_usage(out: Path, titles: Mapping[str, str], results: Mapping, counts: Mapping) -> None:
+    """Save codebook_usage.png for the models that have a codebook."""
     usage = {}
     for name, count in counts.items():
         if count is not None:
@@ -96,9 +96,9 @@ def save_study_figures(
     results: Mapping[str, dict],
     counts: Mapping[str, Any],
 ) -> None:
-    """Every figure of the study; each mapping has an entry for each model that was trained."""
+    """Save every figure of the study; each mapping has an entry per trained model."""
     titles = {name: study_title(name) for name in sessions}
-    # The same images through every model, each with what it spends on one.
+    # Every model reconstructs the same images; its label states the bits per image.
     x = shown_images(run, run.device)
     rows, logs, ylabels = [("original", to_unit(x))], {}, {}
     for name, session in sessions.items():
@@ -109,29 +109,29 @@ def save_study_figures(
         ylabels[titles[name]] = "nats per image" if is_vae else "mean over all elements"
         if is_vae:
             _save_prior(run.out, name, session.eval_model, x)
-    title = "Test images and what each model keeps of them (a VAE: decoded from the mean)"
+    title = "Test images and their reconstructions (the VAE decodes the mean)"
     figures.image_rows(run.out / "reconstructions.png", rows, title=title)
     figures.losses(run.out / "losses.png", logs, ylabels=ylabels, title="Training losses")
-    _usage(run.out, titles, results, counts)
+    _save_usage(run.out, titles, results, counts)
     _save_sweep(run.out, results)
 
 
 def _save_sweep(out: Path, results: Mapping[str, dict]) -> None:
-    """SSIM by batch size, one line per model, where several sizes were trained."""
+    """Save SSIM by batch size, one line per model, if several sizes were trained."""
     if len({result["batch_size"] for result in results.values()}) == 1:
         return
     by_model: dict[str, dict[int, float]] = defaultdict(dict)
     for name, result in results.items():
         by_model[STUDY_TITLES[name.partition("-")[0]]][result["batch_size"]] = result["ssim"]
     title = f"SSIM by batch size, {result['epochs']} epochs each\n"
-    title += "(equal epochs are not equal steps: small batches take more)"
+    title += "(at equal epochs, small batches take more steps)"
     ylabel = "SSIM on the test set (Wang et al. 2004)"
     path = out / "ssim_by_batch_size.png"
     figures.metric_by_batch_size(path, by_model, ylabel=ylabel, title=title)
 
 
 def _save_prior(out: Path, name: str, model: VAE, x: Tensor) -> None:
-    """What a VAE can do without a second model: samples of its prior, and mixed latents."""
+    """Save what a VAE gives without a second model: samples of its prior, and interpolations."""
     samples = to_unit(model.sample(48, generator=torch.Generator().manual_seed(0)))
     figures.image_grid(out / f"{name}_samples.png", samples, title="Samples from the VAE's prior")
     pairs = len(x) // 2  # the first half of the images on the left, the second on the right
@@ -140,7 +140,7 @@ def _save_prior(out: Path, name: str, model: VAE, x: Tensor) -> None:
         between = model.interpolate(x0, x1, steps=8)  # (6, 8, 3, H, W)
         strips = torch.cat([x0[:, None], between, x1[:, None]], dim=1)
         rows = [("", to_unit(strip)) for strip in strips]
-        title = "First and last column: test images. Between them: the VAE's latent space"
+        title = "Interpolations in the VAE's latent space between test images (first, last column)"
         figures.image_rows(out / f"{name}_interpolations.png", rows, title=title)
 
 
@@ -150,7 +150,7 @@ def _save_prior(out: Path, name: str, model: VAE, x: Tensor) -> None:
 def save_progress_figure(
     path: Path, progress: list[tuple[float, Tensor]], title: str, original: Tensor | None = None
 ) -> None:
-    """A row of images for each time, (epoch, uint8 (N, 3, H, W)); the originals at the bottom."""
+    """Save a row of images per time, (epoch, uint8 (N, 3, H, W)), and last the originals."""
     rows = [(f"epoch {epoch:.3g}", to_unit(from_uint8(x))) for epoch, x in progress]
     if original is not None:
         rows.append(("original", to_unit(original)))
@@ -158,10 +158,10 @@ def save_progress_figure(
 
 
 def print_eval_classifier(accuracy: float | None, num_classes: int) -> None:
-    """How far the network that measures can be trusted."""
+    """Print the accuracy of the evaluation classifier, and warn if it is near chance."""
     if accuracy is None:
         return
-    print(f"(the eval_classifier recognises {accuracy:.1%} of the test images)")
+    print(f"(accuracy of the evaluation classifier on the test images: {accuracy:.1%})")
     if accuracy < 2 / num_classes:
         print("warning: that is near chance, so its Frechet distance says little; train it on")
         print("more images, or for more epochs")
@@ -173,57 +173,56 @@ def save_vqgan_figures(
     results: Mapping[str, dict],
     counts: Mapping[str, Any],
 ) -> None:
-    """Every figure of a VQGAN's run; each mapping has an entry for each objective."""
+    """Save every figure of a VQGAN's run; each mapping has an entry per objective."""
     x = shown_images(run)
     rows = [("original", to_unit(x))]
     for name, session in sessions.items():
         rows.append((OBJECTIVES[name], to_unit(reconstruct(session.eval_model, x))))
     bits = next(iter(results.values()))["bits_per_image"]
-    title = f"Test images, and what {bits:.0f} bits keep of them"
+    title = f"Test images and their reconstructions from {bits:.0f} bits"
     figures.image_rows(run.out / "reconstructions.png", rows, title=title)
-    # The terms that objectives share; those of the game have a figure of their own.
+    # Terms that the objectives share; those of the adversarial game have a separate figure.
     terms = ("step", "epoch", "reconstruction", "perceptual", "quantizer")
     logs = {}
     for name, session in sessions.items():
         shared = ({key: row[key] for key in terms if key in row} for row in session.rows)
         logs[OBJECTIVES[name]] = list(shared)
-    ylabels = dict.fromkeys(logs, "value of the term")
-    title = "Training losses"
+    ylabels, title = dict.fromkeys(logs, "loss term"), "Training losses"
     figures.losses(run.out / "losses.png", logs, ylabels=ylabels, title=title, share=False)
     if "vqgan" in sessions:
         session = sessions["vqgan"]
         starts = (session.state[key] / len(session.loader) for key in ("disc_start", "gan_start"))
         path, title = run.out / "adversarial.png", "The adversarial game"
         figures.adversarial(path, session.rows, *starts, title=title)
-    _usage(run.out, OBJECTIVES, results, counts)
+    _save_usage(run.out, OBJECTIVES, results, counts)
 
 
 # --- train_transformer.py ------------------------------------------------------------------------
 
 
 def print_baselines(baselines: Mapping[str, float]) -> None:
-    """What a token costs without a transformer (`metrics.token_baselines`)."""
+    """Print the losses of simple models (`metrics.token_baselines`)."""
     for name, nats in baselines.items():
         print(f"{nats:.3f} nats per token: {BASELINES[name]}")
 
 
 def price(nats_per_token: float, prior: GPT, image_size: int) -> dict:
-    """What a transformer's loss means for the size of a file, for metrics.json."""
+    """Convert a transformer's loss to the size of a file, for metrics.json."""
     bits, K = metrics.nats_to_bits(nats_per_token * prior.seq_len), prior.num_embeddings
     return {
         "nats_per_token": nats_per_token,
         "bits_per_image": bits,  # of an ideal arithmetic coder
         "fixed_length_bits_per_image": metrics.fixed_length_bits(prior.seq_len, K),
-        "compression": 3 * 8 * image_size**2 / bits,  # of three channels of 8 bits
+        "compression": 3 * 8 * image_size**2 / bits,  # from three channels of 8 bits
     }
 
 
 def print_transformer(result: dict, samples: list[dict], references: Mapping[str, float]) -> None:
-    """What a token costs, and a table of the samples."""
+    """Print the transformer's loss, and a table of its samples."""
     print(
         f"{result['nats_per_token']:.3f} nats per token on the test images (after epoch "
         f"{result['best_epoch']}): an arithmetic coder would spend {result['bits_per_image']:.0f} "
-        f"bits per image, and plain codes are {result['fixed_length_bits_per_image']:.0f}"
+        f"bits per image, and fixed-length tokens take {result['fixed_length_bits_per_image']:.0f}"
     )
     if samples:
         print_table({f"samples {i}": row for i, row in enumerate(samples, 1)}, SAMPLES_COLUMNS)
@@ -239,14 +238,14 @@ def save_transformer_figures(
     setting: dict,
     baselines: Mapping[str, float],
 ) -> None:
-    """Every figure of a transformer's run.
+    """Save every figure of a transformer's run.
 
     Args:
         setting: keyword arguments of `GPT.sample`, for all samples.
-        baselines: of `metrics.token_baselines`.
+        baselines: those of `metrics.token_baselines`.
     """
     titled = {BASELINES[name]: value for name, value in baselines.items()}
-    title = "What a token costs, and what it would cost without a transformer"
+    title = "Losses of the transformer, and of simple models"
     path = run.out / "losses.png"
     figures.token_losses(path, session.rows, session.state["validation"], titled, title=title)
     generator, how = torch.Generator().manual_seed(1), describe_sampling(setting)
@@ -256,7 +255,7 @@ def save_transformer_figures(
         tokens = session.eval_model.sample(conditions, given=given, generator=generator, **setting)
         return to_unit(decode_tokens(tokenizer, tokens))
 
-    # samples.png: what is asked for on the left or above, and several samples of it.
+    # samples.png: the condition on the left or above, and several samples of it.
     condition, path = dataset.condition, run.out / "samples.png"
     x = shown_images(run)
     conditions = dataset.test_conditions[: len(x)]
@@ -264,23 +263,24 @@ def save_transformer_figures(
         images = sample(condition.start_tokens(4 * NUM_SHOWN))
         figures.image_grid(path, images, title=f"Samples ({how})")
     elif condition.kind == "image":
-        picture = TRANSFORMS[condition.transform](x)
-        rows = [("original", to_unit(x)), (condition.transform, to_unit(picture))]
+        transformed = TRANSFORMS[condition.transform](x)
+        rows = [("original", to_unit(x)), (condition.transform, to_unit(transformed))]
         rows += [(f"sample {i}", sample(conditions)) for i in (1, 2, 3)]
         figures.image_rows(path, rows, title=f"Samples given {condition.transform} ({how})")
     else:
-        names = condition.names if condition.kind == "class" else run.data.test_captions or ()
-        ask = condition.encode_classes if condition.kind == "class" else condition.encode_captions
-        rows = [(name, sample(ask([name] * SAMPLES_PER_ROW))) for name in names[:10]]
+        is_class = condition.kind == "class"
+        names = condition.names if is_class else run.data.test_captions or ()
+        encode = condition.encode_classes if is_class else condition.encode_captions
+        rows = [(name, sample(encode([name] * SAMPLES_PER_ROW))) for name in names[:10]]
         figures.image_rows(path, rows, title=f"Samples by {condition.kind} ({how})")
 
-    # completions.png: the tokens of the upper half are given, -1 stands for those to be generated.
+    # completions.png: the tokens of the upper half are given, those to be generated are -1.
     (h, w) = tokenizer.grids[0]
     given = dataset.test_tokens[: len(x)].clone()
     given[:, h // 2 * w :] = -1
-    shown = to_unit(x)
-    shown[:, :, h // 2 * (shown.shape[2] // h) :] = 0.5  # grey: what is to be generated
-    rows = [("original", to_unit(x)), ("given", shown)]
+    masked = to_unit(x)
+    masked[:, :, h // 2 * (masked.shape[2] // h) :] = 0.5  # gray where tokens are generated
+    rows = [("original", to_unit(x)), ("given", masked)]
     rows += [(f"completion {i}", sample(conditions, given)) for i in (1, 2, 3)]
-    title = f"Lower halves written below the codes of upper halves ({how})"
+    title = f"Lower halves generated below given upper halves ({how})"
     figures.image_rows(run.out / "completions.png", rows, title=title)

@@ -1,9 +1,9 @@
-"""How a prior's logits become tokens: temperature, top-k, top-p, guidance, and what makes it fast.
+"""How logits become tokens: guidance, temperature, top-k and top-p, and the key-value cache.
 
     logits (B, K) -> classifier_free_guidance -> filter_top_k_top_p -> sample_token -> token (B,)
 
-`GPT.sample` generates one sequence with these; `sample_sliding_window` generates grids larger than
-those of the training.
+`GPT.sample` generates a sequence with these; `sample_sliding_window` generates grids that are
+larger than those of the training.
 """
 
 import math
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 MIN_TEMPERATURE = 1e-6  # below it, one token has all of the probability in float32
-MAX_GUIDANCE = 100  # no image is left at this scale, and it is far below what overflows
+MAX_GUIDANCE = 100  # far above any useful scale, and far below what overflows
 
 
 class KeyValueCache:
-    """Keys and values of one layer at the positions read so far; room for all is taken at once."""
+    """Keys and values of one layer at the positions read so far, preallocated for all."""
 
     def __init__(self, batch_size: int, n_head: int, length: int, head_size: int, like: Tensor):
         self.keys = like.new_empty(batch_size, n_head, length, head_size)
@@ -27,7 +27,7 @@ class KeyValueCache:
         self.length = 0  # positions that are filled
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Take in k, v (B, n_head, T, head_size) of new positions; returns those of all so far."""
+        """Append k, v (B, n_head, T, head_size) of new positions; returns those of all so far."""
         start, self.length = self.length, self.length + k.shape[2]
         self.keys[:, :, start : self.length] = k
         self.values[:, :, start : self.length] = v
@@ -35,7 +35,7 @@ class KeyValueCache:
 
 
 def classifier_free_guidance(logits: Tensor, guidance: float) -> Tensor:
-    """Logits (2 B, K), conditioned and after them unconditioned -> (B, K); scale 1: as they are.
+    """Logits (2 B, K), conditioned and then unconditioned -> (B, K). Scale 1 changes nothing.
 
     Ho, Salimans 2022, arXiv 2207.12598, eq. 6 with g = 1 + w:
 
@@ -48,7 +48,7 @@ def classifier_free_guidance(logits: Tensor, guidance: float) -> Tensor:
 
 
 def filter_top_k_top_p(logits: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Logits (..., K) with -inf for all but the likeliest tokens; top-k first, then top-p."""
+    """Set logits (..., K) to -inf for all but the likeliest tokens, first top-k and then top-p."""
     if top_k is not None:
         likeliest, tokens = logits.topk(top_k, dim=-1)
         logits = torch.full_like(logits, -math.inf).scatter(-1, tokens, likeliest)
@@ -63,17 +63,17 @@ def filter_top_k_top_p(logits: Tensor, top_k: int | None, top_p: float | None) -
 def sample_token(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:
-    """One token for each row of logits (B, K), by uniform numbers (B,) in (0, 1]: (B,) int64.
+    """Sample one token per row: logits (B, K), uniform numbers (B,) in (0, 1] -> (B,) int64.
 
-    The probabilities are laid end to end on a line from 0 to 1; u falls into the interval of one
-    token. A token of probability 0 has no interval, and is never sampled.
+    The cumulative probabilities divide the line from 0 to 1 into one interval per token, and u
+    falls into one of them. A token of probability 0 has no interval, and is never sampled.
     """
     if temperature < MIN_TEMPERATURE:
         return logits.argmax(dim=-1)
     logits = logits.float()  # bfloat16 would sum K probabilities badly
     probabilities = filter_top_k_top_p(logits / temperature, top_k, top_p).softmax(dim=-1)
     cdf = probabilities.cumsum(dim=-1)  # (B, K), where each interval ends
-    u = uniform.to(cdf)[:, None] * cdf[:, -1:]  # the last is 1 only but for rounding
+    u = uniform.to(cdf)[:, None] * cdf[:, -1:]  # the last is 1, up to rounding
     token = torch.searchsorted(cdf, u).clamp(max=cdf.shape[1] - 1)  # (B, 1), the first end >= u
     # Sums that are computed in parallel may be rounded up in an interval of length 0.
     is_possible = probabilities.gather(1, token) > 0
@@ -86,9 +86,9 @@ def uniform_numbers(
     generator: torch.Generator | None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """All numbers that a sequence is sampled with, (seq_len, B) in (0, 1].
+    """Draw all numbers that sequences are sampled with, (seq_len, B) in (0, 1].
 
-    Drawn at the start, so that what is given, or how it is filtered, does not shift the others.
+    They are drawn at the start, so that given tokens or filters do not shift the others.
     """
     if generator is None:
         generator = torch.Generator()
@@ -99,7 +99,7 @@ def uniform_numbers(
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """In eval mode inside, and afterwards in the mode that it was in before."""
+    """Put a model into eval mode inside, and back into its mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -125,23 +125,24 @@ def sample_sliding_window(
 ) -> Tensor:
     """Generate grids larger than the tokenizer's: (B, height, width) int64.
 
-    Each token is predicted in a window of the tokenizer's h x w tokens around it, as in figure 3 of
-    Esser et al. 2021, with the window's own positions. At the border the window stays inside, and
-    the token is no longer in its middle. A token depends on nothing outside of its window, and
-    every window is taken for a whole image. So this works where images look alike everywhere
-    (textures, landscapes); centred objects come out as a crowd of pieces. A condition that is an
-    image would belong to one window only.
+    Each token is predicted in a window of h x w tokens around it (the tokenizer's grid), as in
+    figure 3 of Esser et al. 2021, with the positions of the window. At the border the window stays
+    inside, and the token is no longer in its middle. A token depends on nothing outside of its
+    window, and the model takes every window for a whole image. So this works where images look
+    alike everywhere (textures, landscapes), while centered objects become a crowd of pieces. A
+    condition that is an image would belong to one window only.
 
     There is no cache, since a token's position changes with the window.
 
     Args:
         prior: a `GPT`.
-        tokenizer: whose tokens the prior generates; of one grid.
-        height, width: of the grid in tokens, at least h and w.
+        tokenizer: the one whose tokens the prior generates, with a single grid.
+        height, width: the size of the grid in tokens, at least h and w.
         the others: as in `GPT.sample`.
 
     Raises:
-        ValueError: several grids, a grid smaller than the window, or a setting out of range.
+        ValueError: there are several grids, the grid is smaller than the window, or a setting is
+            out of range.
     """
     check_sampling(prior.num_embeddings, temperature, top_k, top_p, guidance)
     if len(tokenizer.grids) != 1:
@@ -170,7 +171,7 @@ def sample_sliding_window(
 
 
 def describe_sampling(setting: dict) -> str:
-    """A setting of `GPT.sample` as a title: "guidance 2, temperature 1, top-k 100"."""
+    """Describe a setting of `GPT.sample`, as in "guidance 2, temperature 1, top-k 100"."""
     if setting["temperature"] < MIN_TEMPERATURE:
         return "greedy: always the likeliest token"
     values = (f"{name.replace('_', '-')} {v:g}" for name, v in setting.items() if v is not None)

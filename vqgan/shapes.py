@@ -1,11 +1,11 @@
-"""Small pictures drawn from a seed: a data set that needs no download.
+"""Small images drawn from a seed: a data set that needs no download.
 
-Each picture is one of ten shapes with its own color, size, place and tilt, on a background with a
-texture of its own, and has a caption ("small red star on blue"). The edges and textures are what a
-model that blurs will lose.
+Each image shows one of ten shapes, of random color, size, position and tilt, on a textured
+background, and has a caption ("small red star on blue"). A model that blurs will lose the edges and
+textures.
 
-Everything is computed with additions, products and quotients, which IEEE 754 rounds alike on every
-machine (sines and exponentials it does not), so a seed gives the same bytes anywhere.
+Everything is computed with sums, products and quotients, which IEEE 754 rounds alike on every
+machine, unlike sines and exponentials. So a seed gives the same bytes anywhere.
 """
 
 import numpy as np
@@ -23,14 +23,14 @@ COLORS = {
     "white": (240, 240, 240),
     "black": (25, 25, 25),
 }
-GRAY = 110.0  # in the middle of the palette; textures mix a background with it
+GRAY = 110.0  # the middle of the palette; a texture mixes the background's color with it
 SIZE_IN_PIXELS = 32
-MIN_AREA = 20  # pixels that the smallest shape has at least
-CHUNK_SIZE = 64  # so that their points, 1 MiB in float32, stay in a processor's cache
+MIN_AREA = 20  # every shape has at least this many pixels
+CHUNK_SIZE = 64  # images whose points, 1 MiB in float32, stay in a processor's cache
 SUPERSAMPLING = 2  # each pixel's coverage is the mean of 2x2 points, so that edges are smooth
 
-# Outward normals of the sides of a regular triangle and pentagon, first one pointing down
-# (y grows downwards). Decimals, not np.cos: see the module's word on sines.
+# Outward normals of the sides of a regular triangle and pentagon; the first points down (y grows
+# downwards). They are decimals because np.cos is not rounded alike everywhere.
 TRIANGLE = ((0.0, 1.0), (0.8660254, -0.5), (-0.8660254, -0.5))
 PENTAGON = [(0.0, 1.0), (0.9510565, 0.3090170), (0.5877853, -0.8090170)]
 PENTAGON += [(-0.5877853, -0.8090170), (-0.9510565, 0.3090170)]
@@ -39,11 +39,11 @@ PENTAGON += [(-0.5877853, -0.8090170), (-0.9510565, 0.3090170)]
 def render_shapes(
     num_images: int, *, seed: int | tuple[int, ...] = 0
 ) -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
-    """Draw labelled pictures; the same for the same seed on every machine.
+    """Draw labeled images; a seed gives the same ones on every machine.
 
     Returns:
         images: uint8 (N, 3, 32, 32)
-        labels: int64 (N,), the shape's place in the class names
+        labels: int64 (N,), the index of the shape in the class names
         captions: N strings, "<size> <color> <shape> on <background color>"
         class_names: the ten shapes
     """
@@ -51,29 +51,29 @@ def render_shapes(
     labels = rng.integers(len(CLASSES), size=num_images)
     size = rng.integers(len(SIZES), size=num_images)
     color = rng.integers(len(COLORS), size=num_images)
-    # Any other color than the shape's own: a step of 1 to 7 around the wheel of eight.
+    # Any color but the shape's: a step of 1 to 7 around the wheel of eight.
     background = (color + rng.integers(1, len(COLORS), size=num_images)) % len(COLORS)
 
-    # Coverage of every pixel by its shape, in [0, 1], (N, 32, 32).
+    # How much of every pixel its shape covers, in [0, 1], (N, 32, 32).
     radius = np.array([0.32, 0.50, 0.72])[size] * rng.uniform(0.9, 1.1, size=num_images)
-    center = rng.uniform(-1.0, 1.0, size=(2, num_images)) * (0.95 - radius)  # stays inside
+    center = rng.uniform(-1.0, 1.0, size=(2, num_images)) * (0.95 - radius)  # shapes stay inside
     # A rotation without sines: (1 - t^2, 2t) / (1 + t^2); t in +-0.25 is a tilt of +-28 degrees.
     t = rng.uniform(-0.25, 0.25, size=num_images)
     rotation = np.stack([1 - t * t, 2 * t]) / (1 + t * t)
     coverage = np.empty((num_images, SIZE_IN_PIXELS, SIZE_IN_PIXELS), dtype=np.float32)
     for label, name in enumerate(CLASSES):
-        places = np.nonzero(labels == label)[0]
-        for chosen in np.split(places, range(CHUNK_SIZE, len(places), CHUNK_SIZE)):
-            x, y = _local_coordinates(center[:, chosen], radius[chosen], rotation[:, chosen])
-            coverage[chosen] = _mean_of_blocks(_is_inside(name, x, y))
+        indices = np.nonzero(labels == label)[0]
+        for chunk in np.split(indices, range(CHUNK_SIZE, len(indices), CHUNK_SIZE)):
+            x, y = _local_coordinates(center[:, chunk], radius[chunk], rotation[:, chunk])
+            coverage[chunk] = _mean_of_blocks(_is_inside(name, x, y))
 
-    # Two shades of the background, mixed by the texture; then the shape over it.
+    # The texture mixes two shades of the background, and the shape covers them.
     palette = np.array(list(COLORS.values()), dtype=np.float32)
     jitter = rng.uniform(-18.0, 18.0, size=(2, num_images, 3)).astype(np.float32)
     foreground = palette[color] + jitter[0]
     light = palette[background] + jitter[1]
     contrast = rng.uniform(0.3, 0.6, size=(num_images, 1)).astype(np.float32)
-    # The second shade lies between the color and a grey.
+    # The second shade lies between the color and gray.
     dark = light * (1 - contrast) + np.float32(GRAY) * contrast
     texture, _ = _texture(rng, num_images)
     images = np.empty((num_images, 3, SIZE_IN_PIXELS, SIZE_IN_PIXELS), dtype=np.uint8)
@@ -94,14 +94,14 @@ def render_shapes(
 def render_textures(
     num_images: int, *, seed: int | tuple[int, ...] = 0
 ) -> tuple[np.ndarray, np.ndarray, None, tuple[str, ...]]:
-    """Draw textures without shapes, of two colors each: pictures that look alike everywhere.
+    """Draw textures of two colors, without shapes: images that look the same everywhere.
 
-    What `GPT.sample_large` can continue for as long as one likes.
+    `sampling.sample_sliding_window` can continue them for as long as one likes.
 
     Returns:
         images: uint8 (N, 3, 32, 32)
-        labels: int64 (N,), the texture's place in the class names
-        captions: none
+        labels: int64 (N,), the index of the texture in the class names
+        captions: None
         class_names: the four textures
     """
     rng = np.random.default_rng(seed)
@@ -121,7 +121,7 @@ def render_textures(
 def _local_coordinates(
     center: np.ndarray, radius: np.ndarray, rotation: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates (n, 64, 64) in which the shape is upright, at the origin, of radius one."""
+    """Coordinates (n, 64, 64) in which the shape is upright, at the origin, with radius one."""
     side = SIZE_IN_PIXELS * SUPERSAMPLING
     axis = (np.arange(side, dtype=np.float32) + np.float32(0.5)) * np.float32(2 / side) - 1
     parameters = np.concatenate([center, rotation, radius[None]]).astype(np.float32)
@@ -131,7 +131,7 @@ def _local_coordinates(
 
 
 def _mean_of_blocks(inside: np.ndarray) -> np.ndarray:
-    """Share of each pixel's 2x2 points that are inside: bool (n, 64, 64) -> (n, 32, 32)."""
+    """Fraction of each pixel's 2x2 points that are inside: bool (n, 64, 64) -> (n, 32, 32)."""
     points = inside.view(np.uint8)
     top, bottom = points[:, ::2], points[:, 1::2]
     count = top[..., ::2] + bottom[..., ::2] + top[..., 1::2] + bottom[..., 1::2]
@@ -139,7 +139,7 @@ def _mean_of_blocks(inside: np.ndarray) -> np.ndarray:
 
 
 def _is_inside(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Which points of the plane belong to the shape; y grows downwards."""
+    """Whether points of the plane belong to the shape; y grows downwards."""
     if name == "circle":
         return x * x + y * y <= 1
     if name == "ring":
@@ -153,7 +153,7 @@ def _is_inside(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return 1.6 * abs(x) + abs(y) <= 1
     if name == "cross":
         return (np.minimum(abs(x), abs(y)) <= 0.28) & (np.maximum(abs(x), abs(y)) <= 0.95)
-    if name == "star":  # the five tips lie outside of one side of the pentagon, no point of two
+    if name == "star":  # each tip lies outside one side of the pentagon; no point lies outside two
         return np.sum([a * x + b * y <= 0.31 for a, b in PENTAGON], axis=0) >= 4
     if name == "heart":  # (x^2 + y^2 - 1)^3 <= x^2 y^3 with y upwards, shrunk into the unit circle
         x, y = 1.2 * x, 0.1 - 1.2 * y
@@ -167,23 +167,23 @@ def _is_inside(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def detect_colors(images: np.ndarray) -> list[tuple[str, str]]:
-    """The colors of drawn pictures, or of a model's: (shape's, background's) for each.
+    """Detect the colors of drawn or sampled images: (shape's, background's) for each.
 
-    A background runs from its color towards grey, so in the space of colors it is a line through
-    grey; which of the eight lines is told by the pixels at the border, where no shape reaches. The
-    shape is where pixels are farthest from that line, and their mean names its color.
+    A background runs from its color towards gray, so in color space it is a line that ends at gray.
+    The pixels at the border, which no shape reaches, show which of the eight lines it is. The shape
+    is where pixels are farthest from that line, and their mean gives its color.
 
     Args:
         images: uint8 (N, 3, 32, 32).
     """
     names, palette = list(COLORS), np.array(list(COLORS.values()), dtype=np.float32)
-    rays = palette - GRAY  # (8, 3), from grey to each color
+    rays = palette - GRAY  # (8, 3), from gray to each color
     lengths = np.linalg.norm(rays, axis=1)
     rays = rays / lengths[:, None]
     pixels = images.transpose(0, 2, 3, 1).astype(np.float32)  # (N, 32, 32, 3)
 
     def distances(points: np.ndarray) -> np.ndarray:
-        """From points (..., 3) to the eight stretches from grey to a color: (..., 8)."""
+        """From points (..., 3) to the eight segments from gray to a color: (..., 8)."""
         offset = points - GRAY
         along = np.clip(offset @ rays.T, 0, lengths)
         return np.linalg.norm(offset[..., None, :] - along[..., None] * rays, axis=-1)
@@ -192,19 +192,19 @@ def detect_colors(images: np.ndarray) -> list[tuple[str, str]]:
     border = np.concatenate(sides, axis=1)
     background = distances(border).mean(axis=1).argmin(axis=1)  # (N,)
     from_background = np.stack(
-        [distances(picture)[..., b].ravel() for picture, b in zip(pixels, background, strict=True)]
+        [distances(image)[..., b].ravel() for image, b in zip(pixels, background, strict=True)]
     )  # (N, 1024)
     farthest = np.argsort(-from_background, axis=1)[:, :MIN_AREA]
     flat = pixels.reshape(len(pixels), -1, 3)
     mean = np.take_along_axis(flat, farthest[..., None], axis=1).mean(axis=1)  # (N, 3)
     to_palette = np.linalg.norm(mean[:, None] - palette, axis=2)  # (N, 8)
-    to_palette[np.arange(len(mean)), background] = np.inf  # a shape never has it
+    to_palette[np.arange(len(mean)), background] = np.inf  # a shape has another color
     shape = to_palette.argmin(axis=1)
     return [(names[s], names[b]) for s, b in zip(shape, background, strict=True)]
 
 
 def _texture(rng: np.random.Generator, num_images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights in [0, 1] of a second shade, (N, 32, 32), and which of the textures each is, (N,)."""
+    """Weights in [0, 1] of a second shade, (N, 32, 32), and the index of each texture, (N,)."""
     pixel = np.arange(SIZE_IN_PIXELS, dtype=np.float32)
     x, y = pixel[None, None, :], pixel[None, :, None]
     kind = rng.integers(len(TEXTURES), size=num_images)
@@ -215,16 +215,16 @@ def _texture(rng: np.random.Generator, num_images: int) -> tuple[np.ndarray, np.
     a, b = (1 - t * t) / (1 + t * t) / period, 2 * t / (1 + t * t) / period
     a, b, first, second = np.stack([a, b, *phase]).astype(np.float32)[..., None, None]
     along, across = a * x + b * y + first, a * y - b * x + second
-    along, across = along - np.floor(along), across - np.floor(across)  # saw teeth in [0, 1)
+    along, across = along - np.floor(along), across - np.floor(across)  # sawtooth waves in [0, 1)
     noise = rng.random(size=(num_images, SIZE_IN_PIXELS, SIZE_IN_PIXELS), dtype=np.float32)
     textures = {
         "stripes": lambda s: along[s] < 0.5,
         "checks": lambda s: (along[s] < 0.5) ^ (across[s] < 0.5),
         "bumps": lambda s: abs(2 * along[s] - 1) * abs(2 * across[s] - 1),
-        "speckle": lambda s: noise[s],  # one value a pixel
+        "speckle": lambda s: noise[s],  # one value per pixel
     }
     texture = np.empty((num_images, SIZE_IN_PIXELS, SIZE_IN_PIXELS), dtype=np.float32)
     for number, name in enumerate(TEXTURES):
-        chosen = kind == number
-        texture[chosen] = textures[name](chosen)
+        mask = kind == number
+        texture[mask] = textures[name](mask)
     return texture, kind

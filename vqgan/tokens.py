@@ -1,7 +1,7 @@
-"""Images as sequences of tokens: what a prior is trained on. They are computed once and cached.
+"""Images as sequences of tokens, which a prior is trained on. They are computed once and cached.
 
 image (3, H, W) -> tokenizer -> tokens (N,)
-condition (C,) and tokens (N,), end to end -> a row of `TokenDataset`
+condition (C,) and tokens (N,), concatenated -> a row of `TokenDataset`
 rows -> `TokenLoader` -> condition (B, C), tokens (B, N)
 """
 
@@ -27,24 +27,26 @@ from vqgan.vqvae import VQAutoencoder
 def build_condition(
     kind: str, data: ImageDataset, tokenizer: VQAutoencoder, *, transform: str
 ) -> Condition:
-    """The condition of a kind, for a data set and its tokenizer.
+    """Build the condition of a kind for a data set and its tokenizer.
 
     Args:
-        kind: of `conditions.KINDS`.
-        transform: of `conditions.TRANSFORMS`, for the kind "image".
+        kind: one of `conditions.KINDS`.
+        transform: one of `conditions.TRANSFORMS`, for the kind "image".
 
     Raises:
-        InputError: the data set has no classes or captions.
+        InputError: the data set has no classes, no captions, or unknown words in test captions.
     """
     if kind == "class":
         if data.train_labels is None or not data.class_names:
-            raise InputError("condition=class needs class folders (DIR/<class>/*), or give none")
+            raise InputError(
+                "condition=class needs class folders: give DIR/<class>/*, or condition=none"
+            )
         return conditions.class_condition(data.class_names)
     if kind == "caption":
         if data.train_captions is None or data.test_captions is None:
-            raise InputError("condition=caption needs captions, which only data=shapes has")
+            raise InputError("condition=caption needs captions: give data=shapes, which has them")
         condition = conditions.caption_condition(data.train_captions)
-        condition.encode_captions(data.test_captions)  # a word may be in the test set only
+        condition.encode_captions(data.test_captions)  # raises if a word is unknown
         return condition
     if kind == "image":
         seq_len = math.prod(tokenizer.grids[0])
@@ -53,10 +55,9 @@ def build_condition(
 
 
 class TokenDataset(NamedTuple):
-    """Conditions and tokens of all images, end to end: int32 (images, augmentations, C + N).
+    """Conditions and tokens of all images, concatenated: int32 (images, augmentations, C + N).
 
-    Training images are there twice, as they are and mirrored, or once without flips; test images
-    once.
+    With flips, training images appear twice, as they are and mirrored; all others appear once.
     """
 
     condition: Condition
@@ -84,7 +85,7 @@ class TokenLoader(TrainLoader):
         self.condition_length = dataset.condition.length
 
     def make_batch(self, sequences: Tensor, row: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
-        """Of sequences (B, augmentations, C + N) one each, by the flips (B,) that were drawn."""
+        """Select one augmentation of each sequence (B, augmentations, C + N) by the flips (B,)."""
         augmentation = mirrored.long()  # all 0 without flips
         images = torch.arange(len(sequences), device=sequences.device)
         chosen = sequences[images, augmentation].long()  # (B, C + N)
@@ -92,16 +93,16 @@ class TokenLoader(TrainLoader):
 
 
 def load_tokens(run: Run, tokenizer: VQAutoencoder, condition: Condition) -> TokenDataset:
-    """Tokens of the run's images: from its tokens.pt, if that has them already.
+    """Load the tokens of the run's images from its tokens.pt, or compute and write them.
 
-    (A tokenizer takes a while. The file is written unless it is of these images and this one.)
+    (Encoding takes a while; the file is reused for the same images, tokenizer, flip, transform.)
     """
     data, path = run.data, run.out / "tokens.pt"
     key = hashlib.sha256()
     for part in (fingerprint(tokenizer), str(run.flip), condition.transform):
         key.update(part.encode())
     for images in (data.train_images, data.test_images):
-        if isinstance(images, ImageFiles):  # by name and size: to read them all takes a while
+        if isinstance(images, ImageFiles):  # by name and size, since to read them all takes a while
             for file in images.paths:
                 key.update(f"{file} {file.stat().st_size} {images.image_size}\n".encode())
         else:
@@ -109,7 +110,7 @@ def load_tokens(run: Run, tokenizer: VQAutoencoder, condition: Condition) -> Tok
     try:
         cached = torch.load(path, weights_only=True)
         is_current = cached["key"] == key.hexdigest()
-    except Exception:  # no file yet, or a damaged one: torch raises many types
+    except Exception:  # for no file or a damaged one, torch raises many types
         is_current = False
     if not is_current:
         transform = conditions.TRANSFORMS.get(condition.transform)
@@ -119,7 +120,7 @@ def load_tokens(run: Run, tokenizer: VQAutoencoder, condition: Condition) -> Tok
         cached = {"key": key.hexdigest(), "train": train, "test": test}
         save_plain(path, cached)
     train, test = cached["train"], cached["test"]
-    if condition.kind != "image":  # whose tokens stand before those of the image already
+    if condition.kind != "image":  # images were prepended by `tokenize`
         train = _prepend(condition, data.train_labels, data.train_captions, train)
         test = _prepend(condition, data.test_labels, data.test_captions, test)
     return TokenDataset(condition, train, test)
@@ -134,7 +135,7 @@ def tokenize(
     flip: bool,
     device: torch.device,
 ) -> Tensor:
-    """Tokens of all images: int32 (images, augmentations, N); with `transform` (images, .., 2 N).
+    """Encode all images: int32 (images, augmentations, N); with `transform` (images, .., 2 N).
 
     The tokens of transform(image) stand before those of the image.
     """
@@ -150,13 +151,8 @@ def tokenize(
     return torch.cat(sequences)
 
 
-def _prepend(
-    condition: Condition,
-    labels: Any,
-    captions: Any,
-    tokens: Tensor,
-) -> Tensor:
-    """Labels or captions before tokens (images, augmentations, N): (.., .., C + N)."""
+def _prepend(condition: Condition, labels: Any, captions: Any, tokens: Tensor) -> Tensor:
+    """Prepend labels or captions to tokens (images, augmentations, N): (.., .., C + N)."""
     if condition.kind == "class":
         prefix = labels[:, None]
     elif condition.kind == "caption":

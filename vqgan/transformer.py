@@ -6,9 +6,8 @@ of Esser, Rombach, Ommer 2021, arXiv 2012.09841, section 3.2, eq. 9 and 10:
     p(s | c) = prod_i p(s_i | s_<i, c)          L = -mean_i log p(s_i | s_<i, c)
 
 s are the tokens of an image, the indices of its codes in the order that the tokenizer gives them
-(`VQAutoencoder.tokens`). c is what the image depends on: a few tokens before them, with a table of
-their own (`conditions.py`). So the network generates codes and nothing else: it has K outputs, and
-no token of a condition is among them.
+(`VQAutoencoder.tokens`). c is the condition: a few tokens before them, with a separate embedding
+table (`conditions.py`). The network has K outputs, so it can generate no token of a condition.
 
 Data flow, with C tokens of condition and N of the image, of which the last is only predicted:
 
@@ -31,10 +30,10 @@ from vqgan import sampling
 
 
 class CausalSelfAttention(nn.Module):
-    """softmax(q k^T / sqrt(d) + mask) v in H heads of d = n_embd / H: none sees a later position.
+    """softmax(q k^T / sqrt(d) + mask) v in H heads of d = n_embd / H, masked for later positions.
 
-    Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762, section 3.2. (H, the number
-    of heads, is `n_head`, and not the height of an image as elsewhere.)
+    Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762, section 3.2. (Here H is the
+    number of heads, `n_head`, and not the height of an image as elsewhere.)
     """
 
     def __init__(self, n_embd: int, n_head: int, dropout: float):
@@ -44,12 +43,12 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(n_embd, n_embd)
 
     def forward(self, x: Tensor, cache: sampling.KeyValueCache | None = None) -> Tensor:
-        """x (B, T, n_embd) -> the same; with a cache, x are the T positions after those in it."""
+        """x (B, T, n_embd) -> the same. With a cache, x holds the T positions after those in it."""
         B, T, n_embd = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, T, d)
         if cache is not None:
             k, v = cache.append(k, v)
-        # With a cache, either all positions come at once, or a single one that may see all before.
+        # With a cache, all positions come at once, or a single one that may see all before it.
         y = F.scaled_dot_product_attention(
             q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1
         )  # (B, H, T, d)
@@ -80,19 +79,19 @@ class GPT(nn.Module):
     """A transformer over sequences of tokens.
 
     Args:
-        num_embeddings: K, codes in the tokenizer's codebook.
-        seq_len: N, the tokens of an image.
-        condition_vocabulary: how many tokens a condition may consist of, 0 to this - 1.
-        condition_length: C, tokens of a condition; at least 1, since the first token is predicted
-            from the last of them.
-        n_layer, n_head, n_embd: blocks, attention heads of each, width.
-        dropout: share of activations that are dropped in training.
+        num_embeddings: K, the size of the tokenizer's codebook.
+        seq_len: N, the number of tokens of an image.
+        condition_vocabulary: the number of different condition tokens, 0 to this - 1.
+        condition_length: C, the number of tokens of a condition. It is at least 1, because the
+            first token of the image is predicted from the last of them.
+        n_layer, n_head, n_embd: the number of blocks, the attention heads of each, and the width.
+        dropout: the fraction of activations that are dropped in training.
 
-    The table of conditions has one row more than its vocabulary: the `null_token` stands for a
-    condition that was dropped, which guidance needs (see `sample`).
+    The embedding table of conditions has one more row, for the `null_token`, which replaces a
+    condition that was dropped. Guidance needs it (see `sample`).
 
     Raises:
-        ValueError: a size below 1, or heads that do not divide the width.
+        ValueError: a size is below 1, or the heads do not divide the width.
     """
 
     def __init__(
@@ -119,7 +118,7 @@ class GPT(nn.Module):
             raise ValueError(f"dropout must lie in [0, 1), not {dropout}")
         self.num_embeddings, self.seq_len, self.n_head = num_embeddings, seq_len, n_head
         self.condition_vocabulary, self.condition_length = condition_vocabulary, condition_length
-        self.null_token = condition_vocabulary  # the token of a condition that was dropped
+        self.null_token = condition_vocabulary  # replaces a condition that was dropped
 
         self.cond_emb = nn.Embedding(condition_vocabulary + 1, n_embd)
         self.tok_emb = nn.Embedding(num_embeddings, n_embd)
@@ -132,10 +131,10 @@ class GPT(nn.Module):
         self._initialize(n_layer)
 
     def _initialize(self, n_layer: int) -> None:
-        """As GPT-2: small normal weights (0.02), no biases, and a sum of blocks of variance one.
+        """Initialize as GPT-2: normal weights of deviation 0.02, biases of zero.
 
-        Each of the 2 n_layer branches adds its own variance to x, so each is shrunk by
-        1 / sqrt(2 n_layer) (Radford et al. 2019, section 2.3).
+        Each of the 2 n_layer branches adds its variance to x, so the last weights of each branch
+        are scaled by 1 / sqrt(2 n_layer) (Radford et al. 2019, section 2.3).
         """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -146,9 +145,10 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 * shrink)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """For AdamW: weight decay for matrices of linear layers; none for tables, norms and biases.
+        """Group parameters for AdamW: only the matrices of linear layers have weight decay.
 
-        A row of a table moves only when its token occurs; decay would pull rare ones away.
+        A row of an embedding table moves only when its token occurs, so decay would erase the rows
+        of rare tokens.
         """
         matrices = [layer.weight for layer in self.modules() if isinstance(layer, nn.Linear)]
         chosen = {id(parameter) for parameter in matrices}
@@ -159,7 +159,7 @@ class GPT(nn.Module):
     # --- training -----------------------------------------------------------------------------
 
     def forward(self, condition: Tensor, tokens: Tensor) -> Tensor:
-        """Logits of every token, given the condition and the tokens before it.
+        """Predict every token from the condition and the tokens before it.
 
         Args:
             condition: (B, C) int64, 0 to condition_vocabulary - 1, or `null_token`.
@@ -169,13 +169,13 @@ class GPT(nn.Module):
             logits (B, T, K); those of token i depend on the condition and on tokens 0 to i - 1.
 
         Raises:
-            ValueError: other shapes, or ids out of range. (Ranges are looked at on the CPU only: a
-                GPU would have to be waited for at every step. It stops by itself, less clearly.)
+            ValueError: other shapes, or ids out of range. (Ranges are checked on the CPU only,
+                since every step would wait for a GPU. A GPU stops by itself, less clearly.)
         """
         return self.head(self.forward_features(condition, tokens))
 
     def forward_features(self, condition: Tensor, tokens: Tensor) -> Tensor:
-        """What the head predicts each token from, (B, T, n_embd); arguments as `forward`'s."""
+        """The features that the head predicts each token from, (B, T, n_embd); see `forward`."""
         self._check_condition(condition)
         if tokens.dim() != 2 or len(tokens) != len(condition):
             raise ValueError(f"tokens must be ({len(condition)}, T), not {tuple(tokens.shape)}")
@@ -189,7 +189,7 @@ class GPT(nn.Module):
         return self.norm(x[:, self.condition_length - 1 :])
 
     def loss(self, condition: Tensor, tokens: Tensor) -> Tensor:
-        """Mean negative log-likelihood in nats per token, (); arguments as `forward`'s."""
+        """The mean negative log-likelihood in nats per token, (); see `forward`."""
         logits = self(condition, tokens).float()  # (B, T, K)
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
@@ -215,27 +215,27 @@ class GPT(nn.Module):
         generator: torch.Generator | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Tensor:
-        """Generate sequences, first token to last. The model's mode is left as it was.
+        """Generate sequences token by token. The model's mode is left as it was.
 
-        Every position is read once: its keys and values are kept, so a token costs one position's
-        work and not that of all before it.
+        Every position is read once and its keys and values are cached, so a token costs the work of
+        one position and not of all before it.
 
         Args:
             condition: (B, C) int64.
-            given: (B, N) int64, tokens that are kept, and -1 where one is to be generated. Each
-                token sees those before it, given or not: a given beginning is continued, but what
-                is given further on is kept without having been foreseen.
-            temperature: logits are divided by it: below 1 likely tokens get likelier, and 0 always
-                takes the likeliest (greedy: grey and repetitive).
-            top_k: sample from the k likeliest tokens only, 1 to K; None: from all.
+            given: (B, N) int64, tokens to keep, and -1 where one is to be generated. Each token
+                sees those before it, given or generated. So a given beginning is continued, but
+                tokens that are given further on were not foreseen by those before them.
+            temperature: the divisor of the logits. Below 1 likely tokens get likelier, and at 0 the
+                likeliest is always taken (greedy sampling, which looks gray and repetitive).
+            top_k: sample from the k likeliest tokens only, 1 to K; None takes all.
             top_p: sample from the fewest likeliest tokens whose probabilities sum to p, in (0, 1];
-                None: from all. (Holtzman et al. 2020, arXiv 1904.09751, section 3.1.)
-            guidance: scale of classifier-free guidance, see `sampling.classifier_free_guidance`. 1
-                is none, 0 leaves the condition out, more exaggerates it. Needs a model that was
-                trained with some of its conditions dropped, and twice the work.
-            generator: what is drawn from, on any device; None: one of its own, seeded by the
-                operating system. The global random state is not touched.
-            progress: called after every position, with how many tokens were generated (B).
+                None takes all. (Holtzman et al. 2020, arXiv 1904.09751, section 3.1.)
+            guidance: the scale of classifier-free guidance (`sampling.classifier_free_guidance`). 1
+                is none, 0 leaves the condition out, and more strengthens it. It takes a model that
+                was trained with some of its conditions dropped, and twice the work.
+            generator: the source of random numbers, on any device. None takes a new one, seeded by
+                the operating system. The global random state is not touched.
+            progress: called after every position with the number of tokens generated, B.
 
         Returns:
             tokens (B, N) int64, 0 to K - 1.
@@ -270,19 +270,19 @@ class GPT(nn.Module):
         return torch.stack(tokens, dim=1)
 
     def with_unconditioned(self, condition: Tensor, guidance: float) -> Tensor:
-        """(B, C) -> (2 B, C), the conditions and after them null tokens; (B, C) for scale 1."""
+        """Append null tokens as conditions: (B, C) -> (2 B, C), or (B, C) for a scale of 1."""
         if guidance == 1:
             return condition
         return torch.cat([condition, torch.full_like(condition, self.null_token)])
 
     def _new_caches(self, batch_size: int) -> list[sampling.KeyValueCache]:
-        """One for each block, empty."""
+        """An empty cache for each block."""
         length, n_embd = self.pos_emb.shape
         shape = (batch_size, self.n_head, length, n_embd // self.n_head)
         return [sampling.KeyValueCache(*shape, like=self.pos_emb) for _ in self.blocks]
 
     def _next_logits(self, x: Tensor, caches: list[sampling.KeyValueCache]) -> Tensor:
-        """Read the next T positions, given their tokens' embeddings x (B, T, n_embd).
+        """Read the next T positions from the embeddings x (B, T, n_embd) of their tokens.
 
         Returns the logits (B, K) of the token that follows the last of them.
         """
@@ -294,7 +294,7 @@ class GPT(nn.Module):
 
 
 def check_range(ids: Tensor, lowest: int, highest: int, what: str) -> None:
-    """Raise `ValueError` for ids outside of lowest to highest; looks at the CPU's only."""
+    """Raise `ValueError` for ids outside of lowest to highest, if they are on the CPU."""
     if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = ids.min().item(), ids.max().item()

@@ -2,12 +2,12 @@
 
 Kingma, Welling, "Auto-Encoding Variational Bayes", 2014, arXiv 1312.6114. The encoder gives a
 normal distribution q(z|x) for each image, the decoder a distribution p(x|z) for each z, and
-training minimises the negative bound on log p(x) (eq. 2 and 3):
+training minimizes the negative bound on log p(x) (eq. 2 and 3):
 
     L = -log p(x|z) + kl_weight * KL(q(z|x) || N(0, I)),   z ~ q(z|x)
 
 in nats (bits times ln 2). Both terms are summed over pixels or latent dimensions and averaged over
-the batch, as the bound demands: an average over pixels would change the weight of the KL by a
+the batch, as the bound demands. An average over pixels would change the weight of the KL by a
 factor of 3,072.
 
 Data flow:
@@ -27,17 +27,17 @@ from vqgan.images import to_unit
 
 LIKELIHOODS = ("optimal", "learned", "fixed", "bernoulli")
 
-# An 8-bit image is not known better than its rounding error, a uniform distribution one level
-# (2/255 in [-1, 1]) wide, whose standard deviation is width / sqrt(12). No likelihood is sharper.
+# An 8-bit image is known only up to its rounding error, a uniform distribution one level (2/255 in
+# [-1, 1]) wide, whose standard deviation is width / sqrt(12). No likelihood is sharper than that.
 MIN_SCALE = 2 / 255 / math.sqrt(12)
 
 
 class VAEOutput(NamedTuple):
-    """What the VAE makes of images: loss = negative_log_likelihood + kl_weight * mean of kl."""
+    """What the VAE returns: loss = negative_log_likelihood + kl_weight * mean of kl."""
 
     reconstruction: Tensor  # (B, 3, H, W), about [-1, 1]: the mean of p(x|z)
-    loss: Tensor  # (), nats an image: the negative bound, if z was sampled (in training)
-    negative_log_likelihood: Tensor  # (), nats an image; negative where the density is above 1
+    loss: Tensor  # (), nats per image: the negative bound, if z was sampled (in training)
+    negative_log_likelihood: Tensor  # (), nats per image; below 0 where the density is above 1
     kl: Tensor  # (B,), nats
 
 
@@ -52,7 +52,7 @@ def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
 
 
 def reparameterize(mean: Tensor, log_var: Tensor, noise: Tensor | None = None) -> Tensor:
-    """A sample z = mean + s * noise, noise ~ N(0, I), with gradients to both. (B, Z)."""
+    """Sample z = mean + s * noise, noise ~ N(0, I), with gradients to both: (B, Z)."""
     noise = torch.randn_like(mean) if noise is None else noise
     return mean + (0.5 * log_var).exp() * noise
 
@@ -66,31 +66,30 @@ def gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """
     M = x[0].numel()
     squared_error = (x - mean).square().sum() / len(x)
-    log_density = M * (log_scale + 0.5 * math.log(2 * math.pi))
-    return squared_error / (2 * (2 * log_scale).exp()) + log_density
+    log_normalizer = M * (log_scale + 0.5 * math.log(2 * math.pi))
+    return squared_error / (2 * (2 * log_scale).exp()) + log_normalizer
 
 
 class VAE(nn.Module):
     """Four strided convolutions, a Gaussian latent, four transposed convolutions.
 
-    With the defaults 1.8 M parameters. Kernels of 4 with stride 2 halve and double the side
-    exactly. There is no normalisation layer, as there is none in the VQ-VAE that it is compared
-    with.
+    With the defaults it has 1.8 M parameters. Kernels of 4 with stride 2 halve and double the side
+    exactly. It has no normalization layer, like the VQ-VAE that it is compared with.
 
     Args:
-        image_size: side H = W of the images; 16 divides it.
+        image_size: the side H = W of the images, a multiple of 16.
         latent_dim: Z, the dimensions of the latent.
-        num_hiddens: channels after the first convolution, doubled by each further one.
-        likelihood: what p(x|z) is, and so how many nats of KL an error in a pixel is worth:
+        num_hiddens: the channels after the first convolution; each further one doubles them.
+        likelihood: what p(x|z) is, and so how many nats of KL an error in a pixel costs:
             "optimal": a Gaussian whose scale is, for each batch, the one that makes the data most
                 likely, s^2 = MSE (the optimal sigma-VAE of Rybkin et al. 2021, arXiv 2006.13202).
                 No weight has to be guessed: as s falls in training, an error costs more nats.
             "learned": a Gaussian with one scale that is a parameter (their shared sigma).
             "fixed": a Gaussian with s = sqrt(2) in [-1, 1], which makes -log p(x|z) the squared
-                error in units of [0, 1] and a constant: the loss of many a tutorial.
-            "bernoulli": the cross-entropy with each pixel in [0, 1] taken as a probability. Widely
-                used, but no density of grey values: its nats compare with no other likelihood's.
-        kl_weight: beta of a beta-VAE; 1 is the bound.
+                error in units of [0, 1] plus a constant. This is the loss of many tutorials.
+            "bernoulli": the cross-entropy with each pixel in [0, 1] taken as a probability. It is
+                widely used, but no density of gray values, so its nats compare with no others.
+        kl_weight: beta of a beta-VAE; 1 gives the bound.
     """
 
     def __init__(
@@ -139,10 +138,10 @@ class VAE(nn.Module):
         return self._mean(self.decoder(z).float())
 
     def _mean(self, decoded: Tensor) -> Tensor:
-        """The decoder's output as an image.
+        """Map the decoder's output to an image.
 
-        The Bernoulli decoder puts out logits; their mean sigmoid(l) in [0, 1] is, mapped to
-        [-1, 1], 2 sigmoid(l) - 1 = tanh(l / 2).
+        The Bernoulli decoder outputs logits l. Their mean sigmoid(l) in [0, 1], mapped to [-1, 1],
+        is 2 sigmoid(l) - 1 = tanh(l / 2).
         """
         return torch.tanh(decoded / 2) if self.likelihood == "bernoulli" else decoded
 
@@ -152,7 +151,7 @@ class VAE(nn.Module):
             return F.binary_cross_entropy_with_logits(decoded, to_unit(x), reduction="sum") / len(x)
         if self.likelihood == "optimal":
             # The s at which gaussian_nll is smallest. There its derivative by s is zero, so s may
-            # be a constant: with or without a gradient through s, `decoded` gets the same one.
+            # be a constant. With or without a gradient through s, `decoded` gets the same gradient.
             mse = F.mse_loss(decoded.detach(), x)
             log_scale = 0.5 * mse.clamp(min=MIN_SCALE**2).log()
         elif self.likelihood == "learned":
@@ -164,7 +163,7 @@ class VAE(nn.Module):
     def forward(self, x: Tensor) -> VAEOutput:
         """x (B, 3, H, W) in [-1, 1] -> reconstruction and the terms of the bound.
 
-        In training z is sampled; in evaluation it is the mean, which gives the smallest error.
+        In training z is sampled. In evaluation it is the mean, which gives the smallest error.
         """
         mean, log_var = self.encode(x)
         z = reparameterize(mean, log_var) if self.training else mean
@@ -175,18 +174,18 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n new images (n, 3, H, W), about [-1, 1]: z ~ N(0, I), decoded.
+        """Sample n images (n, 3, H, W), about [-1, 1]: z ~ N(0, I), decoded.
 
-        The generator is a CPU one, so that a seed draws the same z on every device.
+        The generator is one of the CPU, so that a seed gives the same z on every device.
         """
         z = torch.randn(n, self.latent_dim, generator=generator)
         return self.decode(z.to(next(self.parameters()).device))
 
     @torch.no_grad()
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
-        """On the straight line between two latents: (B, 3, H, W) twice -> (B, steps, 3, H, W).
+        """Decode along the line between two latents: (B, 3, H, W) twice -> (B, steps, 3, H, W).
 
-        The first and the last are the reconstructions of x0 and x1.
+        The first and the last images are the reconstructions of x0 and x1.
         """
         z0, z1 = self.encode(x0)[0], self.encode(x1)[0]  # (B, Z)
         t = torch.linspace(0, 1, steps, device=z0.device)[None, :, None]

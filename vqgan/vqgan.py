@@ -1,10 +1,10 @@
-"""VQGAN: the VQ-VAE's bottleneck in a network of residual blocks and attention.
+"""VQGAN: the bottleneck of the VQ-VAE in a network of residual blocks and attention.
 
 Esser, Rombach, Ommer, "Taming Transformers for High-Resolution Image Synthesis", 2021, arXiv
-2012.09841, section 3.1, with the encoder and decoder of the authors' code (table 7), to which this
-one is mathematically identical: `compvis.py` loads their checkpoints.
+2012.09841, section 3.1, with the encoder and decoder of the authors' code (table 7). They are
+mathematically identical to theirs, so `compvis.py` can load their checkpoints.
 
-What makes it a VQGAN is how it is trained: see `perceptual.py`, `discriminator.py`, and the loop in
+The training makes it a VQGAN: see `perceptual.py`, `discriminator.py` and the loop in
 `train_vqgan.py`.
 
 Data flow, for 32 pixels and three levels:
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from vqgan.quantizer import make_quantizer
 from vqgan.vqvae import VQAutoencoder
 
-# Networks by name: `VQGAN(**NETWORKS["f16"])`. Compression counts 24 bits a pixel.
+# Networks by name, as in `VQGAN(**NETWORKS["f16"])`. Compression counts 24 bits per pixel.
 NETWORKS: dict[str, dict[str, Any]] = {
-    # 32 pixels, 8x8 codes: the defaults of `VQGAN`. 1.08 M parameters; 38 times smaller images.
+    # For 32 pixels, 8x8 codes: the defaults of `VQGAN`. 1.08 M parameters, 38 times fewer bits.
     "small": {},
-    # The paper's for 256 pixels: 16x16 codes. 71.9 M parameters; 439 times smaller images.
+    # The paper's for 256 pixels, 16x16 codes. 71.9 M parameters, 439 times fewer bits.
     "f16": {
         "resolution": 256,
         "channels": 128,
@@ -44,9 +44,9 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 class GroupNorm(nn.GroupNorm):
-    """In float32 whatever the rest computes in, as CUDA's autocast does; given back as it came.
+    """GroupNorm in float32 also under autocast, as on CUDA; the output has the type of the input.
 
-    (On a CPU it is faster too: with channels last, torch's bfloat16 kernel is the slow one.)
+    (On a CPU this is faster too, because torch's bfloat16 kernel is slow with channels last.)
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,10 +54,10 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(channels: int, num_groups: int) -> GroupNorm:
-    """A `GroupNorm` as the authors have it; `ValueError` where the groups come out uneven."""
+    """A `GroupNorm` with the authors' settings. Raises `ValueError` for uneven groups."""
     if channels % num_groups:
         raise ValueError(f"{channels} channels cannot be split into {num_groups} groups")
-    # 1e-6 as in the authors' code (torch's default is 1e-5): their checkpoints were trained so.
+    # 1e-6 as in the authors' code (torch's default is 1e-5), with which their models were trained.
     return GroupNorm(num_groups, channels, eps=1e-6)
 
 
@@ -84,7 +84,7 @@ class ResNetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """x + attention with a single head, in which every place sees every other; (B, C, h, w)."""
+    """x + single-head attention, in which every position sees every other: (B, C, h, w)."""
 
     def __init__(self, channels: int, num_groups: int):
         super().__init__()
@@ -101,14 +101,14 @@ class AttentionBlock(nn.Module):
             layer(normed).flatten(2).transpose(1, 2)  # (B, h w, C)
             for layer in (self.q, self.k, self.v)
         )
-        # softmax(q k^T / sqrt(C)) v; written out, which beats torch's fused function on a CPU.
-        shares = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(C), dim=-1)  # (B, h w, h w)
-        attended = (shares @ v).transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
+        # softmax(q k^T / sqrt(C)) v, written out, which is faster than torch's fused one on a CPU.
+        attention = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(C), dim=-1)  # (B, h w, h w)
+        attended = (attention @ v).transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
         return x + self.proj_out(attended)
 
 
 class Downsample(nn.Module):
-    """Half the side by a strided convolution; padded on the right and below only, as theirs is."""
+    """Halve the side by a strided convolution, padded on the right and below only, as theirs is."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -119,7 +119,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the side: nearest neighbour, then a convolution.
+    """Double the side by nearest neighbors, then convolve.
 
     A transposed convolution overlaps its own output unevenly, and prints checkerboards.
     """
@@ -135,7 +135,7 @@ class Upsample(nn.Module):
 def level(
     in_channels: int, width: int, num_blocks: int, num_groups: int, *, attention: bool
 ) -> list[nn.Module]:
-    """The residual blocks of one resolution, each followed by attention if the level has it."""
+    """Residual blocks of one resolution, each followed by attention if the level has it."""
     layers: list[nn.Module] = []
     for _ in range(num_blocks):
         layers.append(ResNetBlock(in_channels, width, num_groups))
@@ -146,7 +146,7 @@ def level(
 
 
 def middle(width: int, num_groups: int) -> list[nn.Module]:
-    """Block, attention, block at the smallest resolution."""
+    """A block, attention and a block at the smallest resolution."""
     return [
         ResNetBlock(width, width, num_groups),
         AttentionBlock(width, num_groups),
@@ -157,32 +157,33 @@ def middle(width: int, num_groups: int) -> list[nn.Module]:
 class VQGAN(VQAutoencoder):
     """The paper's encoder and decoder around a quantizer.
 
-    `encode`, `decode` and `forward` are those of every `VQAutoencoder`: see vqvae.py.
+    `encode`, `decode` and `forward` are those of `VQAutoencoder`, in vqvae.py.
 
-    With the defaults, a 32x32 image (24,576 bits) becomes 8x8 codes of 1024 (640 bits), 38 times
-    less; the model has 1.08 M parameters (the EMA codebook not counted: it is no parameter).
-    `NETWORKS["f16"]` is the paper's for 256 pixels: 16x16 codes of 16,384 (3,584 bits of
-    1,572,864: 439 times less), 71.9 M parameters and a codebook of 4.2 M numbers.
+    With the defaults, a 32x32 image (24,576 bits) becomes 8x8 of 1,024 codes (640 bits, 38 times
+    fewer), and the model has 1.08 M parameters (without the EMA codebook, which is a buffer).
+    `NETWORKS["f16"]` is the paper's for 256 pixels: 16x16 of 16,384 codes (3,584 instead of
+    1,572,864 bits, 439 times fewer), 71.9 M parameters and a codebook of 4.2 M numbers.
 
     Args:
-        resolution: side of the images in pixels; it says which level has which resolution. (The
-            network is convolutional: any side that 2^(levels - 1) divides goes through.)
-        channels: width of the first level.
-        channel_multipliers: width of each level in `channels`; the side halves between levels.
-        num_residual_blocks: in a level of the encoder; a level of the decoder has one more.
-        attention_resolutions: sides at which every residual block is followed by attention; None
-            takes the smallest. (The middle, at that side too, has attention in any case.)
-        latent_channels: between the 3x3 and the 1x1 convolution on both sides of the quantizer.
-        embedding_dim: D of the codebook.
-        num_embeddings: K of the codebook.
+        resolution: the side of the images in pixels, from which the side of each level follows.
+            (The network is convolutional and takes any side that 2^(levels - 1) divides.)
+        channels: the width of the first level.
+        channel_multipliers: the width of each level in `channels`; the side halves between levels.
+        num_residual_blocks: how many a level of the encoder has; one of the decoder has one more.
+        attention_resolutions: the sides at which attention follows every residual block. None
+            takes the smallest. (The middle, which has the same side, always has attention.)
+        latent_channels: the channels between the 3x3 and the 1x1 convolution on both sides of the
+            quantizer.
+        embedding_dim: D, the dimensions of a code.
+        num_embeddings: K, the number of codes.
         quantizer: "ema" or "gradient", see `quantizer.py`.
-        beta: weight of the commitment.
-        norm_groups: of every GroupNorm. None takes channels / 4, which is 32 at the paper's width
-            of 128. (Their 32 groups at width 32 would be one channel each: instance normalisation,
-            which erases brightness and contrast.)
+        beta: the weight of the commitment.
+        norm_groups: the groups of every GroupNorm. None takes channels / 4, which is 32 at the
+            paper's width of 128. (With their 32 groups at width 32, each group would be a single
+            channel. That is instance normalization, which erases brightness and contrast.)
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: sizes do not fit each other.
     """
 
     def __init__(

@@ -5,8 +5,8 @@ van den Oord, Vinyals, Kavukcuoglu, "Neural Discrete Representation Learning", 2
 
     L = |x - x_hat|^2 / variance + |sg[z_e] - e|^2 + beta |z_e - sg[e]|^2          (eq. 3)
 
-each term a mean over all its elements. The first is the script's, since the variance is the data's;
-the others are `quantizer.py`'s.
+Each term is a mean over all its elements. The script computes the first, which needs the variance
+of the data; `quantizer.py` computes the other two.
 
 Data flow, for 32 pixels and two downsamplings:
 
@@ -24,11 +24,11 @@ from vqgan.quantizer import Quantized, Quantizer, make_quantizer
 
 
 class AutoencoderOutput(NamedTuple):
-    """What a VQ-VAE or a VQGAN makes of images (B, 3, H, W)."""
+    """What a VQ-VAE or a VQGAN returns for images (B, 3, H, W)."""
 
     reconstruction: Tensor  # (B, 3, H, W), about [-1, 1]
     indices: Tensor  # (B, h, w) int64
-    loss: Tensor  # (), the quantizer's: every term but the reconstruction
+    loss: Tensor  # (), of the quantizer: every term but the reconstruction
 
 
 class VQAutoencoder(nn.Module):
@@ -37,8 +37,8 @@ class VQAutoencoder(nn.Module):
     A prior knows this model as a tokenizer: `tokens`, `decode_tokens`, `grids`, `num_embeddings`.
 
     Args:
-        image_size: side in pixels of the images that a sequence of tokens stands for. (The networks
-            are convolutional: `encode` and `decode` take any size that halves evenly.)
+        image_size: the side in pixels of the images that a sequence of tokens stands for. (The
+            networks are convolutional, so `encode` and `decode` take any size that halves evenly.)
         num_downsamples: how often the encoder halves the side.
     """
 
@@ -79,12 +79,12 @@ class VQAutoencoder(nn.Module):
 
     @property
     def num_embeddings(self) -> int:
-        """K, how many different tokens there are."""
+        """K, the number of different tokens."""
         return self.quantizer.num_embeddings
 
     @property
     def grids(self) -> list[tuple[int, int]]:
-        """The grids (h, w) that a sequence of tokens consists of: one, in raster order."""
+        """The grids (h, w) that a sequence of tokens consists of; here one, in raster order."""
         side = self.image_size // 2**self.num_downsamples
         return [(side, side)]
 
@@ -100,7 +100,7 @@ class VQAutoencoder(nn.Module):
 class ResidualBlock(nn.Module):
     """x + conv1x1(relu(conv3x3(relu(x)))), (B, C, h, w) -> the same.
 
-    The first ReLU is not in place, or it would change the x that is added too.
+    The first ReLU is not in place, because it would also change the x that is added.
     """
 
     def __init__(self, channels: int, hidden_channels: int):
@@ -113,32 +113,32 @@ class ResidualBlock(nn.Module):
 
 
 def residual_stack(channels: int, hidden_channels: int, num_layers: int) -> nn.Sequential:
-    """Blocks with weights of their own each, and a last ReLU."""
+    """Residual blocks, each with separate weights, and a last ReLU."""
     blocks = [ResidualBlock(channels, hidden_channels) for _ in range(num_layers)]
     return nn.Sequential(*blocks, nn.ReLU())
 
 
 class VQVAE(VQAutoencoder):
-    """The network for CIFAR-10 of the authors' published example.
+    """The network of the authors' published example for CIFAR-10.
 
-    `encode`, `decode` and `forward` stand above, in `VQAutoencoder`.
+    `encode`, `decode` and `forward` are above, in `VQAutoencoder`.
 
-    With the defaults, a 32x32 image (24,576 bits) becomes 8x8 codes of 512 (576 bits), and the
-    model has 0.66 M parameters (the EMA codebook not counted: it is no parameter).
+    With the defaults, a 32x32 image (24,576 bits) becomes 8x8 of 512 codes (576 bits), and the
+    model has 0.66 M parameters (without the EMA codebook, which is a buffer).
 
     Args:
-        image_size: side of the training images in pixels; it changes no weight, see
+        image_size: the side of the training images in pixels. It changes no weight, see
             `VQAutoencoder`.
-        num_hiddens: channels of the network inside.
-        num_residual_hiddens: channels inside of a residual block.
-        num_residual_layers: residual blocks in the encoder, and as many in the decoder.
-        embedding_dim: D of the codebook.
-        num_embeddings: K of the codebook.
+        num_hiddens: the width of the network.
+        num_residual_hiddens: the channels inside a residual block.
+        num_residual_layers: the number of residual blocks in the encoder, and in the decoder.
+        embedding_dim: D, the dimensions of a code.
+        num_embeddings: K, the number of codes.
         num_downsamples: how often the side is halved; 1 gives a 16x16 grid, four times the bits.
         quantizer: "ema" or "gradient", see `quantizer.py`.
-        beta: weight of the commitment.
-        data_init, restart_dead_codes: the two guards against collapse, see `quantizer.py`; the
-            second is the EMA quantizer's only.
+        beta: the weight of the commitment.
+        data_init, restart_dead_codes: the two guards against collapse, see `quantizer.py`. Only
+            the EMA quantizer has the second.
     """
 
     def __init__(

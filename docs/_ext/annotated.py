@@ -4,8 +4,8 @@
     ```
 
 One page of the site shows each module. Every class, function and line of it can be linked to
-(`codebook.html#vqgan.quantizer.Quantizer.forward`, `codebook.html#vqgan-quantizer-L42`), and names
-that lead to a definition of ours are links, in any module.
+(`codebook.html#vqgan.quantizer.VectorQuantizer.forward`, `codebook.html#vqgan-quantizer-L42`), and
+names that lead to a definition of ours are links, in any module.
 """
 
 import re

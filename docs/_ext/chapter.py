@@ -12,7 +12,7 @@ Paths without a folder are the package's: "quantizer.py" is vqgan/quantizer.py.
     {line}`quantizer.py: z_e + (z_q - z_e).detach()`
         A link to the line that holds the text, shown as "vqgan/quantizer.py, line 92".
 
-    {source}`Quantizer.forward`
+    {source}`VectorQuantizer.forward`
         A link to a class, function, constant or module: `metrics.ssim`, `train_vqgan.train`,
         `quantizer.py`.
 

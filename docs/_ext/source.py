@@ -20,7 +20,7 @@ from pygments.token import STANDARD_TYPES
 ROOT = Path(__file__).resolve().parents[2]
 DIVIDER = re.compile(r"# --- (.*?) -+$")  # "# --- losses -----": the heading of a part
 Definition = ast.ClassDef | ast.FunctionDef
-# A place that a name leads to: ("vqgan.quantizer", "Quantizer.forward"); "" for the module.
+# A place that a name leads to: ("vqgan.quantizer", "VectorQuantizer.forward"); "" for the module.
 Target = tuple[str, str]
 
 
@@ -47,7 +47,7 @@ class Source:
         self.text = self.file.read_text()
         self.lines = self.text.splitlines()
         self.tree = ast.parse(self.text)
-        # "Quantizer.forward" and the like; and what is assigned at the top, with its line.
+        # "VectorQuantizer.forward" and the like; and what is assigned at the top, with its line.
         self.definitions: dict[str, Definition] = dict(_definitions(self.tree, ""))
         self.constants: dict[str, int] = dict(_constants(self.tree))
 

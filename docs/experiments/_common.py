@@ -37,12 +37,17 @@ def results_of(file: str) -> Path:
     return Path("docs/results") / Path(file).stem
 
 
-def parse(description: str) -> argparse.Namespace:
-    """The flags of an experiment that reads finished runs."""
+def no_flags(description: str) -> argparse.ArgumentParser:
+    """Of an experiment that needs no run."""
+    return argparse.ArgumentParser(description=description)
+
+
+def flags_of_runs(description: str) -> argparse.ArgumentParser:
+    """Of an experiment that reads finished runs."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--data", required=True, help="the data of the runs")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the run folders are")
-    return parser.parse_args()
+    return parser
 
 
 def read_metrics(folder: Path) -> dict:

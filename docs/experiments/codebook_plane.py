@@ -12,12 +12,13 @@ docs/results/codebook_plane/:
     metrics.json    codes used, perplexity and squared error of these, and of each guard alone
 """
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _common import frame, results_of, write_metrics
+from _common import frame, no_flags, results_of, write_metrics
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -113,7 +114,7 @@ def measure(codes: Tensor, step: int) -> dict:
     }
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     watch, models = Stopwatch(), {}
     for name, make in MODELS.items():
         codes, restarts = train(make)
@@ -218,4 +219,4 @@ def draw_cells(axes: Axes, codes: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, resumable=False)
+    run_script(no_flags("Draw codebooks in the plane.").parse_args, main, resumable=False)

@@ -11,6 +11,7 @@ and the pictures. Recognised, and the Frechet distance, are by the yardstick of
 docs/results/shapes-tokenizer, which is trained again, for some minutes, if its run is not there.
 """
 
+import argparse
 import functools
 import shutil
 import sys
@@ -27,18 +28,19 @@ from torch import Tensor
 import train_transformer
 import train_vqgan
 import train_vqvae
-from vqgan import figures, metrics
+from vqgan import figures, metrics, tokens
 from vqgan.arguments import run_script
 from vqgan.checkpoint import write_json
 from vqgan.classifier import Classifier, load_classifier
 from vqgan.data import batches_in_order, load_dataset
 from vqgan.device import choose_precision, describe_device
 from vqgan.errors import InputError
-from vqgan.eval_networks import features_of, make_yardstick
+from vqgan.eval_networks import features_of, load_yardstick
+from vqgan.evaluation import decode_tokens
 from vqgan.images import from_uint8, to_unit
 from vqgan.pretrained import load_model, load_pair, load_tokenizer
 from vqgan.shapes import CLASSES, draw_shapes
-from vqgan.training import Run, Stopwatch, versions
+from vqgan.training import Run, Stopwatch, read_log, versions
 from vqgan.vqvae import VQVAE
 
 OUT = results_of(__file__)
@@ -67,7 +69,7 @@ def train(
         command = [file, *flags.split(), "--out", str(folder)]
         command += ["--resume"] if (folder / "config.json").exists() else []
         with patch.object(sys, "argv", command), edit or nullcontext():
-            script.main()
+            script.main(script.parse())
     content = read_metrics(folder)
     (result,) = content["models"].values()
     about = {key: content[key] for key in ("command", "data", "device")}
@@ -134,7 +136,7 @@ def no_commitment() -> dict:
         ("beta-0-gradient", f"{SMALL_VQVAE} --quantizer gradient"),
     ):
         result = train(train_vqvae, flags, name, edit=edit, words=words)
-        log = train_vqvae.read_log(RUNS / name / "vqvae" / "log.csv")
+        log = read_log(RUNS / name / "vqvae" / "log.csv")
         result["quantizer_in_log"] = [row["quantizer"] for row in log]
         results[name] = result | distance_to_codes(checkpoint(name, "vqvae"))
     return results
@@ -160,7 +162,7 @@ def no_straight_through() -> dict:
     result["encoder_gradient_with"] = encoder_gradient(x)
     with patch("vqgan.quantizer.straight_through", lambda z_e, z_q: z_q):
         result["encoder_gradient_without"] = encoder_gradient(x)
-    log = train_vqvae.read_log(RUNS / name / "vqvae" / "log.csv")
+    log = read_log(RUNS / name / "vqvae" / "log.csv")
     result["quantizer_in_log"] = [row["quantizer"] for row in log]
     model = load_model(checkpoint(name, "vqvae"))
     with torch.no_grad():
@@ -217,7 +219,7 @@ def early_adversary() -> dict:
         result[f"recognised_{name}"] = right.double().mean().item()
     title = "A VQGAN of drawn shapes, three epochs: when its adversary is used"
     figures.image_rows(OUT / "early_adversary.png", rows, title=title)
-    log = train_vqvae.read_log(RUNS / "early-adversary" / "vqgan" / "log.csv")
+    log = read_log(RUNS / "early-adversary" / "vqgan" / "log.csv")
     keys = ("epoch", "reconstruction", "perceptual", "real", "fake", "lambda", "codes")
     result["log"] = [{key: row[key] for key in keys} for row in log]
     return {"early-adversary": result}
@@ -254,7 +256,7 @@ def ssim() -> dict:
 
 
 def shuffle_within(codes: Tensor) -> Tensor:
-    """Each image's codes in an order of their own: (images, views, N) -> the same."""
+    """Each image's codes in an order of their own: (images, augmentations, N) -> the same."""
     return codes.gather(2, torch.rand(codes.shape).argsort(dim=2))
 
 
@@ -264,8 +266,8 @@ def shuffle_across(codes: Tensor) -> Tensor:
 
 
 def shuffled() -> dict:
-    """train_transformer.py, load_corpus: codes are shuffled before the condition is prepended."""
-    results, prepend = {}, train_transformer._prepend
+    """vqgan/tokens.py, load_tokens: codes are shuffled before the condition is prepended."""
+    results, prepend = {}, tokens._prepend
     for name, shuffle in (
         ("in-order", None),
         ("shuffled-within", shuffle_within),
@@ -277,8 +279,8 @@ def shuffled() -> dict:
             def prepend_shuffled(condition, labels, captions, codes, shuffle=shuffle):
                 return prepend(condition, labels, captions, shuffle(codes))
 
-            edit = patch.object(train_transformer, "_prepend", prepend_shuffled)
-            words = f"train_transformer.py, load_corpus: {shuffle.__name__} before _prepend"
+            edit = patch.object(tokens, "_prepend", prepend_shuffled)
+            words = f"vqgan/tokens.py, load_tokens: {shuffle.__name__} before _prepend"
         flags = f"--tokenizer {SHIPPED} --epochs 2 {SMALL_GPT}"
         torch.manual_seed(0)
         results[name] = train(train_transformer, flags, name, edit=edit, words=words)
@@ -290,7 +292,7 @@ def few_images() -> dict:
     flags = f"--tokenizer {SHIPPED} --limit 500 --epochs 60 {SMALL_GPT}"
     result = train(train_transformer, flags, "few-images")
     shutil.copy(RUNS / "few-images" / "losses.png", OUT / "few_images.png")
-    rows = train_vqvae.read_log(RUNS / "few-images" / "log.csv")
+    rows = read_log(RUNS / "few-images" / "log.csv")
     result["last_training_loss"] = rows[-1]["loss"]
     return {"few-images": result}
 
@@ -300,18 +302,29 @@ def the_yardstick() -> Classifier:
     folder = Path("runs/shapes-tokenizer")
     if (folder / "yardstick.pt").exists():
         return load_classifier(folder / "yardstick.pt", CPU)[0]
-    data = load_dataset("shapes")
-    run = Run(RUNS, CPU, choose_precision("auto", CPU), data, 0.0)
-    return make_yardstick(run, epochs=12, flip=True, resume=True)[0]
+    run = Run(
+        out=RUNS,
+        data=load_dataset("shapes"),
+        variance=0.0,  # this one is of no use to a classifier, nor are those below
+        device=CPU,
+        dtype=choose_precision("auto", CPU),
+        about={},
+        epochs=0,
+        seed=0,
+        flip=True,
+        checkpoint_every=1,
+        resume=True,
+    )
+    return load_yardstick(run, epochs=12)[0]
 
 
 def samples_of(pair, labels: Tensor, **setting) -> tuple[Tensor, Tensor]:
-    """Codes (N, h, w) and images (N, 3, H, W) of the classes, from a generator of seed 0."""
+    """Codes (M, N) and images (M, 3, H, W) of the classes, from a generator of seed 0."""
     generator, codes = torch.Generator().manual_seed(0), []
     for part in labels.split(500):
         codes.append(pair.transformer.sample(part[:, None], generator=generator, **setting))
     codes = torch.cat(codes)
-    return codes, train_transformer.decode(pair.tokenizer, codes)
+    return codes, decode_tokens(pair.tokenizer, codes)
 
 
 def judged(yardstick: Classifier, codes: Tensor, images: Tensor, labels: Tensor) -> dict:
@@ -327,7 +340,7 @@ def judged(yardstick: Classifier, codes: Tensor, images: Tensor, labels: Tensor)
         "frechet": metrics.frechet_distance(
             features, features_of(yardstick, batches_in_order(test, 500))
         ),
-        "distinct_pictures": len(codes.flatten(1).unique(dim=0)),
+        "distinct_pictures": len(codes.unique(dim=0)),
         "codes_used": usage.codes_used,
         "perplexity": usage.perplexity,
     }
@@ -384,15 +397,21 @@ def read_results() -> dict:
     return read_metrics(OUT) if is_there else {"finished": {}, "models": {}}
 
 
-def main() -> None:
-    for name in sys.argv[1:]:
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure the answers to the exercises.")
+    parser.add_argument("exercises", nargs="*", help="do these again; not given: what is missing")
+    return parser.parse_args()
+
+
+def main(args: argparse.Namespace) -> None:
+    for name in args.exercises:
         if name not in EXERCISES:
             raise InputError(f"there is no exercise {name!r}: there are {', '.join(EXERCISES)}")
     OUT.mkdir(parents=True, exist_ok=True)
     drawn_once = functools.cache(draw_shapes)  # for all of them
     for name, exercise in EXERCISES.items():
         content = read_results()
-        if name not in sys.argv[1:] and (len(sys.argv) > 1 or name in content["finished"]):
+        if name not in args.exercises and (args.exercises or name in content["finished"]):
             continue
         print(f"--- {name}", flush=True)
         with patch("vqgan.data.draw_shapes", drawn_once):
@@ -410,4 +429,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, resumable=False)
+    run_script(parse, main, resumable=False)

@@ -13,11 +13,12 @@ these measured the one with the lowest distance counts. The VAE's samples from i
 measured here. The images have classes.
 """
 
+import argparse
 import json
 from pathlib import Path
 
 import torch
-from _common import CPU, parse, read_metrics, results_of, write_metrics
+from _common import CPU, flags_of_runs, read_metrics, results_of, write_metrics
 
 from vqgan import figures, metrics
 from vqgan.arguments import run_script
@@ -41,9 +42,7 @@ NUM_SAMPLES, NUM_PICTURES, AT_ONCE = 10_000, 12, 500
 
 
 @torch.no_grad()
-def main() -> None:
-    args = parse("Compare what three generators make.")
-
+def main(args: argparse.Namespace) -> None:
     watch, data = Stopwatch(), load_dataset(args.data)
     yardstick, accuracy = load_classifier(args.runs / YARDSTICK, CPU)
     test_features = features_of(yardstick, batches_in_order(data.test_images, AT_ONCE))
@@ -73,8 +72,8 @@ def main() -> None:
         floors = {"frechet_floors": measured["frechet_floors"]}
         models[str(folder)] = {"run": str(folder)} | best | floors
         setting = {key: best[key] for key in ("guidance", "temperature", "top_k", "top_p")}
-        codes = pair.transformer.sample(labels[:, None], generator=generator, **setting)
-        images = to_unit(pair.tokenizer.decode_indices(codes))
+        tokens = pair.transformer.sample(labels[:, None], generator=generator, **setting)
+        images = to_unit(pair.tokenizer.decode_tokens(tokens))
         rows.append((f"{title}\nFrechet {best['frechet']:.2f}", images))
 
     figures.image_rows(
@@ -88,4 +87,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, resumable=False)
+    run_script(
+        flags_of_runs("Compare what three generators make.").parse_args, main, resumable=False
+    )

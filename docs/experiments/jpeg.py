@@ -14,6 +14,7 @@ Writes, in docs/results/jpeg/:
     metrics.json      bytes, PSNR, SSIM, Frechet distance, recognised; of JPEG at each quality
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from _common import (
     CPU,
-    parse,
+    flags_of_runs,
     read_metrics,
     results_of,
     scan_bytes,
@@ -60,9 +61,7 @@ AT_ONCE = 500
 
 
 @torch.no_grad()
-def main() -> None:
-    args = parse("Compare codes with JPEG.")
-
+def main(args: argparse.Namespace) -> None:
     watch, data = Stopwatch(), load_dataset(args.data)
     images, labels = data.test_images[::EVERY], data.test_labels[::EVERY]
     yardstick, accuracy = load_classifier(args.runs / "vqgan" / "yardstick.pt", CPU)
@@ -73,8 +72,8 @@ def main() -> None:
         model = load_model(args.runs / run / "checkpoint.pt")
         batches = batches_in_order(images, AT_ONCE)
         pictures[name] = torch.cat([to_uint8(model(x).reconstruction) for x in batches])
-        plain = model.encode(from_uint8(images[:1])).indices[0]  # (h, w)
-        bits = metrics.code_bits(*plain.shape, model.quantizer.num_embeddings)
+        seq_len = model.tokens(from_uint8(images[:1])).shape[1]
+        bits = metrics.code_bits(seq_len, model.num_embeddings)
         written = read_metrics(args.runs / writer)
         results[name] = {
             "bytes": bits / 8,
@@ -138,4 +137,4 @@ def draw(images: Tensor, results: dict, pictures: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, resumable=False)
+    run_script(flags_of_runs("Compare codes with JPEG.").parse_args, main, resumable=False)

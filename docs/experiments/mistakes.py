@@ -10,6 +10,7 @@ docs/results/mistakes/:
     metrics.json    the numbers of chapter 9
 """
 
+import argparse
 import copy
 import json
 import math
@@ -17,7 +18,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from _common import draw_rows, results_of, write_metrics
+from _common import draw_rows, no_flags, results_of, write_metrics
 from torch import Tensor, nn
 
 from vqgan import metrics
@@ -44,18 +45,18 @@ PICTURES = 12  # in a row of noise.png
 STEPS, BATCH, TRAINED_ON = 300, 32, 2000  # of the smallest transformers
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     watch = Stopwatch()
     torch.manual_seed(0)
     pair, data = load_pair("shapes"), load_dataset("shapes")
     x = from_uint8(data.test_images)  # (2000, 3, 32, 32)
-    tokens = data.test_labels[:, None]
+    condition = data.test_labels[:, None]
     with torch.no_grad():
         z_e = torch.cat([pair.tokenizer.encoder(part) for part in x.split(100)])
         codes = torch.cat([pair.tokenizer.quantizer(part).indices for part in z_e.split(100)])
     variance = pixel_variance(data.train_images)
     results = {
-        "noise": noise(pair, codes[:IMAGES], tokens[:IMAGES]),
+        "noise": noise(pair, codes[:IMAGES], condition[:IMAGES]),
         "straight_through": gradients_of_the_encoder(pair.tokenizer, x[:32]),
         "beta": gradients_of_beta(pair.tokenizer, z_e[:32]),
         "ema_counts_from_zero": ema_counts(z_e[:64]),
@@ -70,10 +71,10 @@ def main() -> None:
         "patch": patches(),
         "ssim": ssim_ranges(pair.tokenizer, x[:IMAGES]),
         "nmse": nmse_ranges(pair.tokenizer, x[:IMAGES], variance),
-        "perplexity": perplexities(codes, pair.tokenizer.quantizer.num_embeddings),
+        "perplexity": perplexities(codes, pair.tokenizer.num_embeddings),
         "frechet": few_samples(),
         "off_by_one": off_by_one(pair, data),
-        "resume": resume(tokens[:IMAGES], codes[:IMAGES].flatten(1)),
+        "resume": resume(condition[:IMAGES], codes[:IMAGES].flatten(1)),
     }
     results["cpu_seconds"] = round(time.process_time(), 1)
     write_metrics(OUT, watch, {"source": "shapes", "test_images": len(x)}, results)
@@ -84,7 +85,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def noise(pair: Pair, codes: Tensor, tokens: Tensor) -> dict:
+def noise(pair: Pair, codes: Tensor, condition: Tensor) -> dict:
     """What the decoder makes of noise; how likely grids of codes are, under the transformer."""
     tokenizer, quantizer = pair.tokenizer, pair.tokenizer.quantizer
     generator = torch.Generator().manual_seed(0)
@@ -95,7 +96,8 @@ def noise(pair: Pair, codes: Tensor, tokens: Tensor) -> dict:
     anything = torch.randint(quantizer.num_embeddings, codes.shape, generator=generator)
     order = torch.randperm(codes.numel(), generator=generator)
     shuffled = codes.flatten()[order].view(codes.shape)  # as often as in pictures, anywhere
-    written = pair.transformer.sample(tokens, guidance=3.0, generator=generator)
+    written = pair.transformer.sample(condition, guidance=3.0, generator=generator)
+    written = written.view_as(codes)  # grids again
     rows = {
         "noise": tokenizer.decode(z),
         "random codes": tokenizer.decode_indices(anything[:PICTURES]),
@@ -107,7 +109,7 @@ def noise(pair: Pair, codes: Tensor, tokens: Tensor) -> dict:
     grids = {"random": anything, "shuffled": shuffled, "written": written, "images": codes}
     return {
         "nats_per_code": {
-            name: pair.transformer.loss(tokens, grid.flatten(1)).item()
+            name: pair.transformer.loss(condition, grid.flatten(1)).item()
             for name, grid in grids.items()
         },
         # Of a picture's codes, those that its picture is encoded to again.
@@ -367,35 +369,35 @@ def few_samples() -> dict:
 
 def off_by_one(pair: Pair, data) -> dict:
     """The smallest transformer, asked for the next code, and for one that it has just read."""
-    K, grid_size = pair.transformer.num_embeddings, pair.transformer.grid_size
+    K, N = pair.transformer.num_embeddings, pair.transformer.seq_len
     with torch.no_grad():
         x = from_uint8(data.train_images[:TRAINED_ON])
-        codes = torch.cat([pair.tokenizer.encode(part).indices for part in x.split(100)])
-    codes, tokens = codes.flatten(1), data.train_labels[:TRAINED_ON, None]
-    grids = codes.view(-1, *grid_size)
+        tokens = torch.cat([pair.tokenizer.tokens(part) for part in x.split(100)])  # (M, N)
+    condition = data.train_labels[:TRAINED_ON, None]
+    grids = tokens.unflatten(1, pair.tokenizer.grids[0])
     result = {"steps": STEPS, "baselines": metrics.code_baselines(grids, grids, K)}
 
-    def different(grids: Tensor) -> float:
-        return sum(len(grid.unique()) for grid in grids) / len(grids)
+    def different(sequences: Tensor) -> float:
+        return sum(len(sequence.unique()) for sequence in sequences) / len(sequences)
 
-    result["different_codes_a_grid_of_images"] = different(grids)
+    result["different_codes_a_grid_of_images"] = different(tokens)
     for name in ("right", "wrong"):
         torch.manual_seed(0)
-        model = GPT(K, grid_size, 10, 1, n_layer=2, n_head=4, n_embd=64, dropout=0.0)
+        model = GPT(K, N, 10, 1, n_layer=2, n_head=4, n_embd=64, dropout=0.0)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         start, losses = time.process_time(), []
         for _ in range(STEPS):
-            chosen = torch.randint(len(codes), (BATCH,))
-            indices = codes[chosen]
+            chosen = torch.randint(len(tokens), (BATCH,))
+            wanted = tokens[chosen]
             # Position i reads code i - 1; one too early, it reads the code i that it is asked for.
-            read = indices if name == "right" else indices.roll(-1, dims=1)
-            logits = model(tokens[chosen], read)  # (B, N, K)
-            loss = F.cross_entropy(logits.flatten(0, 1), indices.flatten())
+            read = wanted if name == "right" else wanted.roll(-1, dims=1)
+            logits = model(condition[chosen], read)  # (B, N, K)
+            loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        written = model.sample(tokens[:200], generator=torch.Generator().manual_seed(0))
+        written = model.sample(condition[:200], generator=torch.Generator().manual_seed(0))
         result[name] = {
             "last_loss": sum(losses[-20:]) / 20,
             "different_codes_a_grid": different(written),
@@ -404,20 +406,20 @@ def off_by_one(pair: Pair, data) -> dict:
     return result
 
 
-def resume(tokens: Tensor, codes: Tensor) -> dict:
+def resume(condition: Tensor, tokens: Tensor) -> dict:
     """How far weights are from those of a run without a break, after one in the middle of it."""
 
     def train(model: GPT, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
             part = slice(BATCH * (step % 10), BATCH * (step % 10 + 1))
-            loss = model.loss(tokens[part], codes[part])
+            loss = model.loss(condition[part], tokens[part])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
     def new() -> tuple[GPT, torch.optim.Optimizer]:
         torch.manual_seed(0)
-        model = GPT(256, (8, 8), 10, 1, n_layer=1, n_head=2, n_embd=32, dropout=0.0)
+        model = GPT(256, 64, 10, 1, n_layer=1, n_head=2, n_embd=32, dropout=0.0)
         return model, torch.optim.Adam(model.parameters(), lr=3e-3)
 
     def weights(model: GPT) -> Tensor:
@@ -441,4 +443,4 @@ def resume(tokens: Tensor, codes: Tensor) -> dict:
 
 
 if __name__ == "__main__":
-    run_script(main, resumable=False)
+    run_script(no_flags("Measure what mistakes cost.").parse_args, main, resumable=False)

@@ -10,12 +10,13 @@ package. Writes, in docs/results/path/:
     metrics.json      the shapes, ranges, sizes and codes of both
 """
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from _common import frame, results_of, write_metrics
+from _common import frame, no_flags, results_of, write_metrics
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
@@ -41,7 +42,7 @@ ARROW = {"arrowstyle": "-|>", "color": "0.35", "linewidth": 1.5, "mutation_scale
 
 
 @torch.no_grad()
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     watch = Stopwatch()
     pair = load_pair("shapes")
     tokenizer = pair.tokenizer
@@ -59,12 +60,13 @@ def main() -> None:
     draws = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     written = torch.cat(
         [pair.transformer.sample(condition, guidance=GUIDANCE, generator=g) for g in draws]
-    )  # (3, 8, 8)
-    new = tokenizer.decode_indices(written)  # (3, 3, 32, 32)
+    )  # (3, 64)
+    new = tokenizer.decode_tokens(written)  # (3, 3, 32, 32)
+    written = written.unflatten(1, tokenizer.grids[0])  # (3, 8, 8)
     draw_new_pictures(condition.item(), written, new, colours)
 
-    K = tokenizer.quantizer.num_embeddings
-    bits = metrics.code_bits(*indices.shape[1:], K)
+    K = tokenizer.num_embeddings
+    bits = metrics.code_bits(indices[0].numel(), K)
     quality = metrics.reconstruction_quality(x, x_hat, 1.0)
     results = {
         "caption": data.test_captions[TEST_IMAGE],
@@ -104,7 +106,7 @@ def about(tensor: Tensor) -> dict:
 
 def colours_of_codes(tokenizer: VQAutoencoder) -> Tensor:
     """The mean colour of a picture that consists of one code alone: (K, 3) in [0, 1]."""
-    codes = torch.arange(tokenizer.quantizer.num_embeddings)
+    codes = torch.arange(tokenizer.num_embeddings)
     pictures = tokenizer.decode_indices(codes[:, None, None].expand(-1, 8, 8))
     return to_unit(pictures).mean(dim=(2, 3))
 
@@ -247,4 +249,4 @@ def draw_new_pictures(token: int, written: Tensor, new: Tensor, colours: Tensor)
 
 
 if __name__ == "__main__":
-    run_script(main, resumable=False)
+    run_script(no_flags("Draw one picture through every stage.").parse_args, main, resumable=False)

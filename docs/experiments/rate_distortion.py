@@ -10,21 +10,21 @@ writes, in docs/results/rate_distortion/:
     points.json           the numbers of the chart, and of docs/ssim.md
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from _common import parse, read_metrics, results_of, scan_bytes, through_jpeg
+from _common import flags_of_runs, read_metrics, results_of, scan_bytes, through_jpeg
 from matplotlib.ticker import ScalarFormatter
 
 from vqgan import figures, metrics
 from vqgan.arguments import run_script
-from vqgan.checkpoint import load_checkpoint, write_json
+from vqgan.checkpoint import write_json
 from vqgan.data import batches_in_order, load_dataset
 from vqgan.images import from_uint8, to_unit
-from vqgan.vae import VAE
-from vqgan.vqvae import VQVAE
+from vqgan.pretrained import load_model
 
 OUT = results_of(__file__)
 JPEG_QUALITIES = (10, 20, 30, 40, 50)
@@ -44,10 +44,10 @@ RUNS = {
     "VQ-VAE, 16x16 of 512, 5 epochs": {"": ("grid16", "vqvae")},
 }
 LADDER = {
-    "VAE, squared error": ("study-fixed", "vae", VAE),
-    "VAE, optimal scale": ("study", "vae", VAE),
-    "VQ-VAE, 8x8 codes": ("study", "vqvae", VQVAE),
-    "VQ-VAE, 16x16 codes": ("grid16", "vqvae", VQVAE),
+    "VAE, squared error": ("study-fixed", "vae"),
+    "VAE, optimal scale": ("study", "vae"),
+    "VQ-VAE, 8x8 codes": ("study", "vqvae"),
+    "VQ-VAE, 16x16 codes": ("grid16", "vqvae"),
 }
 
 
@@ -92,14 +92,12 @@ def variances(images: torch.Tensor) -> dict[str, float]:
 def draw_ladder(runs: Path, images: torch.Tensor) -> None:
     x = next(batches_in_order(images[:NUM_PICTURES], NUM_PICTURES))
     rows = []
-    for label, (folder, name, kind) in LADDER.items():
-        state = load_checkpoint(runs / folder / name / "checkpoint.pt")
-        model = kind(**state["arguments"])
-        model.load_state_dict(state["weights"])
+    for label, (folder, name) in LADDER.items():
+        model = load_model(runs / folder / name / "checkpoint.pt")
         result = measured(runs / folder, name)
         bits = result["bits_per_image"]
         label = f"{label}\n{bits:,.0f} bits, SSIM {result['ssim']:.2f}"
-        rows.append((bits, label, to_unit(model.eval()(x).reconstruction)))
+        rows.append((bits, label, to_unit(model(x).reconstruction)))
     rows = [("original\n24,576 bits", to_unit(x))] + [
         row[1:] for row in sorted(rows, key=lambda row: row[0])
     ]
@@ -153,9 +151,7 @@ def draw_rate_distortion(
     figures.save_figure(figure, path)
 
 
-def main() -> None:
-    args = parse("Draw the pictures that compare several runs.")
-
+def main(args: argparse.Namespace) -> None:
     data = load_dataset(args.data)
     variance = read_metrics(args.runs / "study")["data"]["variance"]
     curves = {
@@ -174,4 +170,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, resumable=False)
+    run_script(
+        flags_of_runs("Draw the pictures that compare several runs.").parse_args,
+        main,
+        resumable=False,
+    )

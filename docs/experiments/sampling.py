@@ -20,6 +20,8 @@ Writes, in docs/results/sampling/:
 import argparse
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,14 +36,16 @@ from vqgan.arguments import run_script
 from vqgan.classifier import Classifier, load_classifier
 from vqgan.conditions import PICTURES
 from vqgan.data import load_dataset
+from vqgan.evaluation import decode_tokens
 from vqgan.image_folder import read_image
 from vqgan.images import from_uint8, to_unit
 from vqgan.metrics import CodebookUsage, psnr
 from vqgan.pretrained import Pair, load_pair
+from vqgan.sampling import sample_sliding_window
 from vqgan.training import Stopwatch
-from vqgan.vqvae import VQAutoencoder
 
 OUT = results_of(__file__)
+CHECKPOINT = "runs/transformer/checkpoint.pt"
 FAMILIES = {  # of settings: the file's name, and the values of its rows (None: all codes)
     "temperature": (0.0, 0.5, 0.8, 1.0, 1.2),
     "top_k": (10, 50, 100, 300, None),
@@ -58,21 +62,23 @@ TIMED = 16  # grids that are written with the cache and without
 AT_ONCE = 100
 
 
-@torch.no_grad()
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Draw what each way to sample does.")
-    parser.add_argument("--checkpoint", default="runs/transformer/checkpoint.pt")
+    parser.add_argument("--checkpoint", default=CHECKPOINT)
     parser.add_argument("--yardstick", type=Path, default=Path("runs/vqgan/yardstick.pt"))
     parser.add_argument("--data", required=True, help="shapes, or a folder with test/<class>/*")
     parser.add_argument("--classes", nargs=2, default=["horse", "ship"], help="that are drawn")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+@torch.no_grad()
+def main(args: argparse.Namespace) -> None:
     watch, pair, yardstick, accuracy = Stopwatch(), load_pair(args.checkpoint), None, None
-    if args.checkpoint == parser.get_default("checkpoint"):
+    if args.checkpoint == CHECKPOINT:
         yardstick, accuracy = load_classifier(args.yardstick, CPU)
     images, labels = test_images(args.data, pair)
     x = from_uint8(images)  # (M, 3, H, W)
-    codes = torch.cat([pair.tokenizer.encode(part).indices for part in x.split(AT_ONCE)])
+    tokens = torch.cat([pair.tokenizer.tokens(part) for part in x.split(AT_ONCE)])  # (M, N)
 
     samples = {
         family: draw_family(pair, family, values, args.classes, yardstick)
@@ -81,12 +87,12 @@ def main() -> None:
     results = {
         "yardstick": {"accuracy": accuracy},
         "codes": pair.transformer.num_embeddings,
-        "test_perplexity": usage(pair, codes).perplexity,
-        "test_nats_per_code": nats(pair, labels[:, None], codes).mean().item(),
+        "test_perplexity": usage(pair, tokens).perplexity,
+        "test_nats_per_code": nats(pair, labels[:, None], tokens).mean().item(),
         "samples": samples,
-        "next_code": draw_next_code(pair, labels, codes),
-        "known": draw_known(pair, x, labels, codes),
-        "class": worth_of_the_class(pair, labels, codes),
+        "next_code": draw_next_code(pair, labels, tokens),
+        "known": draw_known(pair, x, labels, tokens),
+        "class": worth_of_the_class(pair, labels, tokens),
         "cache": time_the_cache(pair),
     }
     draw_conditions(pair, x)
@@ -104,7 +110,7 @@ def test_images(source: str, pair: Pair) -> tuple[Tensor, Tensor]:
         images, labels = [], []
         for label, name in enumerate(pair.condition.names):
             for path in sorted((Path(source) / "test" / name).iterdir())[:TEST_IMAGES]:
-                images.append(torch.tensor(read_image(path, pair.image_size)))
+                images.append(torch.tensor(read_image(path, pair.tokenizer.image_size)))
                 labels.append(label)
         return torch.stack(images), torch.tensor(labels)
     data = load_dataset(source)
@@ -116,23 +122,18 @@ def test_images(source: str, pair: Pair) -> tuple[Tensor, Tensor]:
     return data.test_images[chosen], data.test_labels[chosen]
 
 
-def usage(pair: Pair, codes: Tensor) -> CodebookUsage:
+def usage(pair: Pair, tokens: Tensor) -> CodebookUsage:
     counted = CodebookUsage(pair.transformer.num_embeddings)
-    counted.update(codes)
+    counted.update(tokens)
     return counted
 
 
-def decode(tokenizer: VQAutoencoder, codes: Tensor) -> Tensor:
-    """Grids (M, h, w) -> images (M, 3, H, W), about [-1, 1]."""
-    return torch.cat([tokenizer.decode_indices(part) for part in codes.split(AT_ONCE)])
-
-
-def nats(pair: Pair, tokens: Tensor, codes: Tensor) -> Tensor:
-    """-log p of each code given its condition and those before it: (M, C), (M, h, w) -> (M, N)."""
+def nats(pair: Pair, condition: Tensor, tokens: Tensor) -> Tensor:
+    """-log p of each token given its condition and those before it: (M, C), (M, N) -> (M, N)."""
     costs = []
-    for part, indices in zip(tokens.split(AT_ONCE), codes.flatten(1).split(AT_ONCE), strict=True):
-        logits = pair.transformer(part, indices)  # (M, N, K)
-        costs.append(F.cross_entropy(logits.transpose(1, 2), indices, reduction="none"))
+    for part, wanted in zip(condition.split(AT_ONCE), tokens.split(AT_ONCE), strict=True):
+        logits = pair.transformer(part, wanted)  # (M, N, K)
+        costs.append(F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none"))
     return torch.cat(costs)
 
 
@@ -151,30 +152,30 @@ def draw_family(
     values = [value for value in values if family != "top_k" or value is None or value <= K]
     for value in values:
         setting = {family: value}
-        codes = pair.transformer.sample(
+        tokens = pair.transformer.sample(
             measured, generator=torch.Generator().manual_seed(1), **setting
         )
-        counted = usage(pair, codes)
+        counted = usage(pair, tokens)
         result = setting | {
-            "num_samples": len(codes),
-            "different": len(codes.flatten(1).unique(dim=0)),
-            "nats_per_code": nats(pair, measured, codes).mean().item(),
+            "num_samples": len(tokens),
+            "different": len(tokens.unique(dim=0)),
+            "nats_per_code": nats(pair, measured, tokens).mean().item(),
             "codes_used": counted.codes_used,
             "perplexity": counted.perplexity,
             "recognised": None,
         }
         label = f"{family.replace('_', '-')} {'all' if value is None else f'{value:g}'}"
         if yardstick is not None:
-            x = decode(pair.tokenizer, codes)
+            x = decode_tokens(pair.tokenizer, tokens)
             predicted = torch.cat([yardstick(part).argmax(dim=1) for part in x.split(AT_ONCE)])
             result["recognised"] = (predicted == measured[:, 0]).double().mean().item()
             label += f"\n{result['recognised']:.0%} recognised"
         results.append(result)
         # The same numbers in every row: what differs is the setting alone.
-        codes = pair.transformer.sample(
+        tokens = pair.transformer.sample(
             shown, generator=torch.Generator().manual_seed(0), **setting
         )
-        rows.append((label, to_unit(decode(pair.tokenizer, codes))))
+        rows.append((label, to_unit(decode_tokens(pair.tokenizer, tokens))))
     draw_rows(OUT / f"{family}.png", rows, heads=tuple(classes))
     return results
 
@@ -182,17 +183,11 @@ def draw_family(
 # --- the next code -------------------------------------------------------------------------------
 
 
-def draw_next_code(pair: Pair, labels: Tensor, codes: Tensor) -> dict:
+def draw_next_code(pair: Pair, labels: Tensor, tokens: Tensor) -> dict:
     """Where the transformer is sure of the next code, and where it is not."""
-    K, (h, w) = pair.transformer.num_embeddings, pair.transformer.grid_size
-    logits = torch.cat(
-        [
-            pair.transformer(tokens, indices)
-            for tokens, indices in zip(
-                labels[:, None].split(AT_ONCE), codes.flatten(1).split(AT_ONCE), strict=True
-            )
-        ]
-    )  # (M, N, K)
+    K, (h, w) = pair.transformer.num_embeddings, pair.tokenizer.grids[0]
+    parts = zip(labels[:, None].split(AT_ONCE), tokens.split(AT_ONCE), strict=True)
+    logits = torch.cat([pair.transformer(*part) for part in parts])  # (M, N, K)
     probabilities = logits.softmax(dim=-1)
     entropy = -(probabilities * logits.log_softmax(dim=-1)).sum(dim=-1)  # nats, (M, N)
     # In the lower half, where there is something to be sure of.
@@ -220,8 +215,8 @@ def draw_next_code(pair: Pair, labels: Tensor, codes: Tensor) -> dict:
         }
         bottom = 0.57 - 0.48 * row
         axes = figure.add_axes((0.01, bottom, 0.2, 0.36))
-        picture = to_unit(pair.tokenizer.decode_indices(codes[image : image + 1]))[0]
-        pixels = pair.image_size // h
+        picture = to_unit(pair.tokenizer.decode_tokens(tokens[image : image + 1]))[0]
+        pixels = pair.tokenizer.image_size // h
         top, left = place // w * pixels, place % w * pixels
         picture[:, top + pixels :] = 0.6  # grey: what is not written yet
         picture[:, top : top + pixels, left:] = 0.6
@@ -263,80 +258,81 @@ def draw_next_code(pair: Pair, labels: Tensor, codes: Tensor) -> dict:
 # --- what is known -------------------------------------------------------------------------------
 
 
-def draw_known(pair: Pair, x: Tensor, labels: Tensor, codes: Tensor) -> dict:
+def draw_known(pair: Pair, x: Tensor, labels: Tensor, tokens: Tensor) -> dict:
     """Upper halves that are continued, and lower halves under which nothing was foreseen."""
-    h = pair.transformer.grid_size[0]
-    half, pixels = h // 2, pair.image_size // h
-    tokens = labels[:, None]
-    upper, lower = codes.clone(), codes.clone()
+    h, w = pair.tokenizer.grids[0]
+    rows, pixels = h // 2, pair.tokenizer.image_size // h
+    half = rows * w  # tokens of the upper half
+    condition = labels[:, None]
+    upper, lower = tokens.clone(), tokens.clone()
     upper[:, half:], lower[:, :half] = -1, -1
 
-    def complete(known: Tensor) -> Tensor:
+    def complete(given: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        parts = zip(tokens.split(AT_ONCE), known.split(AT_ONCE), strict=True)
+        parts = zip(condition.split(AT_ONCE), given.split(AT_ONCE), strict=True)
         return torch.cat(
-            [pair.transformer.sample(c, known=k, generator=generator) for c, k in parts]
+            [pair.transformer.sample(c, given=g, generator=generator) for c, g in parts]
         )
+
+    def decoded(tokens: Tensor) -> Tensor:
+        return to_unit(decode_tokens(pair.tokenizer, tokens))
 
     below, above = complete(upper), complete(lower)
     shown = torch.arange(0, len(x), len(x) // KNOWN)[:KNOWN]
     given_above, given_below = to_unit(x[shown]), to_unit(x[shown])
-    given_above[:, :, half * pixels :] = 0.5
-    given_below[:, :, : half * pixels] = 0.5
+    given_above[:, :, rows * pixels :] = 0.5
+    given_below[:, :, : rows * pixels] = 0.5
     draw_rows(
         OUT / "known.png",
         [
             ("original", to_unit(x[shown])),
             ("upper half known", given_above),
-            ("written below", to_unit(decode(pair.tokenizer, below[shown]))),
+            ("written below", decoded(below[shown])),
             ("lower half known", given_below),
-            ("written above", to_unit(decode(pair.tokenizer, above[shown]))),
+            ("written above", decoded(above[shown])),
         ],
         side=0.7,
     )
     greyed = x.clone()
-    greyed[:, :, half * pixels :] = 0.0
-    upper_alone = torch.cat([pair.tokenizer.encode(part).indices for part in greyed.split(AT_ONCE)])
-    changed = (upper_alone != codes)[:, :half].double().mean(dim=(0, 2))  # of each row of codes
-    N = h * pair.transformer.grid_size[1]
+    greyed[:, :, rows * pixels :] = 0.0
+    upper_alone = torch.cat([pair.tokenizer.tokens(part) for part in greyed.split(AT_ONCE)])
+    changed = (upper_alone != tokens)[:, :half].unflatten(1, (rows, w))
+    changed = changed.double().mean(dim=(0, 2))  # of each row of codes
     cost = {
-        name: nats(pair, tokens, grids)[:, N // 2 :].mean().item()
-        for name, grids in {
-            "real lower half below its real upper half": codes,
+        name: nats(pair, condition, sequences)[:, half:].mean().item()
+        for name, sequences in {
+            "real lower half below its real upper half": tokens,
             "written lower half below a real upper half": below,
             "real lower half below a written upper half": above,
         }.items()
     }
     # The same codes, decoded above other codes than their own.
-    kept = to_unit(decode(pair.tokenizer, codes)), to_unit(decode(pair.tokenizer, below))
-    kept = [images[:, :, : half * pixels] for images in kept]
+    kept = [images[:, :, : rows * pixels] for images in (decoded(tokens), decoded(below))]
     return {
         "nats_per_code": cost,
         "upper_codes_changed_if_lower_pixels_are_grey": changed.tolist(),
         "psnr_of_upper_pixels_above_other_codes": psnr(*kept).mean().item(),
-        "psnr_of_reconstructions": psnr(to_unit(x), to_unit(decode(pair.tokenizer, codes)))
-        .mean()
-        .item(),
+        "psnr_of_reconstructions": psnr(to_unit(x), decoded(tokens)).mean().item(),
     }
 
 
 # --- what a class is worth -----------------------------------------------------------------------
 
 
-def worth_of_the_class(pair: Pair, labels: Tensor, codes: Tensor) -> dict:
+def worth_of_the_class(pair: Pair, labels: Tensor, tokens: Tensor) -> dict:
     """What codes cost under each class, and under none; and which class makes them likeliest."""
     classes = range(len(pair.condition.names))
     by_class = torch.stack(
-        [nats(pair, torch.full_like(labels, c)[:, None], codes).sum(dim=1) for c in classes], dim=1
+        [nats(pair, torch.full_like(labels, c)[:, None], tokens).sum(dim=1) for c in classes], dim=1
     )  # nats an image, (M, classes)
     nothing = torch.full_like(labels, pair.transformer.nothing)[:, None]
     own = by_class.gather(1, labels[:, None])
     others = (by_class.sum(dim=1, keepdim=True) - own) / (len(classes) - 1)
-    N = pair.transformer.num_codes
+    N = pair.transformer.seq_len
     return {
         "nats_per_code": {
             "told": own.mean().item() / N,
-            "not told": nats(pair, nothing, codes).mean().item(),
+            "not told": nats(pair, nothing, tokens).mean().item(),
             "a wrong one told": others.mean().item() / N,
         },
         "likeliest_class_is_right": (by_class.argmin(dim=1) == labels).double().mean().item(),
@@ -345,24 +341,24 @@ def worth_of_the_class(pair: Pair, labels: Tensor, codes: Tensor) -> dict:
 
 def time_the_cache(pair: Pair) -> dict:
     """The same grids, by a loop that keeps keys and values and by one that reads all again."""
-    h, w = pair.transformer.grid_size
-    tokens = torch.zeros(TIMED, 1, dtype=torch.int64)
+    (h, w), N = pair.tokenizer.grids[0], pair.transformer.seq_len
+    condition = torch.zeros(TIMED, 1, dtype=torch.int64)
 
-    def seconds(write, *size: int) -> tuple[float, Tensor]:
+    def seconds(write: Callable) -> tuple[float, Tensor]:
         start = time.process_time()
-        codes = write(tokens, *size, generator=torch.Generator().manual_seed(0))
-        return time.process_time() - start, codes
+        tokens = write(generator=torch.Generator().manual_seed(0))
+        return time.process_time() - start, tokens.flatten(1)
 
-    with_cache, codes = seconds(pair.transformer.sample)
-    without, same = seconds(pair.transformer.sample_large, h, w)
-    N = h * w
+    with_cache, tokens = seconds(partial(pair.transformer.sample, condition))
+    window = partial(sample_sliding_window, pair.transformer, pair.tokenizer, condition, h, w)
+    without, same = seconds(window)
     return {
         "grids": TIMED,
         "positions_with": N,
         "positions_without": N * (N + 1) // 2,
         "cpu_seconds_with": with_cache,
         "cpu_seconds_without": without,
-        "codes_that_agree": (codes == same).double().mean().item(),
+        "codes_that_agree": (tokens == same).double().mean().item(),
     }
 
 
@@ -380,4 +376,4 @@ def draw_conditions(pair: Pair, x: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, resumable=False)
+    run_script(parse, main, resumable=False)

@@ -11,7 +11,6 @@ runs/synthetic/ and not drawn again. Writes docs/results/synthetic/metrics.json.
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,10 +21,10 @@ from tqdm import tqdm
 from vqgan.arguments import run_script
 from vqgan.checkpoint import fingerprint, save_plain
 from vqgan.classifier import train_classifier
-from vqgan.data import batches_in_order, load_dataset
+from vqgan.data import Batches, batches_in_order, load_dataset
 from vqgan.device import choose_precision
 from vqgan.errors import InputError
-from vqgan.eval_networks import accuracy
+from vqgan.eval_networks import CLASSIFIER_BATCH_SIZE, accuracy
 from vqgan.images import to_uint8
 from vqgan.pretrained import Pair, load_pair
 from vqgan.training import Stopwatch
@@ -40,13 +39,15 @@ WIDTH = 16  # of the classifier's first stage, as in train_vqgan.py
 AT_ONCE = 500
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Train a classifier on samples, test it on images."
     )
     parser.add_argument("--data", required=True, help="the data of the run")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main(args: argparse.Namespace) -> None:
     watch, dtype = Stopwatch(), choose_precision("auto", CPU)
     data, pair = load_dataset(args.data), load_pair(CHECKPOINT)
     if tuple(pair.condition.names) != tuple(data.class_names):
@@ -66,13 +67,13 @@ def main() -> None:
     models = {}
     for name, (images, names) in sets.items():
         classifier = train_classifier(
-            replace(data, train_images=images, train_labels=names),
+            Batches(images, CLASSIFIER_BATCH_SIZE, labels=names),
+            num_classes=len(data.class_names),
             width=WIDTH,
             epochs=IMAGES_SEEN // len(images),
             seed=0,
             device=CPU,
             dtype=dtype,
-            flip=True,
             name=name,
         )
         share = accuracy(classifier, data, CPU)
@@ -99,11 +100,11 @@ def write(pair: Pair, labels: Tensor, guidance: float) -> Tensor:
         return torch.load(path, weights_only=True)["images"]
     generator, images = torch.Generator().manual_seed(0), []
     for classes in tqdm(labels.split(AT_ONCE), desc=f"samples, guidance {guidance:g}"):
-        codes = pair.transformer.sample(classes[:, None], guidance=guidance, generator=generator)
-        images.append(to_uint8(pair.tokenizer.decode_indices(codes)))
+        tokens = pair.transformer.sample(classes[:, None], guidance=guidance, generator=generator)
+        images.append(to_uint8(pair.tokenizer.decode_tokens(tokens)))
     save_plain(path, {"images": torch.cat(images)})
     return torch.cat(images)
 
 
 if __name__ == "__main__":
-    run_script(main, resumable=False)
+    run_script(parse, main, resumable=False)

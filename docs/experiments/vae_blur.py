@@ -11,11 +11,12 @@ commands) and writes, in docs/results/vae_blur/:
     metrics.json       the numbers in these pictures, and what a perfect Bernoulli decoder pays
 """
 
+import argparse
 import json
 
 import torch
 import torch.nn.functional as F
-from _common import draw_rows, parse, results_of, show, write_metrics
+from _common import draw_rows, flags_of_runs, results_of, show, write_metrics
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -39,9 +40,8 @@ USED_ABOVE = 0.1  # bits that a dimension carries on average to be called used
 
 
 @torch.no_grad()
-def main() -> None:
-    args = parse("Draw why a VAE blurs.")
-
+def main(args: argparse.Namespace) -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
     watch = Stopwatch()
     shapes = load_dataset("shapes")
     average = draw_average(shapes.test_images[STAR])
@@ -149,4 +149,4 @@ def draw_dimensions(bits: dict[str, Tensor]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, resumable=False)
+    run_script(flags_of_runs("Draw why a VAE blurs.").parse_args, main, resumable=False)

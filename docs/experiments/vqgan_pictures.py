@@ -11,11 +11,12 @@ writes, in docs/results/vqgan_pictures/:
     metrics.json    the means of both over test images
 """
 
+import argparse
 import json
 
 import torch
 import torch.nn.functional as F
-from _common import CPU, parse, read_metrics, results_of, show, write_metrics
+from _common import CPU, flags_of_runs, read_metrics, results_of, show, write_metrics
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -47,9 +48,7 @@ BLUR = 1.0  # pixels
 
 
 @torch.no_grad()
-def main() -> None:
-    args = parse("Draw what the parts of a VQGAN's loss see.")
-
+def main(args: argparse.Namespace) -> None:
     watch, data = Stopwatch(), load_dataset(args.data)
     images = data.test_images[:NUM_MEASURED]
     models = {
@@ -211,4 +210,8 @@ def draw_patches(maps: dict[str, tuple[Tensor, Tensor]]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, resumable=False)
+    run_script(
+        flags_of_runs("Draw what the parts of a VQGAN's loss see.").parse_args,
+        main,
+        resumable=False,
+    )

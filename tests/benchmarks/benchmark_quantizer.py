@@ -24,7 +24,7 @@ def prepare(name: str, num_embeddings: int):
     torch.manual_seed(0)
     z_e = torch.randn(SHAPE)
     if name == "ours":
-        quantizer = EMAVectorQuantizer(num_embeddings, DIMENSIONS, data_start=False)
+        quantizer = EMAVectorQuantizer(num_embeddings, DIMENSIONS, data_init=False)
     else:
         quantizer = VectorQuantize(
             dim=DIMENSIONS,

@@ -31,7 +31,7 @@ WANTED = {"without a cache": 20, "transformers": 1.5}
 def new_model(side, device):
     """Ours, with one token of condition."""
     sizes = {"n_layer": N_LAYER, "n_head": N_HEAD, "n_embd": N_EMBD}
-    return GPT(NUM_EMBEDDINGS, (side, side), 1, 1, **sizes).to(device).eval()
+    return GPT(NUM_EMBEDDINGS, side * side, 1, 1, **sizes).to(device).eval()
 
 
 def new_peer(side, device):
@@ -55,9 +55,9 @@ def new_peer(side, device):
 def copy_weights(model, peer):
     """Those of `peer`, whose matrices are (in, out), to `model`; token 0 becomes the condition."""
     theirs = peer.transformer
-    model.code_table.weight.copy_(theirs.wte.weight)
-    model.condition_table.weight.copy_(theirs.wte.weight[:1].expand(2, -1))
-    model.position_table.copy_(theirs.wpe.weight)
+    model.tok_emb.weight.copy_(theirs.wte.weight)
+    model.cond_emb.weight.copy_(theirs.wte.weight[:1].expand(2, -1))
+    model.pos_emb.copy_(theirs.wpe.weight)
     model.head.weight.copy_(peer.lm_head.weight)
     pairs = [(model.norm, theirs.ln_f)]
     for block, other in zip(model.blocks, theirs.h, strict=True):
@@ -80,9 +80,9 @@ def check_equal(model, peer):
     in_blocks = num_parameters(model.blocks), num_parameters(peer.transformer.h)
     assert in_blocks[0] == in_blocks[1], f"not the same network: {in_blocks}"
     totals = num_parameters(model), num_parameters(peer)
-    extra = model.condition_table.weight.numel()  # which the peer does not have
+    extra = model.cond_emb.weight.numel()  # which the peer does not have
     assert totals[0] - extra == totals[1], f"not the same network: {totals}"
-    prompt = torch.randint(NUM_EMBEDDINGS, (2, model.num_codes), device=model.head.weight.device)
+    prompt = torch.randint(NUM_EMBEDDINGS, (2, model.seq_len), device=model.head.weight.device)
     prompt[:, 0] = 0
     indices = torch.cat([prompt[:, 1:], prompt[:, :1]], dim=1)  # the last is not read
     logits = peer(prompt, attention_mask=torch.ones_like(prompt)).logits
@@ -97,7 +97,7 @@ def check_equal(model, peer):
 def sample_uncached(model, condition):
     """The whole prefix through the network for every code; only the last logits are used."""
     codes = torch.empty(len(condition), 0, dtype=torch.int64, device=condition.device)
-    for _ in range(model.num_codes):
+    for _ in range(model.seq_len):
         seen = torch.cat([codes, torch.zeros_like(condition)], dim=1)  # the last is not read
         probabilities = model(condition, seen)[:, -1].softmax(dim=-1)
         codes = torch.cat([codes, torch.multinomial(probabilities, 1)], dim=1)
@@ -126,7 +126,7 @@ def compare(device):
     condition = torch.zeros(BATCH_SIZE, 1, dtype=torch.int64, device=device)
     contestants = {
         "ours": lambda: model.sample(condition),
-        "transformers": lambda: generate(peer, condition, model.num_codes),
+        "transformers": lambda: generate(peer, condition, model.seq_len),
     }
     times = median_seconds(contestants, rounds=5)
     slow = []
@@ -137,7 +137,7 @@ def compare(device):
             torch.cuda.synchronize()
         slow.append(time.perf_counter() - start)
     times["without a cache"] = statistics.median(slow[1:])
-    print(f"{BATCH_SIZE} grids of {model.num_codes} codes")
+    print(f"{BATCH_SIZE} grids of {model.seq_len} codes")
     for name, seconds in times.items():
         line = f"{name:>15} {seconds:>8.2f} s"
         if name in WANTED:

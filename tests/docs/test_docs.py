@@ -101,11 +101,11 @@ def joined(path):
     return re.sub(r"\\\n\s*", "", path.read_text())
 
 
-def flags_of(path):
+def flags_of(*paths):
     """The source of a script, and of what it imports of ours: there its flags are."""
-    texts = [path.read_text()]
-    for module in re.findall(r"^from ([\w.]+) import", texts[0], re.MULTILINE):
-        files = (ROOT / f"{module.replace('.', '/')}.py", path.parent / f"{module}.py")
+    texts = [path.read_text() for path in paths]
+    for module in re.findall(r"^from ([\w.]+) import", "\n".join(texts), re.MULTILINE):
+        files = (ROOT / f"{module.replace('.', '/')}.py", paths[0].parent / f"{module}.py")
         texts += [file.read_text() for file in files if file.exists()]
     return "\n".join(texts)
 
@@ -116,7 +116,7 @@ def flags_of(path):
 def test_flags_in_commands_exist(document):
     scripts = r"(?:python ([\w/]+\.py)|python -m vqgan|(?<=`)vqgan|^vqgan)([^`\n]*)"
     for script, flags in re.findall(scripts, joined(document), re.MULTILINE):
-        known = flags_of(ROOT / (script or "vqgan/__main__.py"))
+        known = flags_of(*[ROOT / script] if script else (ROOT / "vqgan").glob("cli*.py"))
         for flag in re.findall(r"--[\w-]+", flags):
             assert f'"{flag.replace("--no-", "--")}"' in known or flag == "--help", (
                 script,

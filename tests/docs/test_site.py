@@ -175,7 +175,7 @@ def test_every_public_name_is_in_a_chapter_and_on_the_api_page(pages, module):
     for name in names:
         if not name.startswith("_"):
             assert f"{dotted}.{name}" in in_chapters
-            is_command = module.name == "__main__.py" or dotted.startswith("train_")
+            is_command = module.stem.startswith(("__main__", "cli", "train_"))
             assert is_command or f"api.{dotted}.{name}" in pages["api.html"].ids
 
 

@@ -1,0 +1,333 @@
+import argparse
+import json
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from vqgan import arguments
+from vqgan.arguments import (
+    common_parser,
+    name_flags,
+    open_run,
+    open_tokenizer,
+    parse_arguments,
+    png_path,
+    run_script,
+    sampling_settings,
+)
+from vqgan.checkpoint import save_plain
+from vqgan.errors import InputError
+from vqgan.vqvae import VQVAE
+
+# --- numbers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (arguments.positive_int, "3", ["0", "-1", "1.5", "x"]),
+        (arguments.non_negative_int, "0", ["-1", "0.5", "x"]),
+        (arguments.positive_float, "1e-3", ["0", "-1", "nan", "inf"]),
+        (arguments.seed_int, "0", ["-1", "1.5", "x", str(2**63)]),
+        (arguments.non_negative_float, "0", ["-1", "nan", "inf"]),
+        (arguments.fraction, "0.25", ["-0.1", "1", "nan"]),
+    ],
+)
+def test_numbers_out_of_range_are_refused(kind, good, bad):
+    assert kind(good) == float(good)
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"not '{text}'"):
+            kind(text)
+
+
+# --- the flags of a run, and a resumed one -----------------------------------------------------
+
+
+@pytest.fixture
+def parse(tmp_path, monkeypatch):
+    """Parse the flags of a script with --extra, whose run is in a folder of this test."""
+
+    def parse(*flags):
+        argv = ["train.py", "--out", str(tmp_path / "run"), *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", argv)
+        parser = common_parser("A script.", out="runs/it", epochs=7, lr=0.5)
+        parser.add_argument("--extra", type=int, default=1, help="of this script")
+        return parse_arguments(parser)
+
+    return parse
+
+
+@pytest.fixture
+def begun(tmp_path, parse):
+    """A run that has its config.json."""
+
+    def begin(*flags):
+        flags = ("--data", "shapes", "--device", "cpu", "--limit", 20, *flags)
+        return open_run(parse(*flags), batch_sizes=[4])
+
+    return begin
+
+
+def test_flags_have_the_scripts_defaults(parse):
+    args = parse()
+    assert (args.epochs, args.lr, args.extra, args.resume) == (7, 0.5, 1, False)
+    assert args.command.startswith("python train.py --out")
+
+
+def test_a_run_is_what_its_flags_say(begun, tmp_path):
+    run = begun("--epochs", 2, "--seed", 3, "--no-flip", "--precision", "bf16")
+    assert run.out == tmp_path / "run" and run.device.type == "cpu" and not run.resume
+    assert (run.epochs, run.seed, run.flip, run.checkpoint_every) == (2, 3, False, 200)
+    assert run.dtype == torch.bfloat16 and len(run.data.train_images) == 20
+    assert (
+        run.metadata.keys() == {"data", "image_size", "command"}
+        and run.metadata["data"] == "shapes"
+    )
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["seed"] == 3 and config["precision"] == "bf16" and "resume" not in config
+
+
+def test_a_resumed_run_has_its_own_flags(begun, parse):
+    begun("--extra", 5, "--epochs", 2)
+    args = parse("--resume")
+    assert (args.extra, args.epochs, args.data, args.limit) == (5, 2, "shapes", 20)
+    assert args.precision in ("fp32", "bf16")  # what auto chose when it began
+
+
+def test_what_would_make_it_another_run_is_refused(begun, parse):
+    begun("--extra", 5, "--epochs", 2)
+    with pytest.raises(InputError, match="extra.*5.*6"):
+        parse("--resume", "--extra", 6)
+    with pytest.raises(InputError, match="epochs 1.* 2 "):
+        parse("--resume", "--epochs", 1)
+
+
+def test_what_changes_no_result_may_change_and_more_epochs_are_told(begun, parse):
+    command = begun("--epochs", 2).metadata["command"]
+    assert parse("--resume", "--checkpoint-every", 3).checkpoint_every == 3
+    assert parse("--resume", "--checkpoint-every", 3).command == command
+    args = parse("--resume", "--epochs", 3)
+    assert args.epochs == 3
+    assert args.command.startswith(f"{command} && ") and args.command.endswith("--epochs 3")
+
+
+def test_where_nothing_is_there_is_nothing_to_resume(parse):
+    with pytest.raises(InputError, match="no run in"):
+        parse("--resume")
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "vae/checkpoint.pt"])
+def test_a_run_that_is_there_is_not_overwritten(parse, tmp_path, name):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(InputError, match="--resume.*--out"):
+        parse()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"epochs": 1}',
+        '{"command": "x", "epochs": 1, "precision": "fp32", "likelihood": 1}',  # another script's
+    ],
+)
+def test_another_config_is_named(parse, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(content)
+    with pytest.raises(InputError, match="--resume.*") as caught:
+        parse("--resume")
+    assert str(tmp_path / "run") in str(caught.value)
+
+
+def test_the_help_states_every_default_but_none(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for default in ("7", "0.5", "runs/it", "cifar10", "1"):
+        assert f"(default: {default})" in text
+    assert "None" not in text
+
+
+# --- the tokenizer -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A small tokenizer's checkpoint, trained on a folder in this test's."""
+    model_args = {"num_hiddens": 8, "num_embeddings": 16}
+    (tmp_path / "images").mkdir()
+    metadata = {"data": str(tmp_path / "images"), "image_size": 32, "command": "python train.py"}
+    model = VQVAE(**model_args)
+    state = {"model": "VQVAE", "model_args": model_args, "weights": model.state_dict()}
+    save_plain(tmp_path / "t.pt", state | {"metadata": metadata})
+    return tmp_path / "t.pt"
+
+
+def flags_of(tokenizer, **more):
+    flags = {"tokenizer": tokenizer, "out": tokenizer.parent / "run", "resume": False}
+    flags |= {"data": None, "image_size": None, "other_data": False}
+    return argparse.Namespace(**flags | more)
+
+
+def test_data_and_size_are_the_tokenizers_unless_they_are_given(tokenizer):
+    args = flags_of(tokenizer)
+    model, state = open_tokenizer(args)
+    assert args.data == str(tokenizer.parent / "images") and args.image_size == 32
+    assert model.image_size == 32 and model.num_embeddings == 16
+    assert state["metadata"]["data"] == args.data
+
+
+def test_a_trailing_slash_does_not_make_other_data(tokenizer):
+    args = flags_of(tokenizer, data=f"{tokenizer.parent / 'images'}/")
+    open_tokenizer(args)
+    assert args.image_size == 32
+
+
+@pytest.mark.parametrize("other", [{"data": "shapes"}, {"image_size": 64}])
+def test_other_data_and_sizes_are_taken_on_request_only(tokenizer, other):
+    (name, value), *_ = other.items()
+    with pytest.raises(InputError, match=f"--{name.replace('_', '-')} {value}.*--other-data"):
+        open_tokenizer(flags_of(tokenizer, **other))
+    model, _ = open_tokenizer(flags_of(tokenizer, other_data=True, **other))
+    assert model.image_size == other.get("image_size", 32)
+
+
+def test_a_size_that_the_tokenizer_cannot_halve_is_refused(tokenizer):
+    with pytest.raises(InputError, match="30x30.*4"):
+        open_tokenizer(flags_of(tokenizer, image_size=30, other_data=True))
+
+
+def test_a_resumed_run_has_a_copy_of_its_own(tokenizer):
+    args = flags_of(tokenizer, resume=True)
+    (tokenizer.parent / "run").mkdir()
+    tokenizer.rename(tokenizer.parent / "run" / "tokenizer.pt")
+    assert open_tokenizer(args)[0].num_embeddings == 16
+
+
+def test_no_tokenizer_is_named():
+    with pytest.raises(InputError, match="--tokenizer.*checkpoint.pt"):
+        open_tokenizer(argparse.Namespace(tokenizer=None))
+
+
+# --- sampling ----------------------------------------------------------------------------------
+
+
+def sampling_flags(**more):
+    flags = {"guidance": [1.0], "temperature": [1.0], "top_k": None, "top_p": None}
+    flags |= {"num_samples": None, "condition": "class", "condition_drop": 0.1}
+    return argparse.Namespace(**flags | more)
+
+
+def test_every_combination_of_the_sampling_flags():
+    (one,) = sampling_settings(sampling_flags(), 16)
+    assert one == {"guidance": 1.0, "temperature": 1.0, "top_k": None, "top_p": None}
+    flags = sampling_flags(guidance=[1.0, 3.0], temperature=[1.0, 0.0], top_k=[4], top_p=[0.9])
+    settings = sampling_settings(flags, 16)
+    assert [(s["guidance"], s["temperature"]) for s in settings] == [
+        (1, 1), (1, 0), (3, 1), (3, 0)
+    ]  # fmt: skip
+    assert all((s["top_k"], s["top_p"]) == (4, 0.9) for s in settings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"top_k": [4, 17]}, "top_k=17.*16"),
+        ({"top_p": [1.5]}, "top_p=1.5"),
+        ({"num_samples": 1}, "--num-samples 1"),
+        ({"guidance": [1.0, 2.0], "condition": "none"}, "--guidance.*--condition"),
+        ({"guidance": [2.0], "condition_drop": 0.0}, "--guidance.*--condition-drop"),
+    ],
+)
+def test_settings_that_cannot_be_sampled_are_refused(flags, expected):
+    with pytest.raises(InputError, match=expected):
+        sampling_settings(sampling_flags(**flags), 16)
+
+
+# --- a picture to write ------------------------------------------------------------------------
+
+
+def test_a_picture_is_a_png_and_none_of_those_that_are_read(tmp_path):
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    assert png_path(str(tmp_path / "B.PNG"), [path, "gone.png"]) == tmp_path / "B.PNG"
+    assert png_path(path) == tmp_path / "a.png"  # an old one is replaced
+    with pytest.raises(InputError, match=r"--out x.jpg.*\.png"):
+        png_path("x.jpg")
+    with pytest.raises(InputError, match="overwritten"):
+        png_path(path, [str(tmp_path / "." / "a.png")])
+
+
+# --- a script ----------------------------------------------------------------------------------
+
+
+def run(error, *, resumable=True):
+    """What a script ends with whose main raises an error."""
+
+    def main(args):
+        assert args.image_size == 30
+        raise error
+
+    def parse():
+        return argparse.Namespace(image_size=30)
+
+    with pytest.raises(SystemExit) as stopped:
+        run_script(parse, main, resumable=resumable)
+    assert "\n" not in stopped.value.code
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (InputError("no such data"), "error: no such data"),
+        (InputError("image_size=30 is odd"), "error: --image-size 30 is odd"),
+        (OSError(28, "No space left on device"), "No space left"),
+        (FileNotFoundError(2, "not there", "a.pt"), "a.pt"),
+        (FileExistsError(17, "there already", "run"), "--out"),
+        (KeyboardInterrupt(), "--resume"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), "--batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+    ],
+)
+def test_a_users_mistake_ends_a_script_with_one_line(error, shown):
+    assert shown in run(error)
+
+
+def test_what_cannot_be_resumed_is_not_told_to():
+    for error in (KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory.")):
+        assert "--resume" not in run(error, resumable=False)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, ValueError, RuntimeError])
+def test_a_fault_of_the_program_keeps_its_traceback(error):
+    def main(args):
+        raise error("a fault")
+
+    with pytest.raises(error, match="a fault"):
+        run_script(argparse.Namespace, main)
+
+
+def test_a_mistake_in_the_flags_ends_with_one_line_too():
+    def parse():
+        raise InputError("--resume: there is no run")
+
+    with pytest.raises(SystemExit, match="error: --resume: there is no run"):
+        run_script(parse, lambda args: None)
+
+
+def test_a_user_is_told_of_flags_where_the_library_says_arguments():
+    flags = {"image_size", "top_k", "data"}
+    for message, expected in (
+        ("image_size=30 does not fit", "--image-size 30 does not fit"),
+        ("give data=shapes, or data=FOLDER", "give --data shapes, or --data FOLDER"),
+        ("top_k=40: give 1 to 32", "--top-k 40: give 1 to 32"),
+        ("n_head=3 must divide n_embd=16", "n_head=3 must divide n_embd=16"),  # no such flag
+        ("image_size must be odd", "image_size must be odd"),
+    ):
+        assert name_flags(message, flags) == expected

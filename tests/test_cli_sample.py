@@ -1,0 +1,246 @@
+"""`vqgan sample` and `vqgan complete`."""
+
+import pytest
+import torch
+from commands import CLASSES, error_of, is_picture, main
+
+from vqgan.conditions import (
+    TRANSFORMS,
+)
+from vqgan.image_folder import read_image
+from vqgan.images import from_uint8
+from vqgan.pretrained import load_model, load_pipeline
+from vqgan.transformer import GPT
+
+# --- sample ------------------------------------------------------------------------------------
+
+
+def sampled(pairs, out, *flags, kind="class"):
+    main("sample", pairs / kind / "checkpoint.pt", "--count", 2, "--out", out, *flags)
+    return out.read_bytes()
+
+
+def test_a_seed_gives_the_same_picture_and_another_another(tmp_path, pairs):
+    first = sampled(pairs, tmp_path / "a.png")
+    assert is_picture(tmp_path / "a.png")
+    assert sampled(pairs, tmp_path / "b.png") == first
+    assert sampled(pairs, tmp_path / "c.png", "--seed", 1) != first
+
+
+def test_no_class_means_every_class(pairs, rows, capsys):
+    main("sample", pairs / "class" / "checkpoint.pt", "--count", 3)
+    ((drawn, _),) = rows
+    assert [label for label, _ in drawn] == list(CLASSES)
+    assert all(x.shape == (3, 3, 32, 32) and 0 <= x.min() for _, x in drawn)
+    assert "3 pictures of cat, dog, horse" in capsys.readouterr().out
+
+
+def test_classes_are_asked_for_by_name_and_count(pairs, rows, asked):
+    main("sample", pairs / "class" / "checkpoint.pt", "--class", "horse", "cat", "--count", 10)
+    ((drawn, _),) = rows
+    assert [(label, len(x)) for label, x in drawn] == [
+        ("horse", 8), ("", 2), ("cat", 8), ("", 2)
+    ]  # fmt: skip
+    assert [call["condition"].tolist() for call in asked] == [[[2]] * 10, [[0]] * 10]
+
+
+def test_captions_are_asked_for(pairs, rows, asked, shapes):
+    captions = shapes.train_captions[:2]
+    main("sample", pairs / "caption" / "checkpoint.pt", "--caption", *captions, "--count", 2)
+    ((drawn, _),) = rows
+    assert [label for label, _ in drawn] == captions
+    condition = load_pipeline(pairs / "caption" / "checkpoint.pt").condition
+    for call, caption in zip(asked, captions, strict=True):
+        assert torch.equal(call["condition"], condition.encode_captions([caption] * 2))
+
+
+def test_without_a_condition_nothing_is_asked(pairs, rows):
+    main("sample", pairs / "none" / "checkpoint.pt", "--count", 2)
+    assert len(rows) == 1
+
+
+@pytest.mark.parametrize("flags", [[], ["--as-is"]])
+def test_a_model_of_pictures_is_asked_with_one(pairs, rows, asked, images, flags):
+    flags = ["--image", images[0], "--count", 2, *flags]
+    main("sample", pairs / "image" / "checkpoint.pt", *flags)
+    tokenizer = load_model(pairs / "image" / "tokenizer.pt")
+    x = from_uint8(torch.tensor(read_image(images[0], 32)))[None]
+    picture = x if "--as-is" in flags else TRANSFORMS["gray"](x)
+    expected = tokenizer.encode(picture).indices.flatten(1)
+    assert torch.equal(asked[0]["condition"], expected.expand(2, -1))
+    labels = [label for label, _ in rows[0][0]]
+    assert labels == (
+        ["gray", "samples"] if "--as-is" in flags else ["original", "gray", "samples"]
+    )
+
+
+def test_sampling_flags_reach_the_model(pairs, rows, asked):
+    flags = ["--temperature", 0.7, "--top-k", 5, "--top-p", 0.9, "--guidance", 2]
+    main("sample", pairs / "class" / "checkpoint.pt", "--class", "dog", *flags)
+    wanted = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "guidance": 2}
+    assert {name: asked[0][name] for name in wanted} == wanted
+    assert set(rows[0][1].split(", ")) == {"temperature 0.7", "top-k 5", "top-p 0.9", "guidance 2"}
+
+
+def test_temperature_zero_leaves_nothing_to_chance(pairs, rows):
+    for seed in (0, 1):
+        main("sample", pairs / "none" / "checkpoint.pt", "--temperature", 0, "--seed", seed)
+    (first, title), (second, _) = rows
+    assert torch.equal(first[0][1], second[0][1])
+    # Two pictures of one batch: where they stand in it may round their sums otherwise.
+    assert torch.allclose(first[0][1][0], first[0][1][1], atol=1e-5)
+    assert title.startswith("greedy")
+
+
+def test_larger_pictures_on_request(pairs, rows):
+    flags = ["--class", "cat", "--height", 40, "--width", 64, "--count", 1]
+    main("sample", pairs / "class" / "checkpoint.pt", *flags)
+    assert rows[0][0][0][1].shape == (1, 3, 40, 64)
+
+
+@pytest.mark.parametrize("command", ["sample", "complete"])
+@pytest.mark.parametrize(
+    ("kind", "flags", "expected"),
+    [
+        ("class", ["--class", "cow"], "no class 'cow': give cat, dog, horse"),
+        ("caption", ["--class", "cat"], "condition is caption; give --caption"),
+        ("class", ["--caption", "small red star on blue"], "condition is class; give --class"),
+        ("none", ["--class", "cat"], "condition is none; leave it out"),
+        ("image", ["--class", "cat"], "condition is image"),
+        ("caption", ["--caption", "small mauve star"], "'mauve' is unknown; give"),
+        ("class", ["--top-k", "0"], "--top-k 0"),
+        ("class", ["--top-k", "25"], "--top-k 25: give 1 to 24"),
+        ("class", ["--top-p", "1.5"], "--top-p 1.5"),
+        ("none", ["--guidance", "2"], "--guidance"),
+        ("undropped", ["--guidance", "2"], "--condition-drop"),
+        ("class", ["--device", "abacus"], "--device abacus"),
+        ("class", ["--out", "x.jpg"], ".png"),
+        ("class", ["--tokenizer", "gone.pt"], "there is no checkpoint gone.pt"),
+        ("class/tokenizer.pt", [], "not a transformer"),
+    ],
+)
+def test_what_a_transformer_cannot_do_is_one_line(
+    command, kind, flags, expected, pairs, images, rows
+):
+    path = pairs / kind if kind.endswith(".pt") else pairs / kind / "checkpoint.pt"
+    image = images[:1] if command == "complete" else []
+    assert expected in error_of(command, path, *image, *flags)
+    assert rows == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "expected"),
+    [
+        ("caption", [], "needs a --caption"),
+        ("image", [], "from gray: name one with --image"),
+        ("class", ["--image", "0.png"], "condition is class; give --class"),
+        ("image", ["--image", "gone.png"], "gone.png cannot be read"),
+        ("image", ["--image", "0.png", "--height", "64"], "leave --height, --width out"),
+        ("image", ["--image", "0.png", "--out", "0.png"], "overwritten"),
+        ("class", ["--height", "33"], "33x32 pixels: give multiples of 8"),
+        ("class", ["--width", "24"], "32x24 pixels: give multiples of 8, 32 or more"),
+    ],
+)
+def test_what_cannot_be_sampled_is_one_line(
+    kind, flags, expected, pairs, images, rows, monkeypatch
+):
+    monkeypatch.chdir(images[0].parent)
+    before = images[0].read_bytes()
+    assert expected in error_of("sample", pairs / kind / "checkpoint.pt", *flags)
+    assert rows == [] and images[0].read_bytes() == before
+
+
+def test_top_p_zero_is_named(pairs, capsys):
+    with pytest.raises(SystemExit):
+        main("sample", pairs / "class" / "checkpoint.pt", "--top-p", 0)
+    assert "--top-p" in capsys.readouterr().err
+
+
+# --- complete ----------------------------------------------------------------------------------
+
+
+def test_a_completion_is_a_picture(tmp_path, pairs, images, capsys):
+    flags = ["--count", 2, "--out", tmp_path / "out.png"]
+    main("complete", pairs / "class" / "checkpoint.pt", images[0], *flags)
+    assert is_picture(tmp_path / "out.png")
+    assert "8 of 16 codes kept; 2 completions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        ("top", (slice(0, 2), slice(0, 4))),
+        ("left", (slice(0, 4), slice(0, 2))),
+        ("8,0,24,16", (slice(0, 2), slice(1, 3))),
+        ("1,0,31,17", (slice(0, 2), slice(1, 3))),  # codes that are cut are not kept
+    ],
+)
+def test_the_kept_codes_are_the_pictures_own(keep, kept, pairs, images, rows, monkeypatch):
+    seen, sample = [], GPT.sample
+
+    def remember(self, condition, *, given, **settings):
+        seen.append((given, sample(self, condition, given=given, **settings)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(GPT, "sample", remember)
+    main("complete", pairs / "none" / "checkpoint.pt", images[0], "--keep", keep, "--count", 3)
+    ((given, written),) = seen
+    x = from_uint8(torch.tensor(read_image(images[0], 32)))[None]
+    own = load_model(pairs / "none" / "tokenizer.pt").encode(x).indices
+    expected = torch.full((3, 4, 4), -1)
+    expected[:, kept[0], kept[1]] = own[:, kept[0], kept[1]]
+    assert torch.equal(given, expected.flatten(1))
+    assert torch.equal(written[given >= 0], given[given >= 0])
+    shown = rows[0][0][0][1][1]  # the picture with what is not kept in grey
+    grey = (shown == 0.5).all(dim=0)[4::8, 4::8]
+    assert torch.equal(grey, expected[0] < 0)
+
+
+def test_a_completion_may_be_told_its_class(pairs, images, rows, asked):
+    path = pairs / "class" / "checkpoint.pt"
+    main("complete", path, images[0], "--class", "horse", "--count", 2)
+    main("complete", path, images[0], "--count", 2)
+    assert asked[0]["condition"].tolist() == [[2], [2]]
+    assert asked[1]["condition"].tolist() == [[3], [3]]  # `null_token`
+
+
+def test_a_completion_may_be_told_its_caption(pairs, images, rows, asked, shapes):
+    path, caption = pairs / "caption" / "checkpoint.pt", shapes.train_captions[0]
+    main("complete", path, images[0], "--caption", caption, "--count", 1)
+    assert torch.equal(
+        asked[0]["condition"], load_pipeline(path).condition.encode_captions([caption])
+    )
+
+
+def test_a_model_of_pictures_completes_with_the_pictures_own(pairs, images, rows, asked):
+    main("complete", pairs / "image" / "checkpoint.pt", images[0], "--count", 1)
+    x = from_uint8(torch.tensor(read_image(images[0], 32)))[None]
+    codes = load_model(pairs / "image" / "tokenizer.pt").encode(TRANSFORMS["gray"](x)).indices
+    assert torch.equal(asked[0]["condition"], codes.flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["0.png", "--keep", "bottom"], "--keep bottom: give top, left"),
+        (["0.png", "--keep", "1,2,3"], "--keep 1,2,3: give"),
+        (["0.png", "--keep", "0,0,7,32"], "keeps 0 of 16"),
+        (["0.png", "--keep", "0,0,32,32"], "keeps 16 of 16"),
+        (["0.png", "--class", "cat", "dog"], "give one"),
+        (["gone.png"], "gone.png cannot be read"),
+        (["broken.png"], "broken.png cannot be read"),
+        (["0.png", "--out", "0.png"], "overwritten"),
+    ],
+)
+def test_what_cannot_be_completed_is_one_line(flags, expected, pairs, images, rows, monkeypatch):
+    monkeypatch.chdir(images[0].parent)
+    (images[0].parent / "broken.png").write_text("no picture")
+    assert expected in error_of("complete", pairs / "class" / "checkpoint.pt", *flags)
+    assert rows == []
+
+
+def test_flags_without_effect_are_refused(pairs, images, rows):
+    assert "--as-is" in error_of("sample", pairs / "image" / "checkpoint.pt", "--as-is")
+    command = ["complete", pairs / "class" / "checkpoint.pt", images[0], "--guidance", 3]
+    assert "--guidance" in error_of(*command)
+    assert rows == []

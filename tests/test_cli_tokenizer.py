@@ -1,0 +1,272 @@
+"""`vqgan reconstruct`, `encode` and `decode`."""
+
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from commands import ABOUT, ARGUMENTS, DATA, error_of, main, save, save_tokenizer
+from PIL import Image
+
+from vqgan.checkpoint import save_checkpoint
+from vqgan.data import TrainLoader
+from vqgan.image_folder import read_image
+from vqgan.images import from_uint8, to_uint8
+from vqgan.pretrained import load_model
+from vqgan.vae import VAE
+from vqgan.vqgan import VQGAN
+from vqgan.vqvae import VQVAE
+
+# --- reconstruct -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_reconstruct_writes_originals_over_reconstructions(tmp_path, images, kind, capsys):
+    save(tmp_path / "c.pt", kind)
+    main("reconstruct", tmp_path / "c.pt", *images, "--out", tmp_path / "out.png")
+    pixels = np.asarray(Image.open(tmp_path / "out.png").convert("L"))
+    assert pixels.std() > 10
+    text = capsys.readouterr().out
+    assert text.count("PSNR") == 3 and "32x32" in text and "out.png" in text
+    assert ("bits per image" in text) == (kind is not VAE)
+
+
+def test_reconstruct_reads_the_authors_checkpoints(tmp_path, images, capsys):
+    reference = torch.load(DATA / "compvis_vqgan_tiny_io.pt", weights_only=True)
+    (tmp_path / "config.json").write_text(json.dumps(reference["config"]))
+    flags = ["--config", tmp_path / "config.json", "--out", tmp_path / "out.png"]
+    main("reconstruct", DATA / "compvis_vqgan_tiny.ckpt", *images, *flags)
+    assert "16x16 codes of 32, 1280 bits" in capsys.readouterr().out
+    assert (tmp_path / "out.png").exists()
+
+
+def test_another_size_on_request(tmp_path, images, capsys):
+    save(tmp_path / "c.pt", VQGAN)
+    flags = ["--image-size", 64, "--out", tmp_path / "out.png"]
+    main("reconstruct", tmp_path / "c.pt", images[0], *flags)
+    assert "64x64 pixels: 16x16 codes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model_args", "expected"),
+    [
+        (["gone.pt", "0.png"], "there is no checkpoint gone.pt"),
+        ([".", "0.png"], ". is a folder, and a checkpoint was expected: name run/checkpoint.pt"),
+        (["c.pt", "0.png", "--config", "empty.json"], "resolution"),
+        (["c.pt", "0.png", "--config", "theirs.json"], "leave the config out"),
+        (["c.pt", "gone.png"], "gone.png cannot be read"),
+        (["c.pt", "c.pt"], "c.pt cannot be read as an image"),
+        (["0.png", "0.png"], "0.png is no checkpoint"),
+        (["c.pt", "0.png", "--image-size", "30"], "multiples of 4"),
+        (["vae.pt", "0.png", "--image-size", "64"], "32 pixels"),
+        (["theirs.ckpt", "0.png"], "--config"),
+        (["c.pt", "0.png", "--out", "x.jpg"], ".png"),
+        (["c.pt", "0.png", "--out", "0.png"], "overwritten"),
+        (["c.pt", "0.png", "--config", "0.png"], "JSON"),
+        (["c.pt", "0.png", "--config", "list.json"], "object"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, images, model_args, expected, monkeypatch):
+    save(tmp_path / "c.pt", VQGAN)
+    save(tmp_path / "vae.pt", VAE)
+    shutil.copy(DATA / "compvis_vqgan_tiny.ckpt", tmp_path / "theirs.ckpt")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "empty.json").write_text("{}")
+    config = torch.load(DATA / "compvis_vqgan_tiny_io.pt", weights_only=True)["config"]
+    (tmp_path / "theirs.json").write_text(json.dumps(config))
+    save(tmp_path / "run" / "checkpoint.pt", VQVAE)
+    monkeypatch.chdir(tmp_path)
+    before = images[0].read_bytes()
+    assert expected in error_of("reconstruct", *model_args)
+    assert images[0].read_bytes() == before and not (tmp_path / "reconstructions.png").exists()
+
+
+def test_reconstruct_with_a_transformer_takes_its_tokenizer(pairs, images, rows, capsys):
+    main("reconstruct", pairs / "class" / "checkpoint.pt", images[0])
+    assert "VQVAE, 32x32 pixels: 4x4 codes of 24" in capsys.readouterr().out
+    x = from_uint8(torch.tensor(read_image(images[0], 32)))[None]
+    expected = (load_model(pairs / "class" / "tokenizer.pt")(x).reconstruction + 1) / 2
+    assert torch.allclose(rows[0][0][1][1], expected.clamp(0, 1), atol=1e-6)
+
+
+def test_reconstruct_takes_the_size_that_the_checkpoint_says(tmp_path, images, capsys):
+    save(tmp_path / "c.pt", VQVAE)
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    changed = {"model_args": state["model_args"] | {"image_size": 64}}
+    torch.save(state | changed, tmp_path / "c.pt")
+    main("reconstruct", tmp_path / "c.pt", images[0], "--out", tmp_path / "out.png")
+    assert "64x64 pixels" in capsys.readouterr().out
+
+
+# --- encode and decode -------------------------------------------------------------------------
+
+
+def encoded(pairs, out, *images, name="class/checkpoint.pt"):
+    main("encode", pairs / name, *images, "--out", out)
+    return out
+
+
+@pytest.mark.parametrize("name", ["class/checkpoint.pt", "class/vqvae/checkpoint.pt"])
+def test_decoded_are_the_models_reconstructions(tmp_path, pairs, images, name):
+    (tmp_path / "more").mkdir()
+    shutil.copy(images[1], tmp_path / "more" / images[0].name)  # another picture, the same name
+    paths = [*images, tmp_path / "more" / images[0].name]
+    codes = encoded(pairs, tmp_path / "indices.npz", *paths, name=name)
+    main("decode", codes, "--out", tmp_path / "decoded")
+    decoded = sorted((tmp_path / "decoded").iterdir())
+    assert [path.name for path in decoded] == ["1-0.png", "2-1.png", "3-2.png", "4-0.png"]
+    model = load_model(pairs / "class" / "tokenizer.pt")
+    # All at once, as `encode` does: in another batch a vector between two codes may get the other.
+    x = from_uint8(torch.stack([torch.tensor(read_image(path, 32)) for path in paths]))
+    for path, expected in zip(decoded, to_uint8(model(x).reconstruction).int(), strict=True):
+        pixels = torch.tensor(np.asarray(Image.open(path))).permute(2, 0, 1)
+        assert (pixels - expected).abs().max() <= 1  # model(x) decodes z + (e - z): e, rounded
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 16, 24, 512])
+def test_codes_of_a_codebook_of_any_size_come_back(tmp_path, images, K, monkeypatch):
+    """And take as many bytes as their bits fill."""
+    model_args = {"num_hiddens": 8, "num_embeddings": K, "num_downsamples": 4}
+    save_checkpoint(
+        tmp_path / "c.pt", model=VQVAE(**model_args), model_args=model_args, optimizers={},
+        batches=TrainLoader(torch.zeros(4, 3, 48, 48, dtype=torch.uint8), 2), step=0, seconds=0.0,
+        metadata=ABOUT | {"image_size": 48},
+    )  # fmt: skip
+    indices = torch.randint(K, (2, 3, 3))
+    indices[0, 0, 0], indices[1, 2, 2] = K - 1, K - 1
+    monkeypatch.setattr(VQVAE, "encode", lambda self, x: mock.Mock(indices=indices[: len(x)]))
+    decode, seen = VQVAE.decode_indices, []
+    monkeypatch.setattr(
+        VQVAE, "decode_indices", lambda self, codes: seen.append(codes) or decode(self, codes)
+    )
+    main("encode", tmp_path / "c.pt", *images[:2], "--out", tmp_path / "indices.npz")
+    main("decode", tmp_path / "indices.npz", "--out", tmp_path / "decoded")
+    assert torch.equal(seen[0], indices)
+    bits = {1: 1, 2: 1, 3: 2, 16: 4, 24: 5, 512: 9}[K]
+    with np.load(tmp_path / "indices.npz") as file:
+        assert file["indices"].shape == (2, -(-9 * bits // 8))
+
+
+def test_encode_says_what_codes_and_other_formats_take(tmp_path, pairs, images, capsys):
+    encoded(pairs, tmp_path / "indices.npz", *images[:2])
+    text = capsys.readouterr().out
+    jpeg, png = re.search(r"32x32 pixels are (\d+) bytes as JPEG.*?(\d+) as PNG", text).groups()
+    assert text.count(": 10 bytes as codes") == 2  # 16 codes of 5 bits
+    pixels = read_image(images[0], 32).transpose(1, 2, 0)
+    for size, format in ((jpeg, "JPEG"), (png, "PNG")):
+        Image.fromarray(pixels).save(tmp_path / "x", format)
+        assert int(size) == (tmp_path / "x").stat().st_size
+    assert "2 images, 16 codes of 5 bits each" in text
+
+
+def test_another_size_is_encoded_on_request(tmp_path, pairs, images):
+    encoded(pairs, tmp_path / "indices.npz", images[0], "--image-size", 64)
+    main("decode", tmp_path / "indices.npz", "--out", tmp_path / "decoded")
+    assert Image.open(tmp_path / "decoded" / "1-0.png").size == (64, 64)
+
+
+def test_codes_are_decoded_by_the_model_that_encoded_and_no_other(tmp_path, pairs, images, shapes):
+    codes = encoded(pairs, tmp_path / "indices.npz", images[0])
+    save_tokenizer(tmp_path / "other.pt", shapes.train_images[:64], seed=1)
+    flags = ["--out", tmp_path / "decoded", "--checkpoint"]
+    assert "did not encode" in error_of("decode", codes, *flags, tmp_path / "other.pt")
+    assert not (tmp_path / "decoded").exists()
+    main("decode", codes, *flags, pairs / "class" / "tokenizer.pt")  # the same weights, elsewhere
+    assert (tmp_path / "decoded" / "1-0.png").exists()
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path("executed").write_text, ("",))
+
+
+def with_content(path, **changes):
+    """The codes with other entries; None: without one."""
+    with np.load(path) as file:
+        content = {name: file[name] for name in file.files} | changes
+    np.savez(path, **{name: value for name, value in content.items() if value is not None})
+
+
+def break_codes(path, how):
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif how == "flipped":
+        data = bytearray(path.read_bytes())
+        data[60:90] = bytes(30)
+        path.write_bytes(data)
+    elif how == "text":
+        path.write_text("no codes")
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "array":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+    elif how == "pickle":
+        path.write_bytes(pickle.dumps(Evil()))
+    elif how == "foreign":
+        np.savez(path, x=np.zeros(3))
+    elif how == "objects":
+        with_content(path, names=np.array([Evil()], dtype=object))
+    elif how == "no fingerprint":
+        with_content(path, fingerprint=None)
+    elif how == "floats":
+        with_content(path, indices=np.zeros((1, 10)))
+    elif how == "grid":
+        with_content(path, grid_size=np.array([5, 7]))
+    elif how == "names":
+        with_content(path, names=np.array(["a", "b"]))
+    elif how == "K":
+        with_content(path, num_embeddings=np.array(512))
+    elif how == "too high":
+        with_content(path, indices=np.full((1, 10), 255, dtype=np.uint8))
+
+
+BREAKAGES = ["cut", "flipped", "text", "empty", "array", "pickle", "foreign", "objects"]
+BREAKAGES += ["no fingerprint", "floats", "grid", "names", "K", "too high"]
+
+
+@pytest.mark.parametrize("how", BREAKAGES)
+def test_damaged_and_foreign_codes_are_one_line_and_never_run(
+    how, tmp_path, pairs, images, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    codes = encoded(pairs, tmp_path / "indices.npz", images[0])
+    break_codes(codes, how)
+    message = error_of("decode", codes, "--out", tmp_path / "decoded")
+    assert "indices.npz is not a file of `encode`" in message
+    assert "allow_pickle" not in message  # numpy's advice, and unsafe
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "decoded").exists()
+
+
+def test_decode_writes_nowhere_but_into_its_folder(tmp_path, pairs, images):
+    codes = encoded(pairs, tmp_path / "indices.npz", images[0])
+    with_content(codes, names=np.array(["../../../escaped"]))
+    main("decode", codes, "--out", tmp_path / "a" / "decoded")
+    assert [path.name for path in (tmp_path / "a" / "decoded").iterdir()] == ["1-escaped.png"]
+    assert not list(tmp_path.glob("escaped*")) and not list((tmp_path / "a").glob("escaped*"))
+
+
+@pytest.mark.parametrize(
+    ("model_args", "expected"),
+    [
+        (["encode", "vae.pt", "0.png"], "not a tokenizer"),
+        (["encode", "gone.pt", "0.png"], "there is no checkpoint"),
+        (["encode", "c.pt", "gone.png"], "gone.png cannot be read"),
+        (["encode", "c.pt", "0.png", "--out", "codes.txt"], ".npz"),
+        (["encode", "c.pt", "0.png", "--image-size", "30"], "multiples of 4"),
+        (["encode", "c.pt", "0.png", "--device", "abacus"], "--device abacus"),
+        (["decode", "gone.npz"], "gone.npz"),
+        (["decode", "gone.npz", "--device", "abacus"], "--device abacus"),
+        (["reconstruct", "c.pt", "0.png", "--device", "abacus"], "--device abacus"),
+    ],
+)
+def test_what_cannot_be_encoded_is_one_line(tmp_path, images, model_args, expected, monkeypatch):
+    save(tmp_path / "c.pt", VQVAE)
+    save(tmp_path / "vae.pt", VAE)
+    monkeypatch.chdir(tmp_path)
+    assert expected in error_of(*model_args)
