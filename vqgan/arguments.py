@@ -172,9 +172,7 @@ def open_tokenizer(args: argparse.Namespace) -> tuple[VQAutoencoder, dict]:
         if given is None:
             setattr(args, name, own)
         elif own is not None and Path(str(own)) != Path(str(given)) and not args.other_data:
-            raise InputError(
-                f"{flag} {given}, but {args.tokenizer} was trained with {own}: add --other-data"
-            )
+            raise InputError(f"{flag} {given}, but the tokenizer has {own}: add --other-data")
     with user_input():
         tokenizer.check_resolution(args.image_size, args.image_size)
     tokenizer.image_size = args.image_size  # with --other-data it may be another size

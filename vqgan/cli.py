@@ -41,8 +41,7 @@ def info(args: argparse.Namespace) -> None:
         print(f"condition: {condition['kind']} ({values})")
         print(f"tokenizer: {metadata['tokenizer']}")
     if metadata:
-        data, size = metadata["data"], metadata["image_size"]
-        print(f"trained on {data}, {size} pixels: {metadata['command']}")
+        print("trained on {data}, {image_size} pixels: {command}".format_map(metadata))
     if "step" in state:
         print(f"{state['step']:,} steps, {state['seconds'] / 60:.1f} minutes")
     for name, value in _result(args.checkpoint, state).items():

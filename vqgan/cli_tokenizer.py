@@ -36,8 +36,7 @@ def image_flags(add, *, model: str, out: str) -> None:
 
 def reconstruct_flags(add) -> None:
     """The flags of `vqgan reconstruct`."""
-    model = "any model; for a transformer, its tokenizer is used"
-    image_flags(add, model=model, out="reconstructions.png")
+    image_flags(add, model="any model (of a transformer, its tokenizer)", out="reconstructions.png")
     add("--config", metavar="FILE", help="config of a published VQGAN, as YAML or JSON")
 
 

@@ -38,15 +38,12 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     "auto" is bf16 if the hardware computes in it, namely CUDA since Ampere (older cards emulate it
     slowly, so emulation does not count) and CPUs with AMX or AVX512-BF16 instructions.
     """
-    if name == "bf16":
-        return torch.bfloat16
+    use_bf16 = name == "bf16"
     if name == "auto" and device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
+        use_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto" and device.type == "cpu":
-        if CAPABILITIES.get("amx_bf16") or CAPABILITIES.get("avx512_bf16"):
-            return torch.bfloat16
-    return torch.float32
+        use_bf16 = bool(CAPABILITIES.get("amx_bf16") or CAPABILITIES.get("avx512_bf16"))
+    return torch.bfloat16 if use_bf16 else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
