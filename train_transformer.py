@@ -1,16 +1,17 @@
-"""Stage two: a transformer learns to write the codes of a trained VQ-VAE or VQGAN.
+"""Stage two: a transformer learns to generate the tokens of a trained VQ-VAE or VQGAN.
 
-    python train_transformer.py --tokenizer runs/vqgan/checkpoint.pt      by class
+    python train_transformer.py --tokenizer runs/vqgan/checkpoint.pt            by class
     python train_transformer.py --tokenizer ... --condition caption             by words
     python train_transformer.py --tokenizer ... --condition image --condition-image edges
-    python train_transformer.py --resume                                        go on
+    python train_transformer.py --resume                                        continue
 
-Esser, Rombach, Ommer 2021, arXiv 2012.09841, section 3.2. The images become tokens once; the
-transformer sees nothing else. With a condition c (`conditions.py`) and the N tokens s of an image,
+Esser, Rombach, Ommer 2021, arXiv 2012.09841, section 3.2. The images are encoded as tokens once;
+the transformer sees only these. Its loss, for a condition c (`conditions.py`) and the N tokens s
+of an image, is
 
     L = -1/N sum_i log p(s_i | s_<i, c)      nats per token                     (eq. 9, 10)
 
-The loop comes first, with the schedule and the validation; then what is given; the flags last.
+The loop comes first, with the schedule and the validation; the flags come last.
 """
 
 import argparse
@@ -49,10 +50,10 @@ from vqgan.training import Run, Session, evenly_spaced
 from vqgan.transformer import GPT
 from vqgan.vqvae import VQAutoencoder
 
-# Of GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix B): a memory of twenty steps for the size
-# of gradients, gradients of norm 1 at most, a last learning rate of a tenth of the highest.
+# As GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix B): squared gradients are averaged over
+# twenty steps, gradients have norm 1 at most, the learning rate ends at a tenth of its peak.
 ADAM_BETAS, MAX_GRADIENT_NORM, LAST_LR = (0.9, 0.95), 1.0, 0.1
-MAX_LOGITS = 2**26  # in validation, 256 MiB
+MAX_LOGITS = 2**26  # logits per chunk of the validation, 256 MiB
 
 
 def train(
@@ -65,13 +66,14 @@ def train(
     run: Run,
     args: argparse.Namespace,
 ) -> Session:
-    """Train to the last epoch, from the checkpoint if there is one.
+    """Train to the last epoch, from the last checkpoint if the run is resumed.
 
-    Returns the session, whose `eval_model` is that of the epoch with the lowest validation loss.
+    Returns the session, whose `eval_model` is the model after the epoch with the lowest validation
+    loss.
 
     Args:
         model_args: the model's constructor arguments.
-        metadata: what the checkpoint says of the model.
+        metadata: facts about the model, which the checkpoint keeps.
     """
     device = run.device
     loader = TokenLoader(dataset, args.batch_size, device=device, seed=run.seed, flip=run.flip)
@@ -81,7 +83,7 @@ def train(
         betas=ADAM_BETAS,
         fused=has_fused_optimizers(device),
     )
-    # A transformer that trains on begins to recite the training images: the best epoch is kept.
+    # The best epoch is kept, because longer training begins to memorize the training images.
     best = copy.deepcopy(model).requires_grad_(False).eval()
     session = Session(
         run,
@@ -91,24 +93,24 @@ def train(
         optimizers={"adamw": optimizer},
         loader=loader,
         eval_model=best,
-        state={"validation": [], "progress": []},  # {"epoch", "loss"}; epoch and samples
+        state={"validation": [], "progress": []},  # {"epoch", "loss"}; (epoch, samples)
         metadata=metadata,
     )
     validation, progress = session.state["validation"], session.state["progress"]
     progress_steps = evenly_spaced(session.total_steps, args.progress_rows)
     shown = dataset.test_conditions[: report.NUM_SHOWN].to(device)
-    # A start token says nothing that could be left out.
+    # A start token carries no information that could be dropped.
     drop = 0.0 if dataset.condition.kind == "none" else args.condition_drop
 
     for step, (condition, tokens) in session:  # resumes, shows the bar, saves when due
-        # Some conditions are dropped: p(s) is learned beside p(s | c), which guidance needs.
+        # Some conditions are dropped, to learn p(s) as well as p(s | c), which guidance needs.
         dropped = torch.rand(len(condition), 1, device=device) < drop
         condition = condition.masked_fill(dropped, model.null_token)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(
                 step, highest=args.lr, warmup=args.warmup, total=session.total_steps
             )
-        # The step: L of eq. 10, and its gradient, cut where it is too long.
+        # The step: L of eq. 10 and its gradient, clipped.
         with autocast(device, run.dtype), attention_kernel(device):
             loss = model.loss(condition, tokens)
         optimizer.zero_grad(set_to_none=True)
@@ -117,7 +119,7 @@ def train(
         optimizer.step()
         session.log({"loss": loss, "gradient": norm})
 
-        # On the way: validation after every epoch, a row of progress.png.
+        # Validation after every epoch, and the rows of progress.png.
         if session.step % len(loader) == 0:
             nats = validation_loss(model, dataset, device, run.dtype)
             validation.append({"epoch": session.step // len(loader), "loss": nats})
@@ -129,15 +131,15 @@ def train(
         if session.step in progress_steps:
             samples = model.sample(shown, generator=torch.Generator().manual_seed(0))
             progress.append((session.epoch, to_uint8(decode_tokens(tokenizer, samples))))
-            title = "Samples while it learns: the same conditions, the same random numbers"
+            title = "Samples during training: the same conditions, the same random numbers"
             report.save_progress_figure(run.out / "progress.png", progress, title)
     return session
 
 
 def learning_rate(step: int, *, highest: float, warmup: int, total: int) -> float:
-    """Linear up to the highest, then half a cosine down to LAST_LR of it (steps from 0).
+    """Linear warmup to `highest`, then half a cosine down to LAST_LR of it (steps from 0).
 
-    A resume with more epochs goes on along the longer cosine, so its rate rises again first.
+    A resume with more epochs continues on the longer cosine, so its rate first rises again.
     """
     if step < warmup:
         return highest * (step + 1) / warmup
@@ -146,9 +148,9 @@ def learning_rate(step: int, *, highest: float, warmup: int, total: int) -> floa
 
 
 def attention_kernel(device: torch.device) -> AbstractContextManager:
-    """On a CPU, attention as plain products: to train on short sequences, the fused one is slower.
+    """Plain attention on a CPU, where the fused kernel trains slower on short sequences.
 
-    (With dropout torch does so by itself.) Elsewhere torch chooses.
+    (With dropout, torch itself uses plain attention.) On other devices torch chooses.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
@@ -157,7 +159,7 @@ def attention_kernel(device: torch.device) -> AbstractContextManager:
 def validation_loss(
     model: GPT, dataset: TokenDataset, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """Mean loss over the test images, nats per token. The model's mode is left as it was."""
+    """The mean loss over the test images, in nats per token. Keeps the model's mode."""
     chunk_size = min(250, max(1, MAX_LOGITS // (model.seq_len * model.num_embeddings)))
     conditions = dataset.test_conditions.split(chunk_size)
     total = torch.zeros((), device=device)
@@ -172,12 +174,12 @@ def validation_loss(
 
 
 def best_epoch(validation: list[dict]) -> dict:
-    """The entry with the lowest loss, the first of several."""
+    """The entry with the lowest loss, or the first of several."""
     return min(validation, key=lambda row: row["loss"])
 
 
 def main(args: argparse.Namespace) -> None:
-    """Images become tokens, the transformer learns them, and what it generates is measured."""
+    """Encode the images as tokens, train the transformer on them, and evaluate its samples."""
     tokenizer, tokenizer_state = open_tokenizer(args)
     settings = sampling_settings(args, tokenizer.num_embeddings)
     run = open_run(args, batch_sizes=[args.batch_size])
@@ -190,13 +192,13 @@ def main(args: argparse.Namespace) -> None:
         "condition_length": condition.length,
     }
     model_args |= {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "dropout")}
-    with user_input(), torch.device("meta"):  # sizes that do not fit stop here
+    with user_input(), torch.device("meta"):  # sizes that do not fit raise here
         GPT(**model_args)
-    save_model(run.out / "tokenizer.pt", tokenizer_state)  # what the checkpoint cannot do without
+    save_model(run.out / "tokenizer.pt", tokenizer_state)  # decodes the samples later
     prepare_model(tokenizer, run.device, compile=False)
-    beside = None if args.other_data else Path(args.tokenizer).parent
+    folder = None if args.other_data else Path(args.tokenizer).parent
     eval_classifier, eval_accuracy = load_eval_classifier(
-        run, epochs=args.eval_classifier_epochs, file=args.eval_classifier, folder=beside
+        run, epochs=args.eval_classifier_epochs, file=args.eval_classifier, folder=folder
     )
     dataset = load_tokens(run, tokenizer, condition)
     train_tokens = dataset.train[..., condition.length :].reshape(-1, *grid).long()
@@ -215,8 +217,8 @@ def main(args: argparse.Namespace) -> None:
     session = train(model, model_args, tokenizer, dataset, metadata, run=run, args=args)
     prior, validation = session.eval_model, session.state["validation"]
 
-    # In float32, under the condition, after the epoch that was best on these same test images: so
-    # the price is selected on them, and slightly optimistic.
+    # In float32, given the condition. The epoch was selected on these same test images, so the
+    # loss is slightly optimistic.
     nats = validation_loss(prior, dataset, run.device, torch.float32)
     samples, references = evaluate_samples(
         prior, tokenizer, dataset, settings, eval_classifier, num_samples=args.num_samples, run=run
@@ -239,13 +241,13 @@ def main(args: argparse.Namespace) -> None:
     report.print_transformer(result, samples, references)
     report.print_eval_classifier(eval_accuracy, len(run.data.class_names))
     report.save_transformer_figures(run, session, tokenizer, dataset, settings[0], baselines)
-    print(f"metrics.json, log, checkpoint and pictures are in {run.out}")
+    print(f"metrics.json, log, checkpoint and figures are in {run.out}")
 
 
 def parse() -> argparse.Namespace:
-    """The flags, in groups: the condition, the network, the samples that are measured."""
+    """Parse the flags, in groups: condition, network, samples for the evaluation."""
     parser = common_parser(
-        "Train a transformer to write the codes of images.",
+        "Train a transformer to generate the tokens of images.",
         out="runs/transformer",
         epochs=10,
         lr=1e-3,
@@ -253,42 +255,38 @@ def parse() -> argparse.Namespace:
     )
     parser.set_defaults(data=None, image_size=None)  # not given: the tokenizer's
     add = parser.add_argument
-    add(
-        "--tokenizer",
-        metavar="CHECKPOINT",
-        help="checkpoint.pt of a VQ-VAE or VQGAN; its --data and --image-size are the default",
-    )
-    add("--other-data", action="store_true", help="its training images may be others than --data")
-    add("--batch-size", type=positive_int, default=64, help="images in a step")
-    add("--warmup", type=non_negative_int, default=100, help="steps to the full learning rate")
-    add("--weight-decay", type=non_negative_float, default=0.1, help="of matrices")
+    source = "checkpoint.pt of a VQ-VAE or VQGAN; its --data and --image-size are the defaults"
+    add("--tokenizer", metavar="CHECKPOINT", help=source)
+    add("--other-data", action="store_true", help="allow a tokenizer trained on other --data")
+    add("--batch-size", type=positive_int, default=64, help="images per step")
+    add("--warmup", type=non_negative_int, default=100, help="steps to the peak learning rate")
+    add("--weight-decay", type=non_negative_float, default=0.1, help="weight decay of matrices")
     add("--progress-rows", type=positive_int, default=6, help="rows of progress.png")
-    add(
-        "--eval-classifier",
-        metavar="FILE",
-        help="of another run; default: the tokenizer's, or a new one",
-    )
-    add("--eval-classifier-epochs", type=positive_int, default=6, help="of a new one")
+    classifier = "evaluation classifier of another run (default: the tokenizer's, or a new one)"
+    add("--eval-classifier", metavar="FILE", help=classifier)
+    add("--eval-classifier-epochs", type=positive_int, default=6, help="epochs of a new classifier")
 
     add = parser.add_argument_group("condition").add_argument
-    add("--condition", choices=KINDS, default="class", help="what the codes depend on")
-    add("--condition-image", choices=TRANSFORMS, default="edges", help="for --condition image")
-    add("--condition-drop", type=fraction, default=0.1, help="share dropped, for guidance")
+    add("--condition", choices=KINDS, default="class", help="what the samples depend on")
+    add("--condition-image", choices=TRANSFORMS, default="edges", help="transform to condition on")
+    drop = "fraction of conditions that are dropped in training, which guidance needs"
+    add("--condition-drop", type=fraction, default=0.1, help=drop)
 
     add = parser.add_argument_group("network").add_argument
-    add("--n-layer", type=positive_int, default=6, help="blocks")
-    add("--n-head", type=positive_int, default=8, help="attention heads of a block")
-    add("--n-embd", type=positive_int, default=256, help="width")
-    add("--dropout", type=fraction, default=0.1, help="share of activations dropped in training")
+    add("--n-layer", type=positive_int, default=6, help="number of blocks")
+    add("--n-head", type=positive_int, default=8, help="attention heads per block")
+    add("--n-embd", type=positive_int, default=256, help="width of the embeddings")
+    add("--dropout", type=fraction, default=0.1, help="dropout probability")
 
     add = parser.add_argument_group(
-        "samples that are measured (several values: every combination)"
+        "samples for the evaluation (several values: every combination)"
     ).add_argument
-    add("--num-samples", type=positive_int, help="how many; not given: one for each test image")
-    add("--guidance", nargs="+", type=non_negative_float, default=[1.0], help="1: none")
-    add("--temperature", nargs="+", type=non_negative_float, default=[1.0], help="0: greedy")
-    add("--top-k", nargs="+", type=positive_int, help="of the likeliest codes only")
-    add("--top-p", nargs="+", type=positive_float, help="of the likeliest codes of this mass only")
+    add("--num-samples", type=positive_int, help="number of samples (default: one per test image)")
+    number = non_negative_float
+    add("--guidance", nargs="+", type=number, default=[1.0], help="scale of guidance; 1 is none")
+    add("--temperature", nargs="+", type=number, default=[1.0], help="temperature; 0 is greedy")
+    add("--top-k", nargs="+", type=positive_int, help="sample from the k most likely tokens only")
+    add("--top-p", nargs="+", type=positive_float, help="sample from the top tokens of this mass")
     return parse_arguments(parser)
 
 

@@ -1,28 +1,27 @@
-"""Stage one: a VQGAN learns to turn an image into a grid of codes, and back.
+"""Stage one: a VQGAN learns to encode an image as a grid of indices and to decode it again.
 
     python train_vqgan.py                                       CIFAR-10
-    python train_vqgan.py --data shapes --epochs 2              drawn shapes: minutes on a CPU
-    python train_vqgan.py --objectives mse perceptual vqgan     what each term of the loss buys
-    python train_vqgan.py --resume                              go on after an interruption
+    python train_vqgan.py --data shapes --epochs 2              rendered shapes, minutes on a CPU
+    python train_vqgan.py --objectives mse perceptual vqgan     what each term of the loss adds
+    python train_vqgan.py --resume                              continue after an interruption
 
-Esser, Rombach, Ommer 2021, arXiv 2012.09841, section 3.1. Three objectives can be trained, on the
-same network and for as many steps:
+Esser, Rombach, Ommer 2021, arXiv 2012.09841, section 3.1. Three objectives can be trained, with
+the same network and the same number of steps:
 
     mse          |x - x_hat|^2 / variance + quantizer                          (eq. 4)
     perceptual   |x - x_hat| / deviation + perceptual distance + quantizer     (eq. 4, as used)
     vqgan        the same + lambda L_GAN, against a discriminator              (eq. 5 to 7)
 
 Each term is a mean; variance and deviation are those of the training pixels, so a reconstruction
-term of 1 is about the error of predicting one mean grey. In eq. 4, with sg[.] stopping the
+term of 1 is about the error of always predicting their mean. In eq. 4, where sg[.] stops the
 gradient,
 
     L_VQ = |x - x_hat|^2 + |sg[E(x)] - z_q|^2 + |sg[z_q] - E(x)|^2
 
-the last two are the quantizer's (`quantizer.py`), and section 3.1 puts a perceptual distance in the
-place of the first.
+the last two terms are the quantizer's (`quantizer.py`), and section 3.1 replaces the first by a
+perceptual distance.
 
-The loop comes first, with the generator's and the discriminator's step both in sight; the flags
-come last.
+The loop comes first, with the steps of the generator and the discriminator; the flags come last.
 """
 
 import argparse
@@ -61,7 +60,7 @@ from vqgan.perceptual import PerceptualDistance
 from vqgan.training import Run, Session, evenly_spaced
 from vqgan.vqgan import NETWORKS, VQGAN
 
-# The gradients of an adversarial game turn quickly: a short memory (torch's default is 0.9).
+# A short memory (torch's default is 0.9), because adversarial gradients change quickly.
 ADAM_BETAS = (0.5, 0.99)
 ROWS_AT_CLAMP = 5  # rows of the log with lambda at its maximum, before a warning
 
@@ -69,9 +68,9 @@ ROWS_AT_CLAMP = 5  # rows of the log with lambda at its maximum, before a warnin
 def reconstruction_terms(
     x: Tensor, x_hat: Tensor, objective: str, distance: PerceptualDistance | None, variance: float
 ) -> dict[str, Tensor]:
-    """How far x_hat is from x, both (B, 3, H, W): each term (), a mean over the batch."""
+    """Distances from x to x_hat, both (B, 3, H, W); each term is a mean over the batch, ()."""
     if objective == "mse":
-        # In units of the variance: 1 is the error of one mean grey.
+        # In units of the variance, 1 is the error of predicting the mean of all pixels.
         return {"reconstruction": F.mse_loss(x_hat, x) / variance}
     terms = {"reconstruction": F.l1_loss(x_hat, x) / math.sqrt(variance)}
     if distance is not None:
@@ -88,10 +87,10 @@ def train(
     run: Run,
     args: argparse.Namespace,
 ) -> Session:
-    """Train to the last epoch, from the checkpoint if there is one.
+    """Train to the last epoch, from the last checkpoint if the run is resumed.
 
-    Returns the session, whose `eval_model` is the model to use: the averaged one, if weights are
-    averaged.
+    Returns the session, whose `eval_model` is the model to use: the one with averaged weights, if
+    they are averaged.
     """
     device, fused = run.device, has_fused_optimizers(run.device)
     loader = run.loader(args.batch_size)
@@ -99,23 +98,23 @@ def train(
     disc_start = round(args.disc_start * total_steps)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=ADAM_BETAS, fused=fused)
     optimizers, extra_state = {"generator": optimizer}, {}
-    # The discriminator: a network and an optimizer of its own.
+    # The discriminator is a separate network with a separate optimizer.
     if objective == "vqgan":
         if args.compile:
-            # A compiled backward may reuse its buffers, but lambda goes through the graph first.
+            # A compiled backward may reuse its buffers, but lambda backpropagates first.
             torch._functorch.config.donated_buffer = False
-        with torch.random.fork_rng(devices=[]):  # codes start alike with it and without
+        with torch.random.fork_rng(devices=[]):  # the codebook starts the same without it
             discriminator = PatchDiscriminator(args.image_size, args.disc_channels, args.disc_norm)
-        prepare_model(discriminator, device, compile=False)  # small, and switched twice a step
+        prepare_model(discriminator, device, compile=False)  # small, and frozen in each step
         discriminator_optimizer = torch.optim.Adam(
             discriminator.parameters(), lr=args.disc_lr, betas=ADAM_BETAS, fused=fused
         )
         optimizers["discriminator"] = discriminator_optimizer
         extra_state["discriminator"] = discriminator
-    # Training wanders about in its last steps: the average of the weights is the better network.
+    # The last steps wander about, so the average of the weights is the better network.
     session = Session(
         run,
-        run.out if len(args.objectives) == 1 else run.out / objective,  # one model: no subfolder
+        run.out if len(args.objectives) == 1 else run.out / objective,  # one model, no subfolder
         model=model,
         model_args=model_args,
         optimizers=optimizers,
@@ -123,15 +122,15 @@ def train(
         extra_state=extra_state,
         model_ema_decay=args.model_ema_decay,
         state={
-            "disc_start": disc_start,  # step from which on D learns
-            "gan_start": disc_start + args.disc_warmup,  # and is used
-            "progress": [],  # epoch, reconstructions
+            "disc_start": disc_start,  # step from which the discriminator D is trained
+            "gan_start": disc_start + args.disc_warmup,  # step from which its loss is used
+            "progress": [],  # (epoch, reconstructions)
         },
     )
-    state = session.state  # of a resumed run: epochs that are added later do not move the start
+    state = session.state  # when resumed with more epochs, the start does not move
     progress_steps = evenly_spaced(total_steps, args.progress_rows)
     shown = report.shown_images(run)
-    zero = torch.zeros((), device=device)  # logged for the game before it starts
+    zero = torch.zeros((), device=device)  # logged for D before it starts
     rows_at_clamp = 0
 
     for step, x in session:  # resumes, shows the bar, saves when due
@@ -155,14 +154,14 @@ def train(
             weight = adaptive_weight(
                 reconstruction, adversarial, model.last_layer, maximum=args.max_lambda
             )  # lambda, eq. 7
-            # Eq. 6; the factor is not in the paper, but in the authors' code (0.8 there).
+            # Eq. 6; the weight is not in the paper but in the authors' code (0.8 there).
             loss = loss + args.adversarial_weight * weight * adversarial
             discriminator.requires_grad_(True)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
-        # The discriminator's step. x_hat is detached: nothing of it reaches the generator.
+        # The discriminator's step. x_hat is detached, so no gradient reaches the generator.
         if train_disc:
             with autocast(device, run.dtype):
                 real, fake = discriminator(torch.cat([x, x_hat.detach()])).chunk(2)
@@ -171,7 +170,7 @@ def train(
             discrimination.backward()
             discriminator_optimizer.step()
 
-        # The log. All rows have the same terms: 0 before the discriminator takes part.
+        # All rows of the log have the same terms, 0 before the discriminator takes part.
         losses = {"loss": loss} | terms | {"quantizer": output.loss}
         if objective == "vqgan":
             losses |= {"adversarial": adversarial, "lambda": weight}
@@ -180,7 +179,7 @@ def train(
                 losses["discriminator"] = discrimination
                 losses |= {"real": real.float().mean(), "fake": fake.float().mean()}
         losses["codes_used"] = metrics.codes_used(output.indices, model.num_embeddings)
-        # A row ends where the game changes, so that none averages over steps with and without it.
+        # A row ends where the loss changes, so that no row averages steps with and without GAN.
         row = session.log(losses, end_row=step + 1 in (state["disc_start"], state["gan_start"]))
         if row is not None:
             # Eq. 7 divides by the gradient of L_GAN, which vanishes when D stops learning.
@@ -189,13 +188,13 @@ def train(
             if rows_at_clamp == ROWS_AT_CLAMP:
                 session.bar.write(
                     f"warning: lambda stays at its clamp of {args.max_lambda:g} (step {step + 1}): "
-                    "has the discriminator stopped learning? 'real' and 'fake' in log.csv tell;"
-                    " try a higher --disc-lr, or --disc-norm spectral"
+                    "has the discriminator stopped learning? Compare 'real' and 'fake' in log.csv;"
+                    " try a higher --disc-lr or --disc-norm spectral"
                 )
         if session.step in progress_steps:
             x_hat = report.reconstruct(session.eval_model, shown)
             state["progress"].append((session.epoch, to_uint8(x_hat)))
-            title = f"{report.OBJECTIVES[objective]}: the same test images while it learns"
+            title = f"{report.OBJECTIVES[objective]}: the same test images during training"
             path = session.folder / "progress.png"
             report.save_progress_figure(path, state["progress"], title, original=shown)
             model.train()
@@ -203,7 +202,7 @@ def train(
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train the network once for each objective, and measure all by the same distances."""
+    """Train the network once per objective, and evaluate all with the same metrics."""
     model_args = network_args(args)
     run = open_run(args, batch_sizes=[args.batch_size])
     check_adversary(run, args)
@@ -214,8 +213,8 @@ def main(args: argparse.Namespace) -> None:
     eval_classifier, eval_accuracy = load_eval_classifier(run, epochs=args.eval_classifier_epochs)
 
     sessions, results, counts = {}, {}, {}
-    for objective in dict.fromkeys(args.objectives):  # each once
-        torch.manual_seed(args.seed)  # each its own start, and all the same network
+    for objective in dict.fromkeys(args.objectives):  # each objective once
+        torch.manual_seed(args.seed)  # the same initial network
         model = prepare_model(VQGAN(**model_args), run.device, compile=args.compile)
         session = train(model, model_args, objective, distance, run=run, args=args)
         sessions[objective] = session
@@ -238,13 +237,13 @@ def main(args: argparse.Namespace) -> None:
     report.print_table(titled, columns)
     report.print_eval_classifier(eval_accuracy, len(run.data.class_names))
     report.save_vqgan_figures(run, sessions, results, counts)
-    print(f"metrics.json, logs, checkpoints and pictures are in {run.out}")
+    print(f"metrics.json, logs, checkpoints and figures are in {run.out}")
 
 
 def network_args(args: argparse.Namespace) -> dict:
-    """The constructor arguments: the named network, the image size, and what flags change.
+    """The constructor arguments: those of --network, the image size, and what flags change.
 
-    Builds the network once, so that sizes that do not fit stop before anything is written.
+    Builds the network once, so that an impossible size is reported before anything is written.
     """
     names = ["channels", "channel_multipliers", "num_residual_blocks", "attention_resolutions"]
     names += ["latent_channels", "embedding_dim", "num_embeddings", "quantizer"]
@@ -258,14 +257,14 @@ def network_args(args: argparse.Namespace) -> dict:
         )
     if args.perceptual == "none" and "perceptual" in args.objectives:
         raise InputError(
-            "--perceptual none leaves nothing of the objective 'perceptual': "
+            "--perceptual none contradicts the objective 'perceptual': "
             "choose classifier or lpips, or leave that objective out"
         )
     return model_args
 
 
 def check_adversary(run: Run, args: argparse.Namespace) -> None:
-    """Refuse a training too short for its adversary: it would be called VQGAN and be none."""
+    """Raise InputError if the training ends before the discriminator is used."""
     steps = args.epochs * (len(run.data.train_images) // args.batch_size)
     start = round(args.disc_start * steps) + args.disc_warmup
     if "vqgan" in args.objectives and start >= steps:
@@ -276,58 +275,55 @@ def check_adversary(run: Run, args: argparse.Namespace) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The flags, in groups: the network, the perceptual distance, the adversary."""
+    """Parse the flags, in groups: network, perceptual distance, discriminator."""
     parser = common_parser(
-        "Train a VQGAN: an image becomes a grid of codes, and back.",
+        "Train a VQGAN, which encodes an image as a grid of codebook indices and decodes it.",
         out="runs/vqgan",
         epochs=20,
         lr=3e-4,
     )
     add = parser.add_argument
-    add("--batch-size", type=positive_int, default=64, help="images in a step")
+    add("--batch-size", type=positive_int, default=64, help="images per step")
     add(
         "--objectives",
         nargs="+",
         choices=report.OBJECTIVES,
         default=["vqgan"],
-        help="what to train; several train one network for each, and compare them",
+        help="objective to train; with several, one network is trained for each to compare them",
     )
-    add("--model-ema-decay", type=fraction, default=0.999, help="of the weights' average; 0: none")
+    add("--model-ema-decay", type=fraction, default=0.999, help="EMA decay of weights; 0 is no EMA")
     add("--progress-rows", type=positive_int, default=8, help="rows of progress.png")
-    add("--rfid", action="store_true", help="also true rFID: Inception, needs the extra 'fid'")
+    add("--rfid", action="store_true", help="also measure rFID with Inception (extra 'fid')")
 
-    network = parser.add_argument_group("network (what is not given is the named network's)")
+    network = parser.add_argument_group("network (flags that are not given follow --network)")
     add = network.add_argument
-    add("--network", choices=NETWORKS, default="small", help="see vqgan/vqgan.py")
-    add("--channels", type=positive_int, help="width of the first level")
-    add("--channel-multipliers", nargs="+", type=positive_int, help="width of each level")
-    add("--num-residual-blocks", type=positive_int, help="in a level")
-    add("--attention-resolutions", nargs="*", type=positive_int, help="sides with attention")
-    add("--latent-channels", type=positive_int, help="on both sides of the quantizer")
-    add("--embedding-dim", type=positive_int, help="D, dimensions of a code")
-    add("--num-embeddings", type=positive_int, help="K, codes in the codebook")
-    add("--quantizer", choices=("ema", "gradient"), help="what moves the codes")
+    add("--network", choices=NETWORKS, default="small", help="a network of vqgan/vqgan.py")
+    add("--channels", type=positive_int, help="number of channels, which each level multiplies")
+    add("--channel-multipliers", nargs="+", type=positive_int, help="channel multiplier per level")
+    add("--num-residual-blocks", type=positive_int, help="residual blocks per level")
+    add("--attention-resolutions", nargs="*", type=positive_int, help="side lengths with attention")
+    add("--latent-channels", type=positive_int, help="channels before and after quantization")
+    add("--embedding-dim", type=positive_int, help="D, dimension of a codebook entry")
+    add("--num-embeddings", type=positive_int, help="K, entries of the codebook")
+    add("--quantizer", choices=("ema", "gradient"), help="update of the codebook")
 
     add = parser.add_argument_group("perceptual distance").add_argument
-    add("--perceptual", choices=("classifier", "lpips", "none"), default="classifier", help="whose")
-    add("--perceptual-weight", type=non_negative_float, default=1.0, help="beside |x - x_hat|")
-    add("--classifier-epochs", type=positive_int, default=3, help="of the perceptual network")
-    add(
-        "--eval-classifier-epochs",
-        type=positive_int,
-        default=6,
-        help="of the one that measures",
-    )
+    networks = ("classifier", "lpips", "none")
+    add("--perceptual", choices=networks, default="classifier", help="network that compares images")
+    add("--perceptual-weight", type=non_negative_float, default=1.0, help="weight of that distance")
+    add("--classifier-epochs", type=positive_int, default=3, help="epochs of perceptual network")
+    epochs = "epochs of the classifier that evaluates reconstructions"
+    add("--eval-classifier-epochs", type=positive_int, default=6, help=epochs)
 
-    add = parser.add_argument_group("adversary").add_argument
-    add("--gan-loss", choices=GAN_LOSSES, default="hinge", help="see vqgan/discriminator.py")
-    add("--adversarial-weight", type=non_negative_float, default=0.3, help="beside lambda")
-    add("--max-lambda", type=positive_float, default=5.0, help="clamp of the adaptive weight")
-    add("--disc-start", type=fraction, default=0.25, help="share of training before it")
-    add("--disc-warmup", type=non_negative_int, default=100, help="steps it learns first")
-    add("--disc-lr", type=positive_float, default=1e-3, help="its own learning rate")
-    add("--disc-channels", type=positive_int, default=64, help="of its first layer")
-    add("--disc-norm", choices=NORMS, default="spectral", help="what holds it in bounds")
+    add = parser.add_argument_group("discriminator").add_argument
+    add("--gan-loss", choices=GAN_LOSSES, default="hinge", help="form of the adversarial loss")
+    add("--adversarial-weight", type=non_negative_float, default=0.3, help="factor of lambda L_GAN")
+    add("--max-lambda", type=positive_float, default=5.0, help="clamp of adaptive weight lambda")
+    add("--disc-start", type=fraction, default=0.25, help="fraction of training before it starts")
+    add("--disc-warmup", type=non_negative_int, default=100, help="steps it learns before its use")
+    add("--disc-lr", type=positive_float, default=1e-3, help="learning rate of the discriminator")
+    add("--disc-channels", type=positive_int, default=64, help="channels of its first layer")
+    add("--disc-norm", choices=NORMS, default="spectral", help="normalization of its layers")
     return parse_arguments(parser)
 
 

@@ -1,12 +1,13 @@
-"""The study: a VAE and a VQ-VAE trained on the same images, measured and pictured side by side.
+"""The study: a VAE and a VQ-VAE are trained on the same images and compared.
 
     python train_vqvae.py                                    CIFAR-10, 40 epochs of both
-    python train_vqvae.py --data shapes --epochs 6           drawn shapes: minutes on a CPU
-    python train_vqvae.py --batch-sizes 16 32 64 128 256     the sweep over batch sizes
-    python train_vqvae.py --resume                           go on after an interruption
+    python train_vqvae.py --data shapes --epochs 6           rendered shapes, minutes on a CPU
+    python train_vqvae.py --batch-sizes 16 32 64 128 256     a sweep over batch sizes
+    python train_vqvae.py --resume                           continue after an interruption
 
 The setting is that of Zhao, Xie, Tang, "VQ-VAE for image generation on CIFAR-10" (UC Davis): both
-models with Adam, learning rate 5e-4, 40 epochs. The loss and the loop come first, the flags last.
+models are trained with Adam at a learning rate of 5e-4 for 40 epochs. The loss and the loop come
+first, the flags last.
 """
 
 import argparse
@@ -34,16 +35,17 @@ from vqgan.vqvae import VQVAE
 
 
 def training_losses(model: nn.Module, x: Tensor, variance: float) -> dict[str, Tensor]:
-    """The loss and its terms, each (); x is (B, 3, H, W) in [-1, 1]."""
+    """The loss and its terms, each (), for x (B, 3, H, W) in [-1, 1]."""
     output = model(x)
     if isinstance(model, VAE):
-        # Sums over pixels and latent dimensions, means over the batch: nats per image.
+        # Each term is summed over pixels or latent dimensions and averaged over the batch: nats
+        # per image.
         return {
             "loss": output.loss,
             "negative log-likelihood": output.negative_log_likelihood,
             "KL": output.kl.mean(),
         }
-    # Means over all elements. Divided by the variance, the error of one mean grey is 1.
+    # Each term is a mean over all elements; predicting the mean of all pixels has an error of 1.
     reconstruction = F.mse_loss(output.reconstruction.float(), x) / variance
     return {
         "loss": reconstruction + output.loss,
@@ -55,11 +57,11 @@ def training_losses(model: nn.Module, x: Tensor, variance: float) -> dict[str, T
 def train(
     model: nn.Module, model_args: dict, folder: Path, *, run: Run, batch_size: int, lr: float
 ) -> Session:
-    """Train to the last epoch, from the checkpoint if there is one.
+    """Train to the last epoch, from the last checkpoint if the run is resumed.
 
     Args:
         model_args: the model's constructor arguments.
-        folder: where checkpoint.pt and log.csv go.
+        folder: folder for checkpoint.pt and log.csv.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=has_fused_optimizers(run.device))
     session = Session(
@@ -81,15 +83,15 @@ def train(
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train each model, measure it, and put all of them into one table and the same figures."""
+    """Train and evaluate each model, and compare all of them in one table and in figures."""
     check_arguments(args)
     run = open_run(args, batch_sizes=args.batch_sizes)
     sessions, results, counts = {}, {}, {}
-    for batch_size in dict.fromkeys(args.batch_sizes):  # each once
+    for batch_size in dict.fromkeys(args.batch_sizes):  # each size once
         for model_name in args.models:
             several = len(args.batch_sizes) > 1
             name = f"{model_name}-batch{batch_size}" if several else model_name
-            torch.manual_seed(args.seed)  # each model's own start, whatever was trained before it
+            torch.manual_seed(args.seed)  # the same start, whatever was trained before
             model, model_args = build_model(model_name, args)
             prepare_model(model, run.device, compile=args.compile)
             # A run of one model has no subfolder.
@@ -104,14 +106,14 @@ def main(args: argparse.Namespace) -> None:
     titled = {report.study_title(name): result for name, result in results.items()}
     report.print_table(titled, report.STUDY_COLUMNS)
     report.save_study_figures(run, sessions, results, counts)
-    print(f"metrics.json, logs, checkpoints and pictures are in {run.out}")
+    print(f"metrics.json, logs, checkpoints and figures are in {run.out}")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Stop before anything is written where flags do not fit each other."""
-    halvings = [4] if "vae" in args.models else []
-    halvings += [args.num_downsamples] if "vqvae" in args.models else []
-    factor = 2 ** max(halvings)
+    """Raise InputError before anything is written if flags do not fit each other."""
+    downsamples = [4] if "vae" in args.models else []
+    downsamples += [args.num_downsamples] if "vqvae" in args.models else []
+    factor = 2 ** max(downsamples)
     if args.image_size % factor or args.image_size < metrics.SSIM_WINDOW:
         raise InputError(
             f"--image-size {args.image_size} does not fit: the models need a multiple of {factor}, "
@@ -122,7 +124,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def build_model(name: str, args: argparse.Namespace) -> tuple[VAE | VQVAE, dict]:
-    """The model and its constructor model_args, which its checkpoint keeps."""
+    """The model and its constructor arguments, which its checkpoint keeps."""
     if name == "vae":
         model_args = {
             "image_size": args.image_size,
@@ -142,7 +144,7 @@ def build_model(name: str, args: argparse.Namespace) -> tuple[VAE | VQVAE, dict]
 
 
 def parse() -> argparse.Namespace:
-    """The flags; several --batch-sizes or --models are trained one after the other."""
+    """Parse the flags; several --batch-sizes or --models are trained one after the other."""
     parser = common_parser(
         "Train a VAE and a VQ-VAE on the same images and compare them.",
         out="runs/study",
@@ -150,37 +152,36 @@ def parse() -> argparse.Namespace:
         lr=5e-4,
     )
     add = parser.add_argument
-    add("--models", nargs="+", choices=("vae", "vqvae"), default=["vae", "vqvae"], help="to train")
+    models = ["vae", "vqvae"]
+    add("--models", nargs="+", choices=models, default=models, help="models to train and compare")
     add(
         "--batch-sizes",
         "--batch-size",
         nargs="+",
         type=positive_int,
         default=[128],
-        help="several train each model once for each",
+        help="images per step; given several, each model is trained once with each",
     )
     vae = parser.add_argument_group("VAE").add_argument
     vae(
         "--likelihood",
         choices=LIKELIHOODS,
         default="optimal",
-        help="what an error costs: see vqgan/vae.py",
+        help="distribution of the pixels, which defines the reconstruction error (vqgan/vae.py)",
     )
     vae(
         "--kl-weight",
         type=non_negative_float,
         default=1.0,
-        help="1: the bound; more: fewer bits, more blur",
+        help="weight of the KL term; 1 is the ELBO, a larger weight gives fewer bits and more blur",
     )
     vqvae = parser.add_argument_group("VQ-VAE").add_argument
     on_off = argparse.BooleanOptionalAction
-    vqvae("--quantizer", choices=("ema", "gradient"), default="ema", help="what moves the codes")
-    vqvae("--num-embeddings", type=positive_int, default=512, help="K, codes in the codebook")
-    vqvae("--num-downsamples", type=positive_int, default=2, help="2: 8x8 codes of 32x32; 1: 16x16")
-    vqvae("--data-init", action=on_off, default=True, help="codes start from the first batch")
-    vqvae(
-        "--restart-dead-codes", action=on_off, default=True, help="codes that nobody chooses move"
-    )
+    vqvae("--quantizer", choices=("ema", "gradient"), default="ema", help="update of the codebook")
+    vqvae("--num-embeddings", type=positive_int, default=512, help="K, entries of the codebook")
+    vqvae("--num-downsamples", type=positive_int, default=2, help="2 turns 32x32 pixels into 8x8")
+    vqvae("--data-init", action=on_off, default=True, help="initialize codes from the first batch")
+    vqvae("--restart-dead-codes", action=on_off, default=True, help="move unused codebook entries")
     return parse_arguments(parser)
 
 

@@ -1,4 +1,4 @@
-"""VAE, VQ-VAE, VQGAN and a transformer over their tokens, in plain PyTorch. One concept a file."""
+"""VAE, VQ-VAE, VQGAN and a transformer over their tokens in plain PyTorch: one concept per file."""
 
 __version__ = "0.1.0"  # before the imports: checkpoint.py writes it
 

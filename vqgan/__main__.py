@@ -1,4 +1,4 @@
-"""`python -m vqgan`: the command of `cli.py`."""
+"""Runs the command of `cli.py` as `python -m vqgan`."""
 
 from vqgan.cli import command_line
 

@@ -1,8 +1,8 @@
-"""Files that are whole or not there: checkpoints, and what else a run writes.
+"""Files that are written whole or not at all: checkpoints, and what else a run writes.
 
 A checkpoint is one file of plain tensors, numbers, strings, lists and dicts: the model's name and
-all of its constructor model_args, its weights, and everything that the next training step depends
-on. It is read with `weights_only=True`, so nothing in it is run. A run that was killed and resumed
+all of its constructor arguments, its weights, and everything that the next training step depends
+on. It is read with `weights_only=True`, so no code in it is run. A run that was killed and resumed
 ends with the same weights, bit for bit on the same machine, as one that was not.
 """
 
@@ -21,18 +21,19 @@ from torch import Tensor, nn
 import vqgan
 from vqgan.errors import InputError
 
-MODEL_KEYS = {"model", "model_args", "weights"}  # what a model can be used with
-RUN_KEYS = {"optimizers", "batches", "step", "seconds", "random", "threads"}  # and a run goes on
+# What using a model needs, and what resuming its run needs in addition.
+MODEL_KEYS = {"model", "model_args", "weights"}
+RUN_KEYS = {"optimizers", "batches", "step", "seconds", "random", "threads"}
 
-# After a loss or a weight that is not finite.
-DIVERGED = "training has diverged; what was saved before is whole: start again with a lower lr"
+# Ends the message about a loss or a weight that is not finite.
+DIVERGED = "training has diverged, start again with a lower learning rate; saved files are intact"
 
 
 # --- writing -------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside the file, then rename: a kill or a full disk leaves the old one whole."""
+    """Write a temporary file and rename it: a kill or a full disk leaves the old file intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -47,13 +48,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Indented, so that people can read it too; whole or not at all."""
+    """Write indented JSON, which people can read too, whole or not at all."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def save_plain(path: Path, state: dict) -> None:
     """Write plain tensors, numbers, strings, lists and dicts, whole or not at all."""
-    buffer = io.BytesIO()  # torch.save reports a full disk as something other than an OSError
+    buffer = io.BytesIO()  # on a full disk, torch.save raises something other than OSError
     torch.save(state, buffer)
     write_atomically(path, buffer.getvalue())
 
@@ -70,19 +71,19 @@ def save_checkpoint(
     extra_state: dict | None = None,
     metadata: dict | None = None,
 ) -> None:
-    """Everything that the next step depends on.
+    """Save everything that the next step depends on.
 
     Args:
-        model_args: the model's constructor arguments; defaults that are left out are written too.
+        model_args: the model's constructor arguments; omitted defaults are saved too.
         batches: a `data.TrainLoader`, or anything else with a `state_dict`.
         step: optimizer steps taken.
-        seconds: of training so far.
-        extra_state: what else training goes on with, by name (a discriminator, say): anything with
-            a `state_dict`.
-        metadata: what else is to be known of the model: its data, image size and command, say.
+        seconds: seconds of training so far.
+        extra_state: further parts of the training by name (a discriminator, say): anything with a
+            `state_dict`.
+        metadata: facts about the model, such as its data, image size and command.
 
     Raises:
-        InputError: a weight is not finite any more; the old checkpoint stays.
+        InputError: a weight is not finite; the old checkpoint stays.
     """
     extra_state = {name: part.state_dict() for name, part in (extra_state or {}).items()}
     weights = [model.state_dict(), *extra_state.values()]
@@ -109,10 +110,10 @@ def save_checkpoint(
 def all_model_args(model_class: type[nn.Module], model_args: dict) -> dict:
     """Constructor arguments with the defaults written out.
 
-    So a default that changes later does not change a model that was saved before.
+    A default that changes later therefore does not change a model that was saved before.
 
     Raises:
-        TypeError: an argument that the constructor does not have, or one that it lacks.
+        TypeError: the constructor does not have an argument, or requires one that is missing.
     """
     bound = inspect.signature(model_class).bind(**model_args)
     bound.apply_defaults()
@@ -120,9 +121,9 @@ def all_model_args(model_class: type[nn.Module], model_args: dict) -> dict:
 
 
 def save_model(path: Path, state: dict, *, half: bool = False) -> None:
-    """Write what a model is used with, of a checkpoint's state (`load_checkpoint`).
+    """Write the part of a checkpoint's state (`load_checkpoint`) that using the model needs.
 
-    `half`: the weights in half precision: a file of half the size, equal to about three digits.
+    `half` rounds the weights to half precision, about three digits, which halves the file.
     """
     weights = dict(state["weights"])
     if half:
@@ -132,7 +133,7 @@ def save_model(path: Path, state: dict, *, half: bool = False) -> None:
 
 
 def is_float(value: object) -> bool:
-    """Whether an entry of a state dict is a tensor of floats: what can be rounded or averaged."""
+    """Whether an entry of a state dict is a tensor of floats, which can be rounded or averaged."""
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
@@ -146,38 +147,37 @@ def load_checkpoint(
     model_args: dict | None = None,
     remedy: str = "put a copy of it back, or move it away to train this model from the start",
 ) -> dict:
-    """Read a checkpoint, on the CPU.
-
-    To use a model: `pretrained.load_model`.
+    """Read a checkpoint onto the CPU. (`pretrained.load_model` returns a model.)
 
     Args:
-        model_class, model_args: what the checkpoint must be of for a run to go on with it; if not
-            given, it may be one that can only be used (`save_model`).
-        remedy: what to do when the file is not a checkpoint, for the error.
+        model_class, model_args: the model that a run resumes with this checkpoint; if not given,
+            the checkpoint may lack the state of the training (`save_model`).
+        remedy: what the error advises if the file is not a checkpoint.
 
     Raises:
-        InputError: not a checkpoint of this package, one that carries code, or of another model.
+        InputError: the file is not a checkpoint of this package, carries code, or holds another
+            model.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's about odd formats: the error says enough
+            warnings.simplefilter("ignore")  # torch warns of odd formats; the error says enough
             state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # pickle's, zipfile's and torch's own, of many types
+    except Exception as error:  # pickle, zipfile and torch raise many types
         # torch says "unsupported" of a pickle with code, and of a file that is no pickle.
-        code = "it is something else, or carries code, which was not run"
-        reason = code if "unsupported" in str(error).lower() else "damaged?"
+        foreign = "it is another kind of file, or carries code, which was not run"
+        reason = foreign if "unsupported" in str(error).lower() else "is it damaged?"
         raise InputError(f"{path} is no checkpoint of plain data ({reason}): {remedy}") from error
     keys = MODEL_KEYS if model_class is None else MODEL_KEYS | RUN_KEYS
     if not isinstance(state, dict) or not keys <= state.keys():
         raise InputError(f"{path} is not a checkpoint of this package: {remedy}")
     if model_class is not None:
-        name, wanted = model_class.__name__, all_model_args(model_class, model_args or {})
-        if (state["model"], state["model_args"]) != (name, wanted):
+        name, expected = model_class.__name__, all_model_args(model_class, model_args or {})
+        if (state["model"], state["model_args"]) != (name, expected):
             raise InputError(
                 f"{path} is of {state['model']}({_call(state['model_args'])}), but this run trains "
-                f"{name}({_call(wanted)}): move it away, or start in another folder"
+                f"{name}({_call(expected)}): move it away, or start in another folder"
             )
     return state
 
@@ -194,7 +194,7 @@ def restore(
     batches,
     extra_state: dict | None = None,
 ) -> None:
-    """Put a checkpoint's state back into what `save_checkpoint` took it from."""
+    """Load a checkpoint's state into the objects that `save_checkpoint` took it from."""
     try:
         model.load_state_dict(state["weights"])
         for name, part in (extra_state or {}).items():
@@ -203,21 +203,21 @@ def restore(
             optimizer.load_state_dict(state["optimizers"][name])
     except (KeyError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        advice = "put the right one back, or start in another folder"
+        advice = "put the right file back, or start in another folder"
         raise InputError(f"the checkpoint does not fit this run ({reason}): {advice}") from error
     batches.load_state_dict(state["batches"])
     set_random_state(state["random"])
     if state["threads"] != torch.get_num_threads():
         print(
-            f"warning: this run had {state['threads']} threads, not {torch.get_num_threads()}: sums"
+            f"warning: this run had {state['threads']} threads, now {torch.get_num_threads()}: sums"
             " are rounded in another order, so the weights will not be the same bit for bit"
         )
 
 
 def random_state() -> dict[str, Tensor]:
-    """States of the global generators, from which a training step draws."""
+    """The states of the global random generators, which a training step draws from."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():  # asking would initialize it, on a run that uses the CPU
+    if torch.cuda.is_initialized():  # otherwise reading its state would initialize CUDA
         state["cuda"] = torch.cuda.get_rng_state()
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()
@@ -225,7 +225,7 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor]) -> None:
-    """Put back what `random_state` gave; the state of a device that is not here is left out."""
+    """Restore what `random_state` returned, except for a device that this machine lacks."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

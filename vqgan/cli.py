@@ -1,12 +1,12 @@
 """`vqgan`, or `python -m vqgan`: use trained models without writing code.
 
-    vqgan sample CHECKPOINT --class cat       new images, of a transformer
-    vqgan complete CHECKPOINT IMAGE           an image's other half
-    vqgan reconstruct CHECKPOINT IMAGE...     images through a model
-    vqgan encode CHECKPOINT IMAGE...          images as codes, a few dozen bytes each
-    vqgan decode INDICES                      and back
-    vqgan info CHECKPOINT                     what a checkpoint is
-    vqgan export CHECKPOINT                   what of a transformer's run is worth sharing
+    vqgan sample CHECKPOINT --class cat       generate new images with a transformer
+    vqgan complete CHECKPOINT IMAGE           generate the other half of an image
+    vqgan reconstruct CHECKPOINT IMAGE...     encode and decode images with a model
+    vqgan encode CHECKPOINT IMAGE...          compress images to a few dozen bytes each
+    vqgan decode INDICES                      turn these files back into images
+    vqgan info CHECKPOINT                     describe a checkpoint
+    vqgan export CHECKPOINT                   write a small copy of a transformer's run to share
 
 CHECKPOINT is the checkpoint.pt of a run, or the name of a model that comes with the package.
 """
@@ -22,12 +22,12 @@ from vqgan.errors import InputError
 
 
 def info_flags(add) -> None:
-    """Of `vqgan info`."""
-    add("checkpoint", metavar="CHECKPOINT", help="of any model")
+    """The flags of `vqgan info`."""
+    add("checkpoint", metavar="CHECKPOINT", help="checkpoint of any model")
 
 
 def info(args: argparse.Namespace) -> None:
-    """What a checkpoint is, trained on what, for how long, with what result."""
+    """Describe a checkpoint: its model, training data and time, and results."""
     state = pretrained.read_checkpoint(args.checkpoint)
     metadata = state.get("metadata") or {}
     parameters = sum(p.numel() for p in pretrained.build_model(state, args.checkpoint).parameters())
@@ -37,13 +37,11 @@ def info(args: argparse.Namespace) -> None:
     if "condition" in metadata:
         condition = metadata["condition"]
         names = ", ".join(name for name in condition["names"] if name)
-        what = names or condition["transform"] or "one start token"
-        print(f"condition: {condition['kind']} ({what})")
+        values = names or condition["transform"] or "one start token"
+        print(f"condition: {condition['kind']} ({values})")
         print(f"tokenizer: {metadata['tokenizer']}")
     if metadata:
-        print(
-            f"trained on {metadata['data']}, {metadata['image_size']} pixels: {metadata['command']}"
-        )
+        print("trained on {data}, {image_size} pixels: {command}".format_map(metadata))
     if "step" in state:
         print(f"{state['step']:,} steps, {state['seconds'] / 60:.1f} minutes")
     for name, value in _result(args.checkpoint, state).items():
@@ -52,7 +50,7 @@ def info(args: argparse.Namespace) -> None:
 
 
 def _result(checkpoint: str, state: dict) -> dict:
-    """What was measured of a model: in its checkpoint, or in the metrics.json of its run."""
+    """The results of a model, from its checkpoint or from the metrics.json of its run."""
     if "result" in (state.get("metadata") or {}):
         return state["metadata"]["result"]
     folder = pretrained.checkpoint_path(checkpoint).parent
@@ -65,18 +63,18 @@ def _result(checkpoint: str, state: dict) -> dict:
             return models[name]
         except (OSError, ValueError, KeyError):
             continue
-    print("(no metrics.json of it: its run was not finished, or is elsewhere)")
+    print("(no metrics.json: the run was not finished, or is in another folder)")
     return {}
 
 
 def export_flags(add) -> None:
-    """Of `vqgan export`."""
-    add("checkpoint", metavar="CHECKPOINT", help="of train_transformer.py")
-    add("--out", default="exported", help="the folder to write to")
+    """The flags of `vqgan export`."""
+    add("checkpoint", metavar="CHECKPOINT", help="checkpoint of train_transformer.py")
+    add("--out", default="exported", help="folder to write to")
 
 
 def export(args: argparse.Namespace) -> None:
-    """A transformer and its tokenizer, to share: half precision, no optimizer."""
+    """Write a transformer and its tokenizer to share, in half precision and without optimizers."""
     pipeline, out = pretrained.load_pipeline(args.checkpoint), Path(args.out)
     path = pretrained.checkpoint_path(args.checkpoint)
     if (out / "checkpoint.pt").exists():
@@ -84,9 +82,7 @@ def export(args: argparse.Namespace) -> None:
     state = pretrained.read_checkpoint(path)
     tokenizer_state = pretrained.read_checkpoint(path.with_name("tokenizer.pt"))
     save_model(out / "tokenizer.pt", tokenizer_state, half=True)
-    tokenizer, _ = pretrained.load_tokenizer(
-        out / "tokenizer.pt"
-    )  # rounded: other weights, another hash
+    tokenizer, _ = pretrained.load_tokenizer(out / "tokenizer.pt")  # rounded: another fingerprint
     state["metadata"] |= {"tokenizer_fingerprint": fingerprint(tokenizer)}
     state["metadata"] |= {"result": _result(args.checkpoint, state)}
     save_model(out / "checkpoint.pt", state, half=True)
@@ -94,8 +90,8 @@ def export(args: argparse.Namespace) -> None:
     print(f"{type(pipeline.tokenizer).__name__} and transformer, {size / 1e6:.1f} MB: {out}")
 
 
-# Each command is a function; its name and its docstring's first line are the user's. Beside it,
-# what adds its flags.
+# Each command is a function, whose name and first line of the docstring a user sees, with the
+# function that adds its flags.
 COMMANDS = {
     cli_sample.sample: cli_sample.sample_flags,
     cli_sample.complete: cli_sample.complete_flags,
@@ -111,8 +107,9 @@ def parse() -> argparse.Namespace:
     """The command and its flags."""
     parser = argparse.ArgumentParser(
         prog="vqgan",
-        description="Use trained models. CHECKPOINT: the checkpoint.pt of a run, or one that comes "
-        f"with the package: {', '.join(pretrained.PRETRAINED)}.",
+        description="Use trained models. CHECKPOINT is the checkpoint.pt of a run, or the name of "
+        f"a model that comes with the package: {', '.join(pretrained.PRETRAINED)}.",
+        epilog="The scripts that train models (train_*.py) are in the repository of this package.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for function, add_flags in COMMANDS.items():
@@ -131,5 +128,5 @@ def main(args: argparse.Namespace) -> None:
 
 
 def command_line() -> None:
-    """What the installed command `vqgan` calls."""
+    """Run the installed command `vqgan`."""
     run_script(parse, main, resumable=False)

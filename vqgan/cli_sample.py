@@ -1,4 +1,4 @@
-"""The commands that generate: `vqgan sample` and `vqgan complete`."""
+"""The commands that generate images: `vqgan sample` and `vqgan complete`."""
 
 import argparse
 
@@ -18,132 +18,129 @@ from vqgan.images import from_uint8, to_unit
 from vqgan.pretrained import Pipeline, load_pipeline
 from vqgan.sampling import check_sampling, describe_sampling, sample_sliding_window
 
-COLUMNS = 8  # images in a row
-MAX_CHUNK_SIZE = 64  # images that are generated together
+COLUMNS = 8  # images per row
+MAX_CHUNK_SIZE = 64  # images that are generated at once
 
 
 def sampling_flags(add, *, count: int) -> None:
     """The flags that both commands have."""
-    add("checkpoint", metavar="CHECKPOINT", help="of train_transformer.py")
-    add("--class", dest="classes", nargs="+", metavar="NAME", help="for a model of classes")
-    add("--caption", nargs="+", metavar="TEXT", help='as in "small red star on blue"')
-    add("--count", type=positive_int, default=count, help="pictures of each")
-    add("--temperature", type=non_negative_float, default=1.0, help="0: greedy, no chance")
-    add("--top-k", type=int, help="sample from the k likeliest codes only")
-    add("--top-p", type=positive_float, help="from the likeliest of this mass only, up to 1")
-    add("--guidance", type=non_negative_float, default=1.0, help="scale; above 1: more as asked")
-    add("--seed", type=seed_int, default=0, help="another gives other pictures")
-    add("--tokenizer", metavar="CHECKPOINT", help="not given: tokenizer.pt beside CHECKPOINT")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("checkpoint", metavar="CHECKPOINT", help="checkpoint of train_transformer.py")
+    add("--class", dest="classes", nargs="+", metavar="NAME", help="classes to generate")
+    add("--caption", nargs="+", metavar="TEXT", help='captions, as in "small red star on blue"')
+    add("--count", type=positive_int, default=count, help="images per class or caption")
+    add("--temperature", type=non_negative_float, default=1.0, help="temperature; 0 is greedy")
+    add("--top-k", type=int, help="sample from the k most likely tokens only")
+    add("--top-p", type=positive_float, help="sample from the top tokens of this total probability")
+    add("--guidance", type=non_negative_float, default=1.0, help="guidance scale; 1 is no guidance")
+    add("--seed", type=seed_int, default=0, help="random seed; another one gives other images")
+    add("--tokenizer", metavar="FILE", help="tokenizer (default: tokenizer.pt next to CHECKPOINT)")
+    add("--device", default="auto", help="device to compute on: auto, cpu, cuda, cuda:1 or mps")
 
 
 def sample_flags(add) -> None:
-    """Of `vqgan sample`."""
+    """The flags of `vqgan sample`."""
     sampling_flags(add, count=16)
-    add("--image", metavar="IMAGE", help="for a model of pictures: what it is to work from")
-    add("--as-is", action="store_true", help="IMAGE is a sketch (grey, small) already")
-    add("--height", type=positive_int, help="in pixels; for textures: see the README")
-    add("--width", type=positive_int, help="in pixels")
-    add("--out", default="samples.png", help="the picture to write")
+    add("--image", metavar="IMAGE", help="image to generate from, if that is the model's condition")
+    add("--as-is", action="store_true", help="IMAGE is already transformed (edges, gray, lowres)")
+    add("--height", type=positive_int, help="height in pixels, for textures larger than trained")
+    add("--width", type=positive_int, help="width in pixels, for textures larger than trained")
+    add("--out", default="samples.png", help="PNG file to write")
 
 
 def complete_flags(add) -> None:
-    """Of `vqgan complete`."""
+    """The flags of `vqgan complete`."""
     sampling_flags(add, count=8)
-    add("image", metavar="IMAGE", help="a file that Pillow opens")
-    add("--keep", default="top", help="top or left: that half; x0,y0,x1,y1: a box, in pixels")
-    add("--out", default="completed.png", help="the picture to write")
+    add("image", metavar="IMAGE", help="image file, in any format that Pillow opens")
+    add("--keep", default="top", help="part to keep: top or left (half), or x0,y0,x1,y1 in pixels")
+    add("--out", default="completed.png", help="PNG file to write")
 
 
 def sample(args: argparse.Namespace) -> None:
-    """New images of a trained transformer, in one PNG.
+    """Generate new images with a trained transformer, in one PNG.
 
-    There are --count of each class or caption that is asked for, one after the other.
+    There are --count images of each requested class or caption, one after the other.
     """
     out = png_path(args.out, [args.image] if args.image else [])
     pipeline, setting, device = _open(args)
     if args.as_is and args.image is None:
-        raise InputError("--as-is says something of --image, and none was given: leave it out")
+        raise InputError("--as-is is about an --image, and none was given: leave it out")
     size, (h, w) = pipeline.tokenizer.image_size, pipeline.tokenizer.grids[0]
     height, width = _grid_size(args, pipeline)
     prompts = _prompts(args, pipeline)
     rows = []
     if args.image is not None:
         x = from_uint8(read_images([args.image], size)).to(device)
-        picture = x if args.as_is else TRANSFORMS[pipeline.condition.transform](x)
+        transformed = x if args.as_is else TRANSFORMS[pipeline.condition.transform](x)
         rows = [("original", to_unit(x).cpu())] if not args.as_is else []
-        rows.append((pipeline.condition.transform, to_unit(picture).cpu()))
-        prompts = {"samples": pipeline.tokenizer.tokens(picture)}
-    chunk_size = min(
-        MAX_CHUNK_SIZE, eval_batch_size(height * 2**pipeline.tokenizer.num_downsamples)
-    )
+        rows.append((pipeline.condition.transform, to_unit(transformed).cpu()))
+        prompts = {"samples": pipeline.tokenizer.tokens(transformed)}
+    pixels = 2**pipeline.tokenizer.num_downsamples
+    chunk_size = min(MAX_CHUNK_SIZE, eval_batch_size(height * pixels))
     generator = torch.Generator().manual_seed(args.seed)
     total = len(prompts) * args.count * height * width
     with tqdm(desc="sampling", total=total, unit="token", unit_scale=True) as progress:
-        more = setting | {"generator": generator, "progress": progress.update}
+        options = setting | {"generator": generator, "progress": progress.update}
         for label, prompt in prompts.items():
             images = []
             for part in prompt.to(device).expand(args.count, -1).split(chunk_size):
                 if (height, width) == (h, w):
-                    x = pipeline.tokenizer.decode_tokens(pipeline.transformer.sample(part, **more))
+                    tokens = pipeline.transformer.sample(part, **options)
+                    x = pipeline.tokenizer.decode_tokens(tokens)
                 else:
                     models = (pipeline.transformer, pipeline.tokenizer)
-                    grid = sample_sliding_window(*models, part, height, width, **more)
-                    x = pipeline.tokenizer.decode_indices(grid)
+                    indices = sample_sliding_window(*models, part, height, width, **options)
+                    x = pipeline.tokenizer.decode_indices(indices)
                 images.append(to_unit(x).cpu())
             chunks = torch.cat(images).split(COLUMNS)
             rows += [(label if i == 0 else "", chunk) for i, chunk in enumerate(chunks)]
     figures.image_rows(out, rows, title=describe_sampling(setting))
-    print(f"{args.count} pictures of {', '.join(prompts)}: written to {out}")
+    print(f"{args.count} images of {', '.join(prompts)}: written to {out}")
 
 
 def complete(args: argparse.Namespace) -> None:
-    """The rest of an image, generated by a transformer, in one PNG.
+    """Generate the rest of an image with a trained transformer, in one PNG.
 
-    The image becomes tokens; those that --keep names stay, and the others are generated.
+    The image becomes tokens; those inside --keep stay, and the others are generated.
     """
     out = png_path(args.out, [args.image])
     pipeline, setting, device = _open(args)
-    x = from_uint8(read_images([args.image], pipeline.tokenizer.image_size)).to(
-        device
-    )  # (1, 3, H, W)
+    images = read_images([args.image], pipeline.tokenizer.image_size)
+    x = from_uint8(images).to(device)  # (1, 3, H, W)
     tokens = pipeline.tokenizer.tokens(x)  # (1, N)
     mask = _mask(args.keep, pipeline)  # (h, w)
     if args.classes is not None or args.caption is not None:
         (condition, *others) = _prompts(args, pipeline).values()
         if others:
-            raise InputError("a completion is of one class or caption: give one")
+            raise InputError("a completion has one class or caption: give one")
     elif pipeline.condition.kind == "image":
         condition = pipeline.tokenizer.tokens(TRANSFORMS[pipeline.condition.transform](x))
     elif pipeline.condition.kind == "none":
         condition = pipeline.condition.start_tokens(1)
     elif not pipeline.supports_guidance:
-        raise InputError(
-            f"this model needs to be told a condition: give --{pipeline.condition.kind}"
-        )
+        raise InputError(f"this model needs a condition: give --{pipeline.condition.kind}")
     elif args.guidance != 1:
-        raise InputError("--guidance exaggerates a condition, and none was given: leave it out")
+        raise InputError("--guidance strengthens a condition, and none was given: leave it out")
     else:  # the condition is dropped
         condition = torch.full((1, pipeline.condition.length), pipeline.transformer.null_token)
     given = torch.where(mask.to(device).flatten(), tokens, -1).expand(args.count, -1)
     with tqdm(desc="sampling", total=given.numel(), unit="token", unit_scale=True) as progress:
         generator = torch.Generator().manual_seed(args.seed)
-        more = setting | {"generator": generator, "progress": progress.update}
+        options = setting | {"generator": generator, "progress": progress.update}
         prompt = condition.to(device).expand(args.count, -1)
-        sampled = pipeline.transformer.sample(prompt, given=given, **more)
-    completed = to_unit(decode_tokens(pipeline.tokenizer, sampled))
+        samples = pipeline.transformer.sample(prompt, given=given, **options)
+    completed = to_unit(decode_tokens(pipeline.tokenizer, samples))
     pixels = 2**pipeline.tokenizer.num_downsamples
     mask = mask.repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
-    shown = torch.where(mask, to_unit(x).cpu(), 0.5)
-    rows = [("original, and what is kept", torch.cat([to_unit(x).cpu(), shown]))]
+    masked = torch.where(mask, to_unit(x).cpu(), 0.5)
+    rows = [("original, and what is kept", torch.cat([to_unit(x).cpu(), masked]))]
     rows += [("completions" if i == 0 else "", c) for i, c in enumerate(completed.split(COLUMNS))]
     figures.image_rows(out, rows, title=describe_sampling(setting))
     num_given = int((given[0] >= 0).sum())
-    print(f"{num_given} of {given.shape[1]} codes kept; {args.count} completions: {out}")
+    print(f"{num_given} of {given.shape[1]} tokens kept; {args.count} completions: {out}")
 
 
 def _open(args: argparse.Namespace) -> tuple[Pipeline, dict, torch.device]:
-    """Transformer and tokenizer on the device, and the keyword arguments of `GPT.sample`."""
+    """The models, on the device, and the checked keyword arguments of `GPT.sample`."""
     device = choose_device(args.device)
     pipeline = load_pipeline(args.checkpoint, tokenizer=args.tokenizer)
     pipeline.transformer.to(device)
@@ -153,26 +150,26 @@ def _open(args: argparse.Namespace) -> tuple[Pipeline, dict, torch.device]:
     with user_input():
         check_sampling(pipeline.transformer.num_embeddings, **setting)
     if args.guidance != 1 and pipeline.condition.kind == "none":
-        raise InputError("--guidance strengthens a condition, and this model has none")
+        raise InputError("--guidance strengthens a condition; this model has none: leave it out")
     if args.guidance != 1 and not pipeline.supports_guidance:
         raise InputError("--guidance needs a model with --condition-drop above 0: leave it out")
     return pipeline, setting, device
 
 
 def _grid_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
-    """--height and --width in tokens."""
-    pixels = 2**pipeline.tokenizer.num_downsamples  # of the side that a token stands for
+    """The height and width in tokens."""
+    pixels = 2**pipeline.tokenizer.num_downsamples  # per token, in each direction
     size = pipeline.tokenizer.image_size
     height, width = args.height or size, args.width or size
     if height % pixels or width % pixels or min(height, width) < size:
         raise InputError(f"{height}x{width} pixels: give multiples of {pixels}, {size} or more")
     if (height, width) != (size, size) and pipeline.condition.kind == "image":
-        raise InputError("a model of pictures has their size only: leave --height, --width out")
+        raise InputError("a model conditioned on images has one size: leave --height, --width out")
     return height // pixels, width // pixels
 
 
 def _prompts(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Tensor]:
-    """What is asked for: a label, and tokens (1, C); refused where the model takes another kind."""
+    """The requested conditions: label -> tokens (1, C); InputError if the model takes others."""
     condition = pipeline.condition
     given = {"class": args.classes, "caption": args.caption}
     if args.command == "sample":  # a completion's image is not its condition
@@ -182,22 +179,21 @@ def _prompts(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Tensor]:
             remedy = f"give --{condition.kind}" if condition.kind in given else "leave it out"
             raise InputError(f"--{kind}: this model's condition is {condition.kind}; {remedy}")
     if condition.kind == "class":
-        names = list(dict.fromkeys(args.classes or condition.names))  # not given: all of them
+        names = list(dict.fromkeys(args.classes or condition.names))  # all by default
         return dict(zip(names, condition.encode_classes(names).split(1), strict=True))
     if condition.kind == "caption":
         if not args.caption:
             words = ", ".join(word for word in condition.names if word)
-            raise InputError(f"this model needs a --caption; the words that it knows: {words}")
-        return dict(
-            zip(args.caption, condition.encode_captions(args.caption).split(1), strict=True)
-        )
+            raise InputError(f"this model needs a --caption of these words: {words}")
+        tokens = condition.encode_captions(args.caption).split(1)
+        return dict(zip(args.caption, tokens, strict=True))
     if condition.kind == "image" and args.image is None:
-        raise InputError(f"this model works from {condition.transform}: name one with --image")
+        raise InputError(f"this model generates from {condition.transform}: name one with --image")
     return {"samples": condition.start_tokens(1)}
 
 
 def _mask(keep: str, pipeline: Pipeline) -> Tensor:
-    """Which tokens to keep, (h, w) bool: those whose pixels lie all inside of the box."""
+    """The mask of tokens to keep, (h, w) bool: those whose pixels all lie inside the box."""
     size, (h, w) = pipeline.tokenizer.image_size, pipeline.tokenizer.grids[0]
     boxes = {"top": (0, 0, size, size // 2), "left": (0, 0, size // 2, size)}
     try:
@@ -209,7 +205,7 @@ def _mask(keep: str, pipeline: Pipeline) -> Tensor:
     mask = (left >= x0) & (left + pixels <= x1) & (top >= y0) & (top + pixels <= y1)
     if not mask.any() or mask.all():
         raise InputError(
-            f"--keep {keep} keeps {int(mask.sum())} of {mask.numel()} codes: give a box with some "
-            f"of the {size}x{size} pixels and not all (a code stands for {pixels}x{pixels})"
+            f"--keep {keep} keeps {int(mask.sum())} of {mask.numel()} tokens: give a box with some "
+            f"of the {size}x{size} pixels and not all (a token stands for {pixels}x{pixels})"
         )
     return mask

@@ -1,6 +1,7 @@
-"""The commands that take images through a tokenizer: `vqgan reconstruct`, `encode`, `decode`."""
+"""The commands that run a tokenizer: `vqgan reconstruct`, `vqgan encode` and `vqgan decode`."""
 
 import argparse
+import importlib
 import io
 import json
 from pathlib import Path
@@ -24,39 +25,37 @@ from vqgan.vae import VAE
 from vqgan.vqvae import VQAutoencoder
 
 
-def image_flags(add, *, model: str, out: str, writes: str) -> None:
-    """The flags of commands that read images."""
-    add("checkpoint", metavar="CHECKPOINT", help=f"of {model}")
-    add("images", metavar="IMAGE", nargs="+", help="files that Pillow opens")
-    add("--image-size", type=positive_int, help="side in pixels; not given: the model's own")
-    add("--out", default=out, help=f"the {writes} to write")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+def image_flags(add, *, model: str, out: str) -> None:
+    """The flags of the commands that read images."""
+    add("checkpoint", metavar="CHECKPOINT", help=f"checkpoint of {model}")
+    add("images", metavar="IMAGE", nargs="+", help="image files, in any format that Pillow opens")
+    add("--image-size", type=positive_int, help="side of images in pixels (default: the model's)")
+    add("--out", default=out, help="file to write")
+    add("--device", default="auto", help="device to compute on: auto, cpu, cuda, cuda:1 or mps")
 
 
 def reconstruct_flags(add) -> None:
-    """Of `vqgan reconstruct`."""
-    model = "any model; of a transformer: its tokenizer"
-    image_flags(add, model=model, out="reconstructions.png", writes="transform")
-    add("--config", metavar="FILE", help="JSON for a checkpoint of the authors: its ddconfig")
+    """The flags of `vqgan reconstruct`."""
+    image_flags(add, model="any model (of a transformer, its tokenizer)", out="reconstructions.png")
+    add("--config", metavar="FILE", help="config of a published VQGAN, as YAML or JSON")
 
 
 def encode_flags(add) -> None:
-    """Of `vqgan encode`."""
-    model = "a VQ-VAE, a VQGAN or a transformer"
-    image_flags(add, model=model, out="indices.npz", writes="file")
+    """The flags of `vqgan encode`."""
+    image_flags(add, model="a VQ-VAE, a VQGAN or a transformer", out="indices.npz")
 
 
 def decode_flags(add) -> None:
-    """Of `vqgan decode`."""
-    add("indices", metavar="INDICES", help="a file of `encode`")
-    add("--checkpoint", metavar="CHECKPOINT", help="not given: the one that encoded")
-    add("--out", default="decoded", help="the folder to write to")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    """The flags of `vqgan decode`."""
+    add("indices", metavar="INDICES", help="file that `vqgan encode` wrote")
+    add("--checkpoint", metavar="CHECKPOINT", help="model that encoded INDICES, if it was moved")
+    add("--out", default="decoded", help="folder to write PNG files to")
+    add("--device", default="auto", help="device to compute on: auto, cpu, cuda, cuda:1 or mps")
 
 
 @torch.no_grad()
 def reconstruct(args: argparse.Namespace) -> None:
-    """Images over their reconstructions by a model, in one PNG, and the PSNR of each."""
+    """Draw images above their reconstructions in one PNG, and print the PSNR of each."""
     out, device = png_path(args.out, args.images), choose_device(args.device)
     config = _read_config(args.config)
     if config is not None or read_checkpoint(args.checkpoint)["model"] == "VAE":
@@ -82,9 +81,9 @@ def reconstruct(args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def encode(args: argparse.Namespace) -> None:
-    """Images as codes, a few dozen bytes each.
+    """Compress images to indices into the codebook, a few dozen bytes per image.
 
-    They are numbers of just enough bits, packed into bytes; the file says what decodes them.
+    Each index takes just enough bits, packed into bytes; the file names the model that decodes it.
     """
     out, device = Path(args.out), choose_device(args.device)
     if out.suffix != ".npz":
@@ -106,19 +105,19 @@ def encode(args: argparse.Namespace) -> None:
         fingerprint=np.array(fingerprint(model)),
     )
     write_atomically(out, file.getvalue())
-    for image, original, code in zip(args.images, pixels, packed, strict=True):
+    for image, original, row in zip(args.images, pixels, packed, strict=True):
         print(
-            f"{image}: {len(code)} bytes as codes; the same {size}x{size} pixels are "
+            f"{image}: {len(row)} bytes as indices; the same {size}x{size} pixels are "
             f"{len(_image_file(original, 'JPEG'))} bytes as JPEG (quality 75), "
             f"{len(_image_file(original, 'PNG'))} as PNG"
         )
     bits = _bits(model.num_embeddings)
-    print(f"{len(packed)} images, {indices[0].numel()} codes of {bits} bits each: {out}")
+    print(f"{len(packed)} images, {indices[0].numel()} indices of {bits} bits each: {out}")
 
 
 @torch.no_grad()
 def decode(args: argparse.Namespace) -> None:
-    """Codes as images again: a PNG for each, by the model that encoded them."""
+    """Decode indices to images with the model that encoded them, one PNG per image."""
     device = choose_device(args.device)
     try:
         with np.load(args.indices, allow_pickle=False) as file:
@@ -128,9 +127,9 @@ def decode(args: argparse.Namespace) -> None:
         names, packed = content["names"], content["indices"]
         indices = torch.from_numpy(_unpack(packed, content["grid_size"].tolist(), K))
         if len(names) != len(indices) or indices.max() >= K:
-            raise ValueError(f"code {indices.max()} of {K}")
-    except Exception as error:  # numpy's, zipfile's and zlib's, of many types
-        reason = "damaged?" if "pickle" in str(error) else error  # numpy takes all else for pickles
+            raise ValueError(f"index {indices.max()} of {K}")
+    except Exception as error:  # numpy, zipfile and zlib raise many types
+        reason = "damaged?" if "pickle" in str(error) else error  # for numpy all else is one
         raise InputError(f"{args.indices} is not a file of `encode` ({reason})") from error
     model = _tokenizer(args.checkpoint or path)
     if (fingerprint(model), model.num_embeddings) != (encoder, K):
@@ -146,14 +145,14 @@ def decode(args: argparse.Namespace) -> None:
 
 
 def _tokenizer(checkpoint: str) -> VQAutoencoder:
-    """A VQ-VAE, a VQGAN, or a transformer's tokenizer."""
+    """Load a VQ-VAE, a VQGAN, or the tokenizer of a transformer."""
     if read_checkpoint(checkpoint)["model"] == "GPT":
         return load_pipeline(checkpoint).tokenizer
     return load_tokenizer(checkpoint)[0]
 
 
 def _size(model: VAE | VQAutoencoder, size: int | None) -> int:
-    """--image-size, or the model's own; refused where the model cannot take it."""
+    """--image-size, or the model's own size; raises InputError if the model cannot take it."""
     size = size or model.image_size
     if isinstance(model, VQAutoencoder):
         with user_input():
@@ -164,41 +163,46 @@ def _size(model: VAE | VQAutoencoder, size: int | None) -> int:
 
 
 def _read_config(path: str | None) -> dict | None:
-    """The JSON of --config; None where the flag was not given."""
+    """The content of --config, JSON or YAML; None if the flag was not given."""
     if path is None:
         return None
     try:
-        config = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"--config {path} cannot be read as JSON ({error})") from error
+        is_yaml = Path(path).suffix in (".yaml", ".yml")
+        parse = importlib.import_module("yaml").safe_load if is_yaml else json.loads
+        config = parse(Path(path).read_text())
+    except ModuleNotFoundError as error:
+        raise InputError(f"--config {path} is YAML: add the extra 'yaml', or give JSON") from error
+    except Exception as error:  # a YAMLError is not a ValueError
+        reason = " ".join(str(error).split())
+        raise InputError(f"--config {path} cannot be read as JSON or YAML ({reason})") from error
     if not isinstance(config, dict):
         raise InputError(f"--config {path} must hold an object {{...}}, not {config!r:.40}")
     return config
 
 
-# --- codes in bytes ------------------------------------------------------------------------------
+# --- indices in bytes ----------------------------------------------------------------------------
 
 
 def _bits(num_embeddings: int) -> int:
-    """Of a number from 0 to K - 1."""
+    """The bits of an index from 0 to K - 1."""
     return max(1, (num_embeddings - 1).bit_length())
 
 
 def _pack(indices: np.ndarray, num_embeddings: int) -> np.ndarray:
-    """int64 (N, h, w) -> uint8 (N, bytes): each number in just enough bits, the lowest first."""
+    """int64 (N, h, w) -> uint8 (N, bytes), each index in just enough bits, the lowest first."""
     binary = (indices[..., None] >> np.arange(_bits(num_embeddings))) & 1  # (N, h, w, bits)
     return np.packbits(binary.reshape(len(indices), -1).astype(np.uint8), axis=1)
 
 
 def _unpack(packed: np.ndarray, grid: list[int], num_embeddings: int) -> np.ndarray:
-    """What `_pack` was given: uint8 (N, bytes) -> int64 (N, h, w), `grid` being h, w."""
+    """The inverse of `_pack`: uint8 (N, bytes) -> int64 (N, h, w), where `grid` is h, w."""
     (h, w), bits = grid, _bits(num_embeddings)
     binary = np.unpackbits(packed, axis=1)[:, : h * w * bits].reshape(len(packed), h, w, bits)
     return (binary.astype(np.int64) << np.arange(bits)).sum(axis=3)
 
 
 def _image_file(pixels: Tensor, format: str) -> bytes:
-    """uint8 (3, H, W) as an image file."""
+    """The content of an image file of uint8 (3, H, W)."""
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, format)
     return file.getvalue()

@@ -1,15 +1,15 @@
 """Reads the checkpoints that the paper's authors published (CompVis/taming-transformers).
 
-Their VQGAN and `vqgan.py`'s are the same function; only the names of the weights differ. Theirs
-say where a layer stands ("encoder.down.1.block.0.conv1"); here the encoder is one sequence of
+Their VQGAN and that of `vqgan.py` are the same function; only the names of the weights differ.
+Theirs say where a layer is ("encoder.down.1.block.0.conv1"); here the encoder is one sequence of
 layers ("encoder.4.conv1"), so the two are matched by walking through both in order.
 
-Their transformer and `transformer.py`'s are the same function too. Theirs reads condition and codes
-from one table, here each has its own: both get a copy of theirs, and a condition keeps its ids.
+Their transformer and that of `transformer.py` are the same function too. Theirs embeds condition
+and image tokens with one table, here there are two: both are copies of theirs, with the same ids.
 
-Their files are Lightning checkpoints, some of which carry objects of classes beside the weights.
-They are read with `weights_only=True` all the same: every foreign class is replaced by one that
-does nothing, so nothing of the file is run, and nothing foreign is imported.
+Their files are Lightning checkpoints, some of which hold objects of foreign classes as well. They
+are nevertheless read with `weights_only=True`: every foreign class is replaced by one that does
+nothing, so no code in the file is run and nothing foreign is imported.
 """
 
 from collections import OrderedDict
@@ -26,51 +26,49 @@ from vqgan.errors import InputError
 from vqgan.transformer import GPT
 from vqgan.vqgan import VQGAN
 
-# The keys of their YAML (model.params.ddconfig, and embed_dim and n_embed beside it), and the name
-# that each argument has here. The others must have the only value that published networks have.
+# The keys of their YAML (model.params.ddconfig, and embed_dim and n_embed next to it), and the
+# names of the arguments here. Other keys must have the only value that published networks have.
 VQGAN_ARGUMENTS = {
     "resolution": "resolution", "ch": "channels", "ch_mult": "channel_multipliers",
     "num_res_blocks": "num_residual_blocks", "attn_resolutions": "attention_resolutions",
     "z_channels": "latent_channels", "embed_dim": "embedding_dim", "n_embed": "num_embeddings",
 }  # fmt: skip
 VQGAN_ONLY_VALUES = {"double_z": False, "in_channels": 3, "out_ch": 3, "resamp_with_conv": True}
-# The same of the transformer (model.params.transformer_config.params); `n_unmasked` positions at
-# the start would see each other.
+# The same for the transformer (model.params.transformer_config.params). In their code, the first
+# `n_unmasked` positions see each other.
 GPT_ARGUMENTS = {
     "vocab_size": "num_embeddings", "block_size": "block_size",
     "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
 }  # fmt: skip
 GPT_ONLY_VALUES = {"n_unmasked": 0}
-# In eval mode these change nothing.
+# These keys have no effect in eval mode.
 NO_EFFECT = ("dropout", "give_pre_end", "embd_pdrop", "resid_pdrop", "attn_pdrop")
 
 
 def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
-    """Their checkpoint as a VQGAN in eval mode: the same latents, indices and images.
+    """Their checkpoint as a VQGAN in eval mode, with the same latents, indices and images.
 
     Args:
-        config: their YAML as a dictionary, or of it only the `ddconfig` with `embed_dim` and
-            `n_embed`, flat or nested as there.
+        config: their YAML as a dictionary, or only its `ddconfig` with `embed_dim` and `n_embed`,
+            flat or nested as in the YAML.
 
     Raises:
         InputError: the file cannot be read, or does not have exactly the weights of this network
-            (those of the training loss are named and ignored).
+            (weights of the training loss are ignored, with a message).
     """
     config = _innermost(config, "model", "params")
-    if "ddconfig" in config:  # beside it their YAML has more than the network: the loss, say
-        outside = {key: config[key] for key in ("embed_dim", "n_embed") if key in config}
-        config = config["ddconfig"] | outside
+    if "ddconfig" in config:  # next to it their YAML describes more than the network, as the loss
+        outer = {key: config[key] for key in ("embed_dim", "n_embed") if key in config}
+        config = config["ddconfig"] | outer
     model_args = _arguments(config, VQGAN_ARGUMENTS, VQGAN_ONLY_VALUES)
     theirs = read_weights(path)
     _ignore(theirs, "of the training loss", "loss.")
     with _fitting(path):
         levels = range(len(model_args["channel_multipliers"]))
-        sides = {model_args["resolution"] // 2**level for level in levels}
-        # Sides that never occur have no effect in their code.
-        model_args["attention_resolutions"] = sides.intersection(
-            model_args["attention_resolutions"]
-        )
-        model = VQGAN(**model_args, quantizer="gradient", norm_groups=32)  # the published ones
+        resolutions = {model_args["resolution"] // 2**level for level in levels}
+        # Resolutions that never occur have no effect in their code.
+        model_args["attention_resolutions"] = resolutions & {*model_args["attention_resolutions"]}
+        model = VQGAN(**model_args, quantizer="gradient", norm_groups=32)  # as published
         _load(model, theirs, {ours: [name] for ours, name in _their_names(model).items()})
     model.quantizer.initialized = True
     return model.eval()
@@ -79,78 +77,78 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
 def load_compvis_transformer(
     path: str | Path, config: dict, seq_len: int | None = None, condition_length: int | None = None
 ) -> GPT:
-    """Their checkpoint as a transformer in eval mode: the same logits.
+    """Their checkpoint as a transformer in eval mode, with the same logits.
 
-    A condition consists of ids of their one table: a code, the label of a class, a start token.
-    Token `null_token` has a row of zeros, since they trained none.
+    A condition consists of ids of their one table: codes, the label of a class, or a start token.
+    The row of `null_token` is zero, because they trained none.
 
     Args:
-        config: their YAML as a dictionary, or of it only the parameters of `transformer_config`,
-            flat or nested as there.
-        seq_len: tokens of an image; what their block holds beyond them is the condition, of
-            block_size - seq_len + 1 tokens. None: block_size, after a condition of one token.
-        condition_length: fewer tokens than that, where a block is larger than it had to be (their
-            faces have 512 positions for 256 tokens and 256 codes, of which the last is not read).
+        config: their YAML as a dictionary, or only the parameters of its `transformer_config`,
+            flat or nested as in the YAML.
+        seq_len: tokens per image; the rest of their block is the condition, of
+            block_size - seq_len + 1 tokens. None is block_size, after a condition of one token.
+        condition_length: a shorter condition, if their block is larger than necessary (their faces
+            have 512 positions for 256 + 256 tokens, of which the last is not read).
 
     Raises:
-        InputError: the file cannot be read, or does not have exactly the weights of this network
-            (those of the autoencoders beside it are named and ignored), or the block is too small.
+        InputError: the file cannot be read, does not have exactly the weights of this network
+            (weights of the autoencoders are ignored, with a message), or its block is too small.
     """
     config = _innermost(config, "model", "params", "transformer_config", "params")
     model_args = _arguments(config, GPT_ARGUMENTS, GPT_ONLY_VALUES)
     theirs = {k: w for k, w in read_weights(path).items() if not k.endswith(".attn.mask")}
-    _ignore(theirs, "beside the transformer", "first_stage_model.", "cond_stage_model.")
+    _ignore(theirs, "outside the transformer", "first_stage_model.", "cond_stage_model.")
     with _fitting(path):
         block_size = model_args.pop("block_size")
         seq_len = block_size if seq_len is None else seq_len
         length = block_size - seq_len + 1 if condition_length is None else condition_length
         if length + seq_len - 1 > block_size:  # the last token is not read
-            raise ValueError(f"{length} + {seq_len} tokens, but their block holds {block_size}")
+            raise ValueError(f"{length} + {seq_len} tokens exceed their block of {block_size}")
         model_args |= {"seq_len": seq_len, "condition_length": length, "dropout": 0.0}
         model = GPT(**model_args, condition_vocabulary=model_args["num_embeddings"])
         positions = theirs["transformer.pos_emb"]
         if positions.shape != (1, block_size, model_args["n_embd"]):
             raise ValueError(f"transformer.pos_emb has the shape {tuple(positions.shape)}")
-        # Rows of positions that are not read, where the block is larger than it had to be, go.
+        # The last positions of a block that is larger than necessary are not read, and dropped.
         theirs["transformer.pos_emb"] = positions[0, : len(model.pos_emb)]
-        codes = theirs["transformer.tok_emb.weight"].float()
-        theirs["condition"] = torch.cat([codes, torch.zeros_like(codes[:1])])
+        embeddings = theirs["transformer.tok_emb.weight"].float()
+        theirs["condition"] = torch.cat([embeddings, torch.zeros_like(embeddings[:1])])
         _load(model, theirs, _their_transformer_names(model))
     return model.eval()
 
 
 def _innermost(config: dict, *keys: str) -> dict:
-    """A part of their YAML, given the whole of it or any part that holds it."""
+    """The part of their YAML at the end of `keys`, given the whole or any part that holds it."""
     for key in keys:
         config = config.get(key, config)
     return config
 
 
 def _arguments(config: dict, names: dict[str, str], only_values: dict) -> dict:
-    """Our constructor model_args, of a config that says nothing else which we could not follow."""
+    """Our constructor arguments from their config, which must not ask for anything else."""
     missing = names.keys() - config.keys()
     if missing:
-        raise InputError(f"the config lacks {', '.join(sorted(missing))}: give that of the model")
+        raise InputError(f"the config lacks {', '.join(sorted(missing))}: give the model's own")
     for key in config.keys() - names.keys() - set(NO_EFFECT):
         if key not in only_values or only_values[key] != config[key]:
             only = only_values.get(key, "not given")
-            raise InputError(f"{key} = {config[key]!r} is another network: here it is {only}")
+            raise InputError(f"{key} = {config[key]!r} is not supported: here it is {only}")
     return {ours: config[theirs] for theirs, ours in names.items()}
 
 
 def _ignore(weights: dict, what: str, *prefixes: str) -> None:
-    """Take out the weights that belong to something else, and say so."""
-    beside = [name for name in weights if name.startswith(prefixes)]
-    for name in beside:
+    """Remove the weights that belong to something else, and print their modules."""
+    ignored = [name for name in weights if name.startswith(prefixes)]
+    for name in ignored:
         del weights[name]
-    if beside:
-        modules = sorted({name.split(".")[0] for name in beside})
-        print(f"ignored {len(beside)} weights {what}: {', '.join(modules)}")
+    if ignored:
+        modules = sorted({name.split(".")[0] for name in ignored})
+        print(f"ignored {len(ignored)} weights {what}: {', '.join(modules)}")
 
 
 @contextmanager
 def _fitting(path: str | Path) -> Iterator[None]:
-    """A network that cannot be built, or has other weights than the file, is the config's fault."""
+    """Report a network that cannot be built, or does not fit the weights, as a wrong config."""
     try:
         yield
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -159,12 +157,12 @@ def _fitting(path: str | Path) -> Iterator[None]:
 
 
 def _load(model: nn.Module, theirs: dict, names: dict[str, list[str]]) -> None:
-    """Load weights strictly: each of ours is laid together from some of theirs; none is left."""
+    """Load weights strictly: ours are concatenations of theirs, and none of theirs is left."""
     state = model.state_dict()
     for ours, parts in names.items():
         state[ours] = torch.cat([theirs.pop(name).float() for name in parts])
     if theirs:
-        raise KeyError(f"{min(theirs)} is not of this network")
+        raise KeyError(f"{min(theirs)} is not a weight of this network")
     model.load_state_dict(state)
 
 
@@ -172,7 +170,7 @@ def _load(model: nn.Module, theirs: dict, names: dict[str, list[str]]) -> None:
 
 
 def _their_names(model: VQGAN) -> dict[str, str]:
-    """For each of our weights, what they call it."""
+    """Their name for each of our weights."""
     layers = {"encoder": list(_encoder_layers(model)), "decoder": list(_decoder_layers(model))}
     names = {"quantizer.codebook": "quantize.embedding.weight"}
     for our_name in model.state_dict():
@@ -185,7 +183,7 @@ def _their_names(model: VQGAN) -> dict[str, str]:
 
 
 def _levels(model: VQGAN, part: str, level: int, num_blocks: int) -> Iterator[str]:
-    """Their names of a level's residual blocks, each with its attention if the level has any."""
+    """Their names for a level's residual blocks, each with its attention if the level has any."""
     for block in range(num_blocks):
         yield f"{part}.{level}.block.{block}"
         if model.resolution // 2**level in model.attention_resolutions:
@@ -193,7 +191,7 @@ def _levels(model: VQGAN, part: str, level: int, num_blocks: int) -> Iterator[st
 
 
 def _encoder_layers(model: VQGAN) -> Iterator[str]:
-    """Their names of our encoder's layers, in order; the swish has no weights and any name."""
+    """Their names for our encoder's layers, in order; any name will do for the swish."""
     last = model.num_downsamples
     yield "encoder.conv_in"
     for level in range(last + 1):
@@ -205,7 +203,7 @@ def _encoder_layers(model: VQGAN) -> Iterator[str]:
 
 
 def _decoder_layers(model: VQGAN) -> Iterator[str]:
-    """The same of our decoder's, from its input; they count levels from the image's end."""
+    """Their names for our decoder's layers, in order; they count levels from the image inwards."""
     yield from ("post_quant_conv", "decoder.conv_in")
     yield from (f"decoder.mid.{name}" for name in ("block_1", "attn_1", "block_2"))
     for level in reversed(range(model.num_downsamples + 1)):
@@ -216,7 +214,7 @@ def _decoder_layers(model: VQGAN) -> Iterator[str]:
 
 
 def _their_transformer_names(model: GPT) -> dict[str, list[str]]:
-    """For each of our weights, what they call it, or the parts it is laid together from."""
+    """Their name for each of our weights, or their names for the parts to concatenate."""
     renamed = {
         "attention.proj": "attn.proj", "norm1": "ln1", "norm2": "ln2", "norm.": "ln_f.",
         "tok_emb": "tok_emb", "pos_emb": "pos_emb",
@@ -224,7 +222,7 @@ def _their_transformer_names(model: GPT) -> dict[str, list[str]]:
     names = {}
     for our_name in model.state_dict():
         if our_name == "cond_emb.weight":
-            names[our_name] = ["condition"]  # made of the table of codes
+            names[our_name] = ["condition"]  # built from their token embeddings
             continue
         name = f"transformer.{our_name}"
         for ours, theirs in renamed.items():
@@ -238,9 +236,9 @@ def _their_transformer_names(model: GPT) -> dict[str, list[str]]:
 
 
 class Placeholder(list):
-    """Stands for an object of a foreign class in a checkpoint: takes everything, does nothing.
+    """Stands in for an object of a foreign class: accepts everything and does nothing.
 
-    A list, since torch appends to nothing else; hashable, since it may be a dictionary's key.
+    It is a list, because torch appends to nothing else, and hashable, to be a dictionary's key.
     """
 
     __hash__ = object.__hash__  # type: ignore[assignment]
@@ -253,17 +251,17 @@ class Placeholder(list):
 
 
 class PlaceholderDict:
-    """Stands for a foreign kind of dictionary: torch sets items of plain ones only."""
+    """Stands in for a foreign kind of dictionary, because torch sets items of plain ones only."""
 
     def __new__(cls, *args):
         return OrderedDict()
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The state dict of a Lightning checkpoint (or a bare one), without running code in it.
+    """The state dict of a Lightning checkpoint (or a bare one), read without running its code.
 
     Raises:
-        InputError: not a checkpoint, or without tensors.
+        InputError: the file is not a checkpoint, or holds no tensors.
     """
     try:
         content = _load_with_placeholders(path)
@@ -280,7 +278,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _load_with_placeholders(path: str | Path) -> dict:
-    """Load with a `Placeholder` in the place of every foreign class that the file names."""
+    """Load with a `Placeholder` in place of every foreign class that the file names."""
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     stand_ins = {name: type(name, (Placeholder,), {}) for name in foreign}
     while True:
@@ -288,7 +286,7 @@ def _load_with_placeholders(path: str | Path) -> dict:
             with torch.serialization.safe_globals([(cls, name) for name, cls in stand_ins.items()]):
                 return torch.load(path, map_location="cpu", weights_only=True)
         except UnpicklingError as error:
-            # Which ones are dictionaries shows when torch refuses to set their items.
+            # Which classes are dictionaries shows when torch refuses to set their items.
             refused = [name for name, cls in stand_ins.items() if str(cls) in str(error)]
             if not refused:
                 raise

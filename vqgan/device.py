@@ -1,4 +1,4 @@
-"""Where and in which precision a network computes: the device, bfloat16, channels last."""
+"""Where and how a network computes: device, precision, memory layout, compilation."""
 
 import platform
 import shutil
@@ -11,12 +11,12 @@ from torch import nn
 from vqgan.errors import InputError
 
 Model = TypeVar("Model", bound=nn.Module)
-# What the processor can do; versions of torch that cannot be asked compute in float32.
+# What the CPU supports. Older versions of torch cannot tell, and then float32 is used.
 CAPABILITIES: dict = getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" takes CUDA, then Apple's MPS, then the CPU; any other name is taken as it is."""
+    """The device of this name; "auto" is CUDA if there is one, else Apple's MPS, else the CPU."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -25,7 +25,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)  # fails where the machine has no such device
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # whose random state is saved, and precision asked for
+            torch.cuda.set_device(device)  # its random state is saved, and its precision queried
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0]
         raise InputError(f"device={name}: {reason}; give auto, cpu, cuda or mps") from error
@@ -35,33 +35,30 @@ def choose_device(name: str) -> torch.device:
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
     """bfloat16 or float32 for the matrix multiplications of a network (weights stay float32).
 
-    "auto" takes bf16 where the hardware computes in it: CUDA since Ampere (older cards emulate it,
-    slowly, so emulation does not count), and CPUs with AMX or AVX512-BF16 instructions.
+    "auto" is bf16 if the hardware computes in it, namely CUDA since Ampere (older cards emulate it
+    slowly, so emulation does not count) and CPUs with AMX or AVX512-BF16 instructions.
     """
-    if name == "bf16":
-        return torch.bfloat16
+    use_bf16 = name == "bf16"
     if name == "auto" and device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16
+        use_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto" and device.type == "cpu":
-        if CAPABILITIES.get("amx_bf16") or CAPABILITIES.get("avx512_bf16"):
-            return torch.bfloat16
-    return torch.float32
+        use_bf16 = bool(CAPABILITIES.get("amx_bf16") or CAPABILITIES.get("avx512_bf16"))
+    return torch.bfloat16 if use_bf16 else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Matrix multiplications and convolutions in `dtype`; nothing changes for float32."""
+    """Run matrix multiplications and convolutions in `dtype`; float32 changes nothing."""
     enabled = dtype == torch.bfloat16
     return torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def has_fused_optimizers(device: torch.device) -> bool:
-    """Whether torch updates all weights in one kernel there, which is faster."""
+    """Whether torch can update all weights in one kernel on this device, which is faster."""
     return device.type in ("cpu", "cuda")
 
 
 def prepare_model(model: Model, device: torch.device, *, compile: bool) -> Model:
-    """Move to the device, channels last (the layout that convolutions are fastest in)."""
+    """Move a model to the device, with channels last, the fastest layout for convolutions."""
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if compile and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise InputError("compile needs a C++ compiler on a CPU: install one, or leave it out")
@@ -71,7 +68,7 @@ def prepare_model(model: Model, device: torch.device, *, compile: bool) -> Model
 
 
 def describe_device(device: torch.device, dtype: torch.dtype) -> str:
-    """For metrics.json: what computed this."""
+    """The hardware and the precision, for metrics.json."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

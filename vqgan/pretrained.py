@@ -1,4 +1,4 @@
-"""A trained model from its file: one of this package, or one that the VQGAN's authors published."""
+"""Loads trained models from checkpoints, of this package or published by the VQGAN's authors."""
 
 import json
 from pathlib import Path
@@ -14,19 +14,19 @@ from vqgan.vqgan import VQGAN
 from vqgan.vqvae import VQVAE, VQAutoencoder
 
 MODELS = {"VAE": VAE, "VQVAE": VQVAE, "VQGAN": VQGAN, "GPT": GPT}
-# Pairs that come with the package, by name.
+# Transformers that come with the package, each with its tokenizer.
 PRETRAINED = {"shapes": Path(__file__).parent / "pretrained" / "shapes" / "checkpoint.pt"}
 
 
 def load_model(path: str | Path, *, config: dict | None = None) -> VAE | VQVAE | VQGAN | GPT:
-    """The model of a checkpoint, on the CPU, in eval mode, its parameters frozen.
+    """The model of a checkpoint, on the CPU, in eval mode, with frozen parameters.
 
     Args:
-        path: a file, the folder of a run, or the name of one that comes along (`PRETRAINED`).
-        config: for a checkpoint of the VQGAN's authors: see `compvis.load_compvis_vqgan`.
+        path: a file, the folder of a run, or a name in `PRETRAINED`.
+        config: only for a checkpoint of the VQGAN's authors, see `compvis.load_compvis_vqgan`.
 
     Raises:
-        InputError: the file is no checkpoint, or not of the model it names.
+        InputError: the file is not a checkpoint, or does not fit the model it names.
     """
     if config is not None:
         return load_compvis_vqgan(checkpoint_path(path), config).requires_grad_(False)
@@ -34,7 +34,7 @@ def load_model(path: str | Path, *, config: dict | None = None) -> VAE | VQVAE |
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """What a checkpoint of this package holds, of whichever model; see `load_model`."""
+    """The content of a checkpoint of this package, whatever its model; see `load_model`."""
     remedy = "name the checkpoint.pt of a run, or give one of the VQGAN's authors its config=FILE"
     state = load_checkpoint(checkpoint_path(path), remedy=remedy)
     if state["model"] not in MODELS:
@@ -43,7 +43,7 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def build_model(state: dict, path: str | Path) -> VAE | VQVAE | VQGAN | GPT:
-    """The model of a checkpoint that was read; `path` is what errors call it."""
+    """The model of a checkpoint that was read; errors name it by its `path`."""
     try:
         model = MODELS[state["model"]](**state["model_args"])
         model.load_state_dict(state["weights"])
@@ -54,20 +54,24 @@ def build_model(state: dict, path: str | Path) -> VAE | VQVAE | VQGAN | GPT:
 
 
 def checkpoint_path(path: str | Path) -> Path:
-    """The file that is meant; raises InputError for a folder of several, or nothing there."""
+    """The file of a checkpoint, given a file, the folder of a run, or a name in `PRETRAINED`.
+
+    Raises:
+        InputError: there is no such file, or the folder holds several.
+    """
     if str(path) in PRETRAINED and not Path(path).is_file():
         path = PRETRAINED[str(path)]
     path = Path(path)
     if (path / "checkpoint.pt").is_file():
         path = path / "checkpoint.pt"
     if path.is_dir():
-        inside = [str(found) for found in sorted(path.rglob("checkpoint.pt"))]
-        files = ", or ".join(inside) or "the checkpoint.pt of a run"
+        found = [str(file) for file in sorted(path.rglob("checkpoint.pt"))]
+        files = ", or ".join(found) or "the checkpoint.pt of a run"
         raise InputError(f"{path} is a folder, and a checkpoint was expected: name {files}")
     if not path.exists():
         raise InputError(
             f"there is no checkpoint {path}: name the checkpoint.pt of a run, as in "
-            f"runs/vqgan/checkpoint.pt, or one that comes along: {', '.join(PRETRAINED)}"
+            f"runs/vqgan/checkpoint.pt, or a model of the package: {', '.join(PRETRAINED)}"
         )
     return path
 
@@ -76,32 +80,32 @@ def checkpoint_path(path: str | Path) -> Path:
 
 
 class Pipeline(NamedTuple):
-    """A transformer, and the tokenizer whose codes it generates."""
+    """A transformer, and the tokenizer whose tokens it generates."""
 
     transformer: GPT
     tokenizer: VQAutoencoder
     condition: Condition
-    supports_guidance: bool  # trained with conditions dropped: guidance has something to go by
+    supports_guidance: bool  # trained with some conditions dropped
 
 
 def load_tokenizer(path: str | Path) -> tuple[VQAutoencoder, dict]:
     """A VQ-VAE or VQGAN, and its checkpoint's state, whose "metadata" says what it was trained on.
 
     Raises:
-        InputError: also for a model that has no codes.
+        InputError: as `load_model`, and if the model has no codebook.
     """
     state = read_checkpoint(path)
     model = build_model(state, path)
     if not isinstance(model, VQAutoencoder):
-        beside = checkpoint_path(path).with_name("tokenizer.pt")  # a transformer's
-        file = beside if beside.exists() else "the checkpoint.pt of a VQVAE or VQGAN"
+        neighbor = checkpoint_path(path).with_name("tokenizer.pt")  # of a transformer
+        file = neighbor if neighbor.exists() else "the checkpoint.pt of a VQVAE or VQGAN"
         raise InputError(f"{path} is of a {state['model']}, not a tokenizer: name {file}")
     state["metadata"] = state.get("metadata") or _metadata_from_config(checkpoint_path(path))
     return model, state
 
 
 def _metadata_from_config(path: Path) -> dict:
-    """What the run folder's config.json says of a checkpoint that does not say it itself."""
+    """The metadata of a checkpoint that has none, from the config.json of its run folder."""
     for folder in (path.parent, path.parent.parent):
         try:
             config = json.loads((folder / "config.json").read_text())
@@ -112,25 +116,24 @@ def _metadata_from_config(path: Path) -> dict:
 
 
 def load_pipeline(path: str | Path, *, tokenizer: str | Path | None = None) -> Pipeline:
-    """A transformer with its tokenizer: the file `tokenizer.pt` beside it, or the one given.
+    """A transformer with its tokenizer, from the file `tokenizer.pt` next to it or the one given.
 
     Raises:
-        InputError: not a transformer's checkpoint, no tokenizer there, or not the one that the
-            transformer was trained with.
+        InputError: the checkpoint is not a transformer's, or the tokenizer is missing or not the
+            one that the transformer was trained with.
     """
     state = read_checkpoint(path)
     transformer = build_model(state, path)
     if not isinstance(transformer, GPT) or "condition" not in state.get("metadata", {}):
         raise InputError(f"{path} is of a {state['model']}, not a transformer: name one of a run")
     metadata = state["metadata"]
-    beside = checkpoint_path(path).with_name("tokenizer.pt")
-    if tokenizer is None and not beside.exists():
-        raise InputError(f"there is no {beside}: copy {metadata['tokenizer']} there, or name it")
-    given = tokenizer or beside
-    model, _ = load_tokenizer(given)
+    file = Path(tokenizer or checkpoint_path(path).with_name("tokenizer.pt"))
+    source = metadata["tokenizer"]
+    if tokenizer is None and not file.exists():
+        raise InputError(f"there is no tokenizer {file}: copy {source} there, or name it")
+    model, _ = load_tokenizer(file)
     if fingerprint(model) != metadata["tokenizer_fingerprint"]:
-        name = metadata["tokenizer"]
-        raise InputError(f"{given} is not the tokenizer of {path}: name a copy of {name}")
-    model.image_size = metadata["image_size"]  # of the transformer's images
+        raise InputError(f"{file} is not the tokenizer of {path}: name a copy of {source}")
+    model.image_size = metadata["image_size"]  # the size that the transformer was trained on
     condition = Condition.from_dict(metadata["condition"])
     return Pipeline(transformer, model, condition, supports_guidance=metadata["condition_drop"] > 0)

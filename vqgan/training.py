@@ -1,6 +1,6 @@
-"""What every training needs besides its mathematics: the run, its sessions, the log.
+"""What every training needs besides its mathematics: the run, its sessions and the log.
 
-Each script has its own loop, and takes its steps from a session:
+Each script has its own loop, which takes its steps from a session:
 
     session = Session(run, folder, model=model, ...)
     for step, x in session:                  # resumes, shows the bar, saves when due
@@ -10,12 +10,12 @@ Each script has its own loop, and takes its steps from a session:
 A run folder holds
 
     config.json     the flags of the run
-    <model>/        checkpoint.pt and log.csv; no subfolder where one model is trained
-    metrics.json    what was measured at the end
+    <model>/        checkpoint.pt and log.csv; no subfolder if only one model is trained
+    metrics.json    the results, measured at the end
     *.png           figures
 
-A run that was killed and resumed ends with the same weights as one that was not (`checkpoint.py`),
-and log rows that it wrote after its last checkpoint are cut, for they will be written again.
+A run that was killed and resumed ends with the same weights as one that was not (`checkpoint.py`).
+Log rows written after its last checkpoint are cut on resume, because they are written again.
 """
 
 import copy
@@ -49,19 +49,19 @@ from vqgan.data import ImageDataset, TrainLoader
 from vqgan.device import describe_device
 from vqgan.errors import InputError
 
-LOG_EVERY = 50  # steps averaged in a row of log.csv
+LOG_EVERY = 50  # steps averaged into one row of log.csv
 
 
 @dataclass(frozen=True)
 class Run:
-    """What every model of a run has in common."""
+    """What all models of a run share."""
 
     out: Path
     data: ImageDataset
     variance: float  # of the training pixels in [-1, 1]
     device: torch.device
     dtype: torch.dtype  # of the network's matrix multiplications
-    metadata: dict  # for checkpoints: data, image_size, command
+    metadata: dict  # data, image_size and command, for checkpoints
     epochs: int
     seed: int
     flip: bool
@@ -71,14 +71,13 @@ class Run:
     def loader(
         self, batch_size: int, *, seed: int | None = None, labels: Tensor | None = None
     ) -> TrainLoader:
-        """Shuffled batches of the training images, and of labels if they are given."""
-        seed = self.seed if seed is None else seed
-        images, device = self.data.train_images, self.device
-        where: dict[str, Any] = {"device": device, "labels": labels}
-        return TrainLoader(images, batch_size, seed=seed, flip=self.flip, **where)
+        """Shuffled batches of the training images, with their labels if `labels` are given."""
+        options: dict[str, Any] = {"device": self.device, "labels": labels, "flip": self.flip}
+        options["seed"] = self.seed if seed is None else seed
+        return TrainLoader(self.data.train_images, batch_size, **options)
 
     def write_metrics(self, models: dict[str, dict], **more) -> None:
-        """metrics.json: what was measured of each model, on which data, by what; and more keys."""
+        """Write metrics.json: the results of each model, data, device, versions, and `more`."""
         data = {"source": self.metadata["data"], "variance": self.variance}
         data["training_images"] = len(self.data.train_images)
         data["test_images"] = len(self.data.test_images)
@@ -93,38 +92,38 @@ class Run:
 
 
 class TrainState(dict):
-    """A dictionary that checkpoints keep."""
+    """A dictionary that is saved in checkpoints."""
 
     def state_dict(self) -> dict:
-        """Plain numbers, strings, lists and tensors, for a checkpoint."""
+        """The content for a checkpoint: plain numbers, strings, lists and tensors."""
         return dict(self)
 
     def load_state_dict(self, state: dict) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.update(state)
 
 
 class Session:
-    """The training of one model: a generator of steps that keeps the books.
+    """The training of one model: an iterator over its steps that does the bookkeeping.
 
-        for step, batch in session:     # step: how many were taken before
+        for step, batch in session:     # step: the number of steps taken before
             ...                         # gradients and optimizers
             session.log(losses)         # ends the step
             ...                         # from here on, session.step and session.epoch count it
 
-    It goes on from the last checkpoint where the run is resumed, shows a bar, writes the rows of
-    log.csv, stops where a loss is not finite, and saves a checkpoint when one is due.
+    It continues from the last checkpoint if the run is resumed, shows a progress bar, writes the
+    rows of log.csv, stops when a loss is not finite, and saves a checkpoint when one is due.
 
     Args:
-        folder: of checkpoint.pt and log.csv, the run's own or one in it.
+        folder: the folder of checkpoint.pt and log.csv: the run's folder or one inside it.
         model_args: the model's constructor arguments.
-        loader: the batches, each epoch shuffled anew.
-        state: what the script remembers between steps besides weights: plain numbers, lists and
-            tensors, in `session.state` after a resume too.
-        extra_state: what else training goes on with, by name: anything with a `state_dict`.
-        eval_model: the model that is measured and that a checkpoint is of, if not the trained one.
-        model_ema_decay: of the moving average of the weights, which is kept then; 0: none.
-        metadata: what a checkpoint says of the model, beyond what the run says.
+        loader: the batches, shuffled anew in each epoch.
+        state: what the script remembers between steps besides weights (plain numbers, lists and
+            tensors); it is available as `session.state`, also after a resume.
+        extra_state: further parts of the training by name: anything with a `state_dict`.
+        eval_model: the model that is evaluated and saved, if it is not the trained one.
+        model_ema_decay: decay of a moving average of the weights (`ModelEMA`); 0 keeps no average.
+        metadata: facts about the model for its checkpoints, in addition to the run's.
     """
 
     def __init__(
@@ -156,7 +155,7 @@ class Session:
         metadata = run.metadata | (metadata or {})
         self.metadata: dict[str, Any] = {"model_args": model_args, "metadata": metadata}
 
-        # The start, or the last checkpoint of a run that was cut off.
+        # Start at step 0, or at the last checkpoint of an interrupted run.
         self.step, self.seconds = 0, 0.0
         self.folder, self.checkpoint = folder, folder / "checkpoint.pt"
         if run.resume and self.checkpoint.exists():
@@ -171,7 +170,7 @@ class Session:
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         self.model.train()
-        watch = Stopwatch(self.seconds)
+        stopwatch = Stopwatch(self.seconds)
         with self.bar:
             while self.step < self.total_steps:
                 for batch in self.loader:  # one epoch, or the rest of it after a resume
@@ -180,18 +179,19 @@ class Session:
                     if self.step != step + 1:
                         raise RuntimeError("each step of a session ends with one session.log()")
                     if self.save_is_due:
-                        self.seconds = watch.seconds
-                        now: dict[str, Any] = {"step": self.step, "seconds": self.seconds}
-                        files = self.parts | self.metadata
-                        save_checkpoint(self.checkpoint, model=self.eval_model, **now, **files)
+                        self.seconds = stopwatch.seconds
+                        state = self.parts | self.metadata
+                        state |= {"step": self.step, "seconds": self.seconds}
+                        save_checkpoint(self.checkpoint, model=self.eval_model, **state)
                     self.bar.update(self.loader.batch_size)
 
     def log(self, losses: dict[str, Tensor], *, end_row: bool = False) -> dict | None:
-        """End a step. Returns the row of log.csv that it ends, if it ends one.
+        """End a step. Returns the row of log.csv that ends with it, or None.
 
         Args:
-            losses: each (), on the device; "loss" is shown. Every step has the same.
-            end_row: end a row here, so that none averages over what is before and after.
+            losses: scalars () on the device, by the same names in every step; the progress bar
+                shows "loss".
+            end_row: end the row with this step, so that no row averages across a change.
         """
         self.step += 1
         if self.model_ema:
@@ -206,7 +206,7 @@ class Session:
 
     @property
     def summary(self) -> dict:
-        """What metrics.json says of the training."""
+        """What metrics.json says about the training."""
         return {
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "batch_size": self.loader.batch_size,
@@ -232,7 +232,7 @@ class Session:
 
 
 def evenly_spaced(total_steps: int, count: int) -> set[int]:
-    """`count` steps from 1 to `total_steps`, the last among them."""
+    """`count` evenly spaced steps from 1 to `total_steps`, including the last."""
     return {round(total_steps * i / count) for i in range(1, count + 1)}
 
 
@@ -241,8 +241,8 @@ class ModelEMA:
 
         ema = d ema + (1 - d) weights,   d = min(decay, (1 + t) / (10 + t)) at step t
 
-    so that the random weights of the beginning are forgotten soon. The averages lie in the middle
-    of where the last steps wander. The codebook is averaged too: it must fit the averaged encoder.
+    so that the random weights of the beginning are forgotten soon. The last steps wander about, and
+    the average lies in their middle. The codebook is averaged too, to fit the averaged encoder.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -251,11 +251,11 @@ class ModelEMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the model's weights after training step `step`, 1 being the first."""
+        """Average in the model's weights after training step `step`, where 1 is the first."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(_floats(self.model), _floats(model), 1 - decay)  # all in one kernel
-        # What has no average is copied: whether a codebook still waits for its first batch. Not
-        # strict, since the averaged floats are left out.
+        # What has no average is copied, such as whether a codebook is initialized. Loading is not
+        # strict, because the averaged floats are left out.
         state = model.state_dict()
         state = {name: value for name, value in state.items() if not is_float(value)}
         self.model.load_state_dict(state, strict=False)
@@ -269,14 +269,14 @@ def _floats(model: nn.Module) -> list[Tensor]:
 
 
 class Log:
-    """A CSV file of losses, averaged between two rows; and the watch over NaN.
+    """A CSV file of losses, averaged between two rows, and the check that they are finite.
 
     `record` keeps a step's losses on the device, `write_row` reads them: the loop waits for the
-    GPU once a row, not once a step.
+    GPU once per row, not once per step.
     """
 
     def __init__(self, path: Path, *, resume_at: int):
-        """Start a log, or go on after step `resume_at`: rows beyond it are cut."""
+        """Start a log, or continue one after step `resume_at`; rows beyond it are cut."""
         self.path = path
         self.pending: list[tuple[int, dict[str, Tensor]]] = []
         rows = read_log(path) if resume_at > 0 else []
@@ -284,20 +284,21 @@ class Log:
         self._write()
 
     def record(self, step: int, losses: dict[str, Tensor]) -> None:
-        """Losses of one step, each (), still on the device."""
+        """Keep the losses of one step, each (), on the device."""
         self.pending.append((step, {name: loss.detach() for name, loss in losses.items()}))
 
     def write_row(self, epoch: float) -> dict[str, float]:
-        """Average what was recorded since the last row, append it, and return it.
+        """Append the averages of what was recorded since the last row, and return them.
 
-        Raises InputError, and names step and term, where a loss is not finite.
+        Raises:
+            InputError: a loss is not finite; the message names the step and the term.
         """
         names = list(self.pending[0][1])
         values = torch.stack([torch.stack(list(losses.values())) for _, losses in self.pending])
         values = values.cpu().double()  # (steps, terms): here the loop waits for the GPU
-        for (step, _), row in zip(self.pending, values.tolist(), strict=True):
+        for (step, _), terms in zip(self.pending, values.tolist(), strict=True):
             # The sum comes last: it is not finite whenever a term is not.
-            for name, value in sorted(zip(names, row, strict=True), key=lambda x: x[0] == "loss"):
+            for name, value in sorted(zip(names, terms, strict=True), key=lambda x: x[0] == "loss"):
                 if not math.isfinite(value):
                     raise InputError(f"{name!r} is {value} at step {step}: {DIVERGED}")
         row = {"step": self.pending[-1][0], "epoch": round(epoch, 4)}
@@ -318,30 +319,30 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, float]]:
-    """Rows of a log.csv, {"step", "epoch", "loss", ...}; none where there is no file."""
+    """The rows of a log.csv, {"step", "epoch", "loss", ...}; empty if there is no file."""
     if not path.exists():
         return []
     rows = csv.DictReader(io.StringIO(path.read_text()))
     try:
         return [{k: (int if k == "step" else float)(v) for k, v in row.items()} for row in rows]
     except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is not a log of numbers: repair it, or move it away") from error
+        raise InputError(f"{path} is not a log of numbers: repair it or move it away") from error
 
 
 class Stopwatch:
-    """Seconds of training, those before a resume included."""
+    """Measures the seconds of training, including those before a resume."""
 
     def __init__(self, seconds_before: float = 0.0):
         self.start = time.perf_counter() - seconds_before
 
     @property
     def seconds(self) -> float:
-        """Up to now."""
+        """Seconds up to now."""
         return time.perf_counter() - self.start
 
 
 def versions() -> dict[str, str]:
-    """For metrics.json: what numbers may depend on, besides the device."""
+    """The versions that results may depend on, for metrics.json."""
     packages = {"vqgan": vqgan, "torch": torch, "torchvision": torchvision}
     numbers = {name: package.__version__ for name, package in packages.items()}
     return numbers | {"python": platform.python_version()}
