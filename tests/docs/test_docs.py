@@ -27,7 +27,6 @@ KEYS = {
     "codes used (perplexity)": "codes_used",
     "epochs": "epochs",
     "nats per token": "nats_per_token",
-    "bits per image": "bits_per_image",
     "guidance": "guidance",
     "temperature": "temperature",
     "top-k": "top_k",
