@@ -32,7 +32,7 @@ def test_no_class_means_every_class(pairs, rows, capsys):
     ((drawn, _),) = rows
     assert [label for label, _ in drawn] == list(CLASSES)
     assert all(x.shape == (3, 3, 32, 32) and 0 <= x.min() for _, x in drawn)
-    assert "3 pictures of cat, dog, horse" in capsys.readouterr().out
+    assert "3 images of cat, dog, horse" in capsys.readouterr().out
 
 
 def test_classes_are_asked_for_by_name_and_count(pairs, rows, asked):
@@ -163,7 +163,7 @@ def test_a_completion_is_a_picture(tmp_path, pairs, images, capsys):
     flags = ["--count", 2, "--out", tmp_path / "out.png"]
     main("complete", pairs / "class" / "checkpoint.pt", images[0], *flags)
     assert is_picture(tmp_path / "out.png")
-    assert "8 of 16 codes kept; 2 completions" in capsys.readouterr().out
+    assert "8 of 16 tokens kept; 2 completions" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

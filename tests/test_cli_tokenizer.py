@@ -156,12 +156,12 @@ def test_encode_says_what_codes_and_other_formats_take(tmp_path, pairs, images, 
     encoded(pairs, tmp_path / "indices.npz", *images[:2])
     text = capsys.readouterr().out
     jpeg, png = re.search(r"32x32 pixels are (\d+) bytes as JPEG.*?(\d+) as PNG", text).groups()
-    assert text.count(": 10 bytes as codes") == 2  # 16 codes of 5 bits
+    assert text.count(": 10 bytes as indices") == 2  # 16 indices of 5 bits
     pixels = read_image(images[0], 32).transpose(1, 2, 0)
     for size, format in ((jpeg, "JPEG"), (png, "PNG")):
         Image.fromarray(pixels).save(tmp_path / "x", format)
         assert int(size) == (tmp_path / "x").stat().st_size
-    assert "2 images, 16 codes of 5 bits each" in text
+    assert "2 images, 16 indices of 5 bits each" in text
 
 
 def test_another_size_is_encoded_on_request(tmp_path, pairs, images):

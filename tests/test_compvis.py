@@ -292,7 +292,7 @@ def test_weights_beside_the_transformer_are_named_and_ignored(written, tmp_path,
         weights[name] = torch.zeros(2)
     torch.save({"state_dict": weights}, tmp_path / "c.ckpt")
     loaded = load_compvis_transformer(tmp_path / "c.ckpt", written["config"]).state_dict()
-    line = "ignored 3 weights beside the transformer: cond_stage_model, first_stage_model\n"
+    line = "ignored 3 weights outside the transformer: cond_stage_model, first_stage_model\n"
     assert capsys.readouterr().out == line
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
     weights["permuter.forward_shuffle_idx"] = torch.arange(20)  # their codes in another order
