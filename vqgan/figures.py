@@ -27,9 +27,9 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     """Write the PNG, and create its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
@@ -47,7 +47,7 @@ def _side_by_side(images: Tensor, gap: int = 2) -> np.ndarray:
     return padded.permute(2, 0, 3, 1).flatten(1, 2)[:, :-gap].numpy()
 
 
-def image_rows(path: Path, rows: Sequence[tuple[str, Tensor]], *, title: str) -> None:
+def image_rows(path: str | Path, rows: Sequence[tuple[str, Tensor]], *, title: str) -> None:
     """Draw rows of images, for example originals over reconstructions.
 
     Args:
