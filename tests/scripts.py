@@ -46,8 +46,13 @@ def lines(path):
     return path.read_text().count("\n") if path.exists() else 0
 
 
+def model_folder(out, name):
+    """Where a run keeps a model: a run of one model has no subfolder."""
+    return out / name if (out / name).is_dir() else out
+
+
 def weights(out, name):
-    return torch.load(out / name / "checkpoint.pt", weights_only=True)["weights"]
+    return torch.load(model_folder(out, name) / "checkpoint.pt", weights_only=True)["weights"]
 
 
 def same_weights(a, b):

@@ -223,7 +223,7 @@ def test_a_run_goes_on_with_the_arguments_that_it_began_with(tmp_path, kind):
         load_checkpoint(tmp_path / "c.pt", model_class=kind, model_args=model_args)
     for name, value in all_model_args(kind, given).items():
         if type(value) is int:
-            with pytest.raises(InputError, match=f"{name}={value}.*{name}={value + 1}"):
+            with pytest.raises(InputError, match=f"{name} = {value}.*{name} = {value + 1}"):
                 model_args = given | {name: value + 1}
                 load_checkpoint(tmp_path / "c.pt", model_class=kind, model_args=model_args)
 
@@ -291,7 +291,7 @@ def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path):
     save(path, model, optimizer, batches)
     with pytest.raises(InputError, match="c.pt is of Tiny.*VQVAE.*another folder"):
         load_checkpoint(path, model_class=VQVAE, model_args={})
-    with pytest.raises(InputError, match="width=8.*width=9"):
+    with pytest.raises(InputError, match="width = 8.*width = 9"):
         load_checkpoint(path, model_class=Tiny, model_args={"width": 9})
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match="c.pt"):

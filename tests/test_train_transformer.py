@@ -139,7 +139,7 @@ def test_metrics(finished):
     assert result["best_epoch"] in (1, 2) and result["batch_size"] == 16
     model = load_model(finished / "checkpoint.pt")
     assert result["parameters"] == sum(p.numel() for p in model.parameters())
-    assert written["baselines"].keys() == {"uniform", "unigram", "left"}
+    assert written["baselines"].keys() == {"uniform", "unigram", "bigram"}
     assert [row["epoch"] for row in written["validation"]] == [1, 2]
     assert written["reference_frechet"].keys() == {"reconstructions", "training images"}
     assert len(written["samples"]) == 1 and written["samples"][0]["num_samples"] == 32
@@ -596,7 +596,7 @@ def test_a_tokenizer_must_be_given_and_be_one(tmp_path, tokenizer, finished):
     out = tmp_path / "run"
     assert "--tokenizer is missing" in error_of(out)
     for path, expected in (
-        (tokenizer.parent, "is a folder"),
+        (tmp_path, "is a folder"),
         (tmp_path / "gone.pt", "there is no checkpoint"),
         (tmp_path / "vae.pt", "is of a VAE, not a tokenizer"),
         (finished / "checkpoint.pt", f"is of a GPT, not a tokenizer: name {finished}"),

@@ -12,6 +12,7 @@ from PIL import Image
 from scripts import (
     error_in_process,
     lines,
+    model_folder,
     run_in_process,
     same_weights,
     start_process,
@@ -59,7 +60,7 @@ def no_pictures():
 
 
 def checkpoint(out, objective="vqgan"):
-    return torch.load(out / objective / "checkpoint.pt", weights_only=True)
+    return torch.load(model_folder(out, objective) / "checkpoint.pt", weights_only=True)
 
 
 # --- the two steps -----------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def test_with_weight_zero_the_adversary_changes_nothing(finished, tmp_path):
     out = run(tmp_path / "run", *SMALL, "--adversarial-weight", 0)
     assert same_weights(weights(out, "vqgan"), weights(finished, "perceptual"))
     assert not same_weights(weights(finished, "vqgan"), weights(finished, "perceptual"))
-    rows = read_log(out / "vqgan" / "log.csv")
+    rows = read_log(model_folder(out, "vqgan") / "log.csv")
     assert rows[-1]["discriminator"] > 0 and rows[-1]["lambda"] > 0
 
 
@@ -154,7 +155,9 @@ def test_terms_of_the_reconstruction_by_hand(shape_images):
 def test_the_loss_is_the_sum_of_its_logged_terms(finished):
     """Equations 4 and 6 from the log, where a row is one step."""
     for objective in ALL:
-        for row in read_log(finished / objective / "log.csv")[:1]:  # before the adversary
+        for row in read_log(model_folder(finished, objective) / "log.csv")[
+            :1
+        ]:  # before the adversary
             total = row["reconstruction"] + row.get("perceptual", 0) + row["quantizer"]
             assert row["loss"] == pytest.approx(total, rel=1e-4)
 
@@ -163,7 +166,7 @@ def test_the_loss_is_the_sum_of_its_logged_terms(finished):
 def test_the_loss_has_the_weighted_adversary_in_it(tmp_path):
     flags = ["--disc-start", 0, "--disc-warmup", 0, "--checkpoint-every", 1]
     out = run(tmp_path / "run", *SMALL, *flags, "--adversarial-weight", 0.7)
-    for row in read_log(out / "vqgan" / "log.csv"):
+    for row in read_log(model_folder(out, "vqgan") / "log.csv"):
         total = row["reconstruction"] + row["perceptual"] + row["quantizer"]
         total += 0.7 * row["lambda"] * row["adversarial"]
         assert row["loss"] == pytest.approx(total, rel=1e-3, abs=1e-4)
@@ -186,14 +189,14 @@ def test_metrics(finished):
 
 
 def test_the_log_says_when_the_adversary_learns_and_is_used(finished):
-    rows = {row["step"]: row for row in read_log(finished / "vqgan" / "log.csv")}
+    rows = {row["step"]: row for row in read_log(model_folder(finished, "vqgan") / "log.csv")}
     assert list(rows) == [3, 4, 6, 9, 12, 15, 16]  # also where the discriminator starts
     assert rows[4]["discriminator"] == rows[4]["lambda"] == rows[4]["real"] == 0
     assert rows[6]["discriminator"] > 0 and rows[6]["lambda"] == 0
     assert 0 < rows[9]["lambda"] <= 5 and rows[9]["adversarial"] != 0
     assert rows[9]["real"] != rows[9]["fake"]
     assert 1 <= rows[9]["codes"] <= 32
-    mse = read_log(finished / "mse" / "log.csv")[0]
+    mse = read_log(model_folder(finished, "mse") / "log.csv")[0]
     assert "perceptual" not in mse and "lambda" not in mse
 
 
@@ -216,7 +219,7 @@ def test_progress_has_the_same_images_at_the_asked_moments(finished):
 
 def test_the_checkpoint_is_the_averaged_model_that_was_measured(finished, shapes):
     written = json.loads((finished / "metrics.json").read_text())
-    model = load_model(finished / "vqgan" / "checkpoint.pt")
+    model = load_model(model_folder(finished, "vqgan") / "checkpoint.pt")
     assert model.quantizer.initialized  # or training on would throw its codes away
     x = shapes.test_images[:32].float() / 127.5 - 1
     error = (model(x).reconstruction - x).square().mean().item()
@@ -250,8 +253,8 @@ def test_a_run_killed_at_many_moments_and_resumed_is_the_uninterrupted_one(finis
     moments = (
         lambda: (out / "classifier.pt").exists(),  # before anything else
         lambda: (out / "perceptual" / "checkpoint.pt").exists(),
-        lambda: lines(out / "vqgan" / "log.csv") >= 4,  # the discriminator has started
-        lambda: lines(out / "vqgan" / "log.csv") >= 6,  # and is used
+        lambda: lines(model_folder(out, "vqgan") / "log.csv") >= 4,  # the discriminator has started
+        lambda: lines(model_folder(out, "vqgan") / "log.csv") >= 6,  # and is used
     )
     for number, moment in enumerate(moments):
         process = start(out, *(["--resume"] if number else [*SMALL, "--objectives", *ALL]))
@@ -262,8 +265,8 @@ def test_a_run_killed_at_many_moments_and_resumed_is_the_uninterrupted_one(finis
     _, stderr = start(out, "--resume").communicate(timeout=300)
     assert (out / "metrics.json").exists(), stderr
     for objective in ALL:
-        log = (out / objective / "log.csv").read_bytes()
-        assert log == (finished / objective / "log.csv").read_bytes()
+        log = (model_folder(out, objective) / "log.csv").read_bytes()
+        assert log == (model_folder(finished, objective) / "log.csv").read_bytes()
         resumed, whole = checkpoint(out, objective), checkpoint(finished, objective)
         assert same_weights(resumed["weights"], whole["weights"])
         states = [c["extra_state"].pop("state") for c in (resumed, whole)]
@@ -284,7 +287,7 @@ def test_more_epochs_do_not_start_the_adversary_again(finished, tmp_path):
     out = tmp_path / "longer"
     shutil.copytree(finished, out)
     run(out, "--resume", "--epochs", 3)
-    rows = read_log(out / "vqgan" / "log.csv")
+    rows = read_log(model_folder(out, "vqgan") / "log.csv")
     assert rows[-1]["step"] == 24
     assert all(row["lambda"] > 0 for row in rows if row["step"] >= 9)
     state = checkpoint(out)["extra_state"]["state"]
@@ -407,7 +410,10 @@ def test_compile_gives_the_same_run(tmp_path):
         compiled = run(tmp_path / "compiled", *flags, "--compile")
     assert not torch._functorch.config.donated_buffer  # lambda needs the graph twice
     assert weights(plain, "vqgan").keys() == weights(compiled, "vqgan").keys()
-    losses = [[row["loss"] for row in read_log(o / "vqgan" / "log.csv")] for o in (plain, compiled)]
+    losses = [
+        [row["loss"] for row in read_log(model_folder(o, "vqgan") / "log.csv")]
+        for o in (plain, compiled)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 

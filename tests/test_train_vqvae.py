@@ -12,6 +12,7 @@ from PIL import Image
 from scripts import (
     error_in_process,
     lines,
+    model_folder,
     run_in_process,
     same_weights,
     start_process,
@@ -66,7 +67,7 @@ def test_metrics_config_and_table(finished):
 def test_log_has_rows_at_checkpoints_and_the_end(finished):
     out, _ = finished
     for name in ("vae", "vqvae"):
-        rows = read_log(out / name / "log.csv")
+        rows = read_log(model_folder(out, name) / "log.csv")
         assert [row["step"] for row in rows] == [3, 6, 9, 12, 15, 16]
         assert rows[-1]["epoch"] == 2
 
@@ -76,7 +77,7 @@ def test_a_run_learns(tmp_path):
     flags = ["--limit", 8, "--batch-size", 8, "--epochs", 32, "--checkpoint-every", 16, "--no-flip"]
     out = run(tmp_path / "run", *SMALL, *flags)
     for name in ("vae", "vqvae"):
-        first, last = read_log(out / name / "log.csv")
+        first, last = read_log(model_folder(out, name) / "log.csv")
         assert last["loss"] < 0.98 * first["loss"]  # by 5% or more, of other seeds too
 
 
@@ -97,7 +98,7 @@ def test_a_checkpoint_builds_its_model_and_gives_the_measured_error(finished, sh
     written = json.loads((out / "metrics.json").read_text())
     x = shapes.test_images[:64].float() / 127.5 - 1
     for name, kind in (("vae", VAE), ("vqvae", VQVAE)):
-        state = torch.load(out / name / "checkpoint.pt", weights_only=True)
+        state = torch.load(model_folder(out, name) / "checkpoint.pt", weights_only=True)
         model = kind(**state["model_args"])
         model.load_state_dict(state["weights"])
         with torch.no_grad():
@@ -136,10 +137,14 @@ def test_a_run_killed_at_many_moments_and_resumed_is_the_uninterrupted_one(finis
     out = tmp_path / "killed"
     moments = (
         lambda: (out / "config.json").exists(),  # before anything is trained
-        lambda: lines(out / "vae" / "log.csv") >= 3,  # between two checkpoints of the first model
-        lambda: (out / "vqvae" / "checkpoint.pt").exists(),  # just at the second's first one
-        lambda: lines(out / "vqvae" / "log.csv") >= 6,
-        lambda: lines(out / "vqvae" / "log.csv") >= 7,  # trained: in the evaluation
+        lambda: (
+            lines(model_folder(out, "vae") / "log.csv") >= 3
+        ),  # between two checkpoints of the first model
+        lambda: (
+            model_folder(out, "vqvae") / "checkpoint.pt"
+        ).exists(),  # just at the second's first one
+        lambda: lines(model_folder(out, "vqvae") / "log.csv") >= 6,
+        lambda: lines(model_folder(out, "vqvae") / "log.csv") >= 7,  # trained: in the evaluation
     )
     for number, moment in enumerate(moments):
         process = start(out, *(["--resume"] if number else SMALL))
@@ -151,8 +156,8 @@ def test_a_run_killed_at_many_moments_and_resumed_is_the_uninterrupted_one(finis
     assert (out / "metrics.json").exists(), stderr
     for name in ("vae", "vqvae"):
         assert same_weights(weights(out, name), weights(whole, name))
-        log = (out / name / "log.csv").read_bytes()
-        assert log == (whole / name / "log.csv").read_bytes()
+        log = (model_folder(out, name) / "log.csv").read_bytes()
+        assert log == (model_folder(whole, name) / "log.csv").read_bytes()
     for key in ("nmse", "ssim", "bits_per_image"):
         models = [json.loads((o / "metrics.json").read_text())["models"] for o in (out, whole)]
         assert models[0]["vqvae"][key] == models[1]["vqvae"][key]
@@ -238,7 +243,7 @@ def test_limit_epochs_and_batch_size_count_steps(tmp_path):
     flags = ["--data", "shapes", "--limit", "50", "--batch-size", "20", "--epochs", "3"]
     flags += ["--models", "vae"]
     out = run(tmp_path / "run", *flags)
-    assert read_log(out / "vae" / "log.csv")[-1]["step"] == 2 * 3
+    assert read_log(model_folder(out, "vae") / "log.csv")[-1]["step"] == 2 * 3
     data = json.loads((out / "metrics.json").read_text())["data"]
     assert data["training_images"] == data["test_images"] == 50
 
@@ -248,7 +253,9 @@ def test_image_size_resizes_a_folder(tmp_path, image_folder):
     flags = ["--data", str(image_folder), "--image-size", "48", "--batch-size", "8"]
     out = run(tmp_path / "run", *flags, "--epochs", "1")
     assert (
-        torch.load(out / "vae" / "checkpoint.pt", weights_only=True)["model_args"]["image_size"]
+        torch.load(model_folder(out, "vae") / "checkpoint.pt", weights_only=True)["model_args"][
+            "image_size"
+        ]
         == 48
     )
     vqvae = json.loads((out / "metrics.json").read_text())["models"]["vqvae"]
@@ -269,7 +276,10 @@ def test_compile_gives_the_same_run_and_the_same_names(tmp_path):
         compiled = run(tmp_path / "compiled", *flags, "--compile")
     assert len(traced) == 1
     assert weights(plain, "vqvae").keys() == weights(compiled, "vqvae").keys()
-    losses = [[row["loss"] for row in read_log(o / "vqvae" / "log.csv")] for o in (plain, compiled)]
+    losses = [
+        [row["loss"] for row in read_log(model_folder(o, "vqvae") / "log.csv")]
+        for o in (plain, compiled)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
@@ -291,7 +301,7 @@ def test_help_states_every_default(tmp_path, capsys):
         (["--data", "EMPTY"], "has no files"),
         (["--data", "shapes", "--batch-size", "128", "--limit", "100"], "1 to 100"),
         (["--data", "shapes", "--device", "tpu"], "--device tpu"),
-        (["--data", "shapes", "--image-size", "64"], "32 pixels"),
+        (["--data", "shapes", "--image-size", "64"], "needs --image-size 32"),
         (["--data", "shapes", "--image-size", "40"], "multiple of 16"),
         (["--data", "EMPTY", "--models", "vqvae", "--image-size", "8"], "at least 11"),
         (["--data", "shapes", "--quantizer", "gradient", "--no-restart-dead-codes"], "ema"),
@@ -326,7 +336,9 @@ def test_a_run_is_not_overwritten_and_not_continued_as_another(finished):
 def test_a_checkpoint_of_another_model_is_refused(finished, tmp_path):
     out = tmp_path / "mixed"
     shutil.copytree(finished[0], out)
-    shutil.copy(out / "vqvae" / "checkpoint.pt", out / "vae" / "checkpoint.pt")
+    shutil.copy(
+        model_folder(out, "vqvae") / "checkpoint.pt", model_folder(out, "vae") / "checkpoint.pt"
+    )
     assert "is of VQVAE(" in error_of(out, "--resume")
 
 
@@ -335,7 +347,7 @@ def test_a_loss_that_diverges_stops_the_run_and_keeps_the_last_good_checkpoint(t
     out = tmp_path / "run"
     message = error_of(out, *SMALL, "--models", "vqvae", "--lr", "1e30", "--checkpoint-every", 1)
     assert "'reconstruction'" in message and "at step 2" in message and "diverged" in message
-    assert torch.load(out / "vqvae" / "checkpoint.pt", weights_only=True)["step"] == 1
+    assert torch.load(model_folder(out, "vqvae") / "checkpoint.pt", weights_only=True)["step"] == 1
     for value in weights(out, "vqvae").values():
         assert not torch.is_tensor(value) or torch.isfinite(value).all()
 
@@ -345,7 +357,7 @@ def test_a_full_disk_stops_with_one_line_and_keeps_what_was_written(finished, tm
     resource = pytest.importorskip("resource")  # not on Windows
     out = tmp_path / "full"
     shutil.copytree(finished[0], out)
-    before = (out / "vae" / "checkpoint.pt").read_bytes()
+    before = (model_folder(out, "vae") / "checkpoint.pt").read_bytes()
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -355,7 +367,7 @@ def test_a_full_disk_stops_with_one_line_and_keeps_what_was_written(finished, tm
     message = stderr.strip().splitlines()[-1]
     assert process.returncode != 0 and message.startswith("error: ") and "room" in message
     assert "Traceback" not in stderr
-    assert (out / "vae" / "checkpoint.pt").read_bytes() == before
+    assert (model_folder(out, "vae") / "checkpoint.pt").read_bytes() == before
 
 
 def test_an_output_folder_that_cannot_be_written_stops_with_one_line(tmp_path):

@@ -270,7 +270,7 @@ def test_a_run_that_is_not_resumed_starts_anew(run):
 
 def test_another_models_checkpoint_is_refused(run):
     take_steps(*start(run))
-    with pytest.raises(InputError, match="width=8.*width=9"):
+    with pytest.raises(InputError, match="width = 8.*width = 9"):
         start(replace(run, resume=True), model_args={"width": 9})
 
 

@@ -124,7 +124,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     changed = {name for name, value in stored.items() if getattr(args, name) != value}
     for name in sorted(changed - MAY_CHANGE_ON_RESUME):
         raise InputError(
-            f"--resume: the run in {args.out} has {name}={stored[name]}, not "
+            f"--resume: the run in {args.out} has --{name.replace('_', '-')} {stored[name]}, not "
             f"{getattr(args, name)}: leave the flag out, or start a new run in another --out"
         )
     if args.epochs < stored["epochs"]:
@@ -247,4 +247,4 @@ def name_flags(message: str, flags: set[str]) -> str:
         name = match[1]
         return f"--{name.replace('_', '-')} " if name in flags else match[0]
 
-    return re.sub(r"\b([a-z]\w*)=", flag, message)
+    return re.sub(r"(?<![^\s(:])([a-z]\w*)=", flag, message)

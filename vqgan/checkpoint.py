@@ -183,7 +183,7 @@ def load_checkpoint(
 
 
 def _call(model_args: dict) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in model_args.items())
+    return ", ".join(f"{name} = {value!r}" for name, value in model_args.items())
 
 
 def restore(

@@ -120,7 +120,7 @@ def load_compvis_transformer(
 def _innermost(config: dict, *keys: str) -> dict:
     """The part of their YAML at the end of `keys`, given the whole or any part that holds it."""
     for key in keys:
-        config = config.get(key, config)
+        config = config[key] if isinstance(config.get(key), dict) else config
     return config
 
 

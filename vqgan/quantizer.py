@@ -79,6 +79,14 @@ def straight_through(z_e: Tensor, z_q: Tensor) -> Tensor:
     return z_e + (z_q - z_e).detach()
 
 
+def check_size(num_embeddings: int, embedding_dim: int) -> None:
+    """Raise `ValueError` unless there is at least one code of one dimension."""
+    if num_embeddings < 1 or embedding_dim < 1:
+        raise ValueError(
+            f"a codebook of {num_embeddings} x {embedding_dim}: give 1 or more of both"
+        )
+
+
 def as_vectors(z_e: Tensor, embedding_dim: int) -> Tensor:
     """One row for each position: z_e (B, D, h, w) -> vectors (N, D), N = B h w."""
     if z_e.dim() != 4 or z_e.shape[1] != embedding_dim:
@@ -128,6 +136,7 @@ class VectorQuantizer(nn.Module):
         self, num_embeddings: int, embedding_dim: int, beta: float = 0.25, data_init: bool = True
     ):
         super().__init__()
+        check_size(num_embeddings, embedding_dim)
         self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
         # A Python bool, so that no step has to wait for the GPU to read it.
         self.initialized = not data_init
@@ -214,6 +223,7 @@ class EMAVectorQuantizer(nn.Module):
         restart_dead_codes: bool = True,
     ):
         super().__init__()
+        check_size(num_embeddings, embedding_dim)
         self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
         self.decay, self.epsilon, self.restart_dead_codes = decay, epsilon, restart_dead_codes
         self.initialized = not data_init  # a Python bool, so that no step waits for the GPU
@@ -318,8 +328,6 @@ def make_quantizer(
     restart_dead_codes: bool = True,
 ) -> Quantizer:
     """Build the quantizer of a kind, "ema" or "gradient". Only the first restarts dead codes."""
-    if num_embeddings < 1 or embedding_dim < 1:
-        raise ValueError("num_embeddings and embedding_dim must be at least 1")
     shared: dict[str, Any] = {"beta": beta, "data_init": data_init}
     if kind == "ema":
         shared["restart_dead_codes"] = restart_dead_codes

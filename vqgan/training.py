@@ -324,7 +324,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
         return []
     rows = csv.DictReader(io.StringIO(path.read_text()))
     try:
-        return [{k: (int if k == "step" else float)(v) for k, v in row.items()} for row in rows]
+        return [{"step": int(row.pop("step"))} | {k: float(row[k]) for k in row} for row in rows]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a log of numbers: repair it or move it away") from error
 
