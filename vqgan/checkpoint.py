@@ -172,6 +172,7 @@ def load_checkpoint(
     keys = MODEL_KEYS if model_class is None else MODEL_KEYS | RUN_KEYS
     if not isinstance(state, dict) or not keys <= state.keys():
         raise InputError(f"{path} is not a checkpoint of this package: {remedy}")
+    state.setdefault("metadata", {})
     if model_class is not None:
         name, expected = model_class.__name__, all_model_args(model_class, model_args or {})
         if (state["model"], state["model_args"]) != (name, expected):

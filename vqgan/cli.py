@@ -29,7 +29,7 @@ def info_flags(add) -> None:
 def info(args: argparse.Namespace) -> None:
     """Describe a checkpoint: its model, training data and time, and results."""
     state = pretrained.read_checkpoint(args.checkpoint)
-    metadata = state.get("metadata") or {}
+    metadata = state["metadata"]
     parameters = sum(p.numel() for p in pretrained.build_model(state, args.checkpoint).parameters())
     print(f"{state['model']}, {parameters:,} parameters")
     for name, value in state["model_args"].items():
@@ -41,7 +41,9 @@ def info(args: argparse.Namespace) -> None:
         print(f"condition: {condition['kind']} ({values})")
         print(f"tokenizer: {metadata['tokenizer']}")
     if metadata:
-        print("trained on {data}, {image_size} pixels: {command}".format_map(metadata))
+        print(
+            f"trained on {metadata['data']}, {metadata['image_size']} pixels: {metadata['command']}"
+        )
     if "step" in state:
         print(f"{state['step']:,} steps, {state['seconds'] / 60:.1f} minutes")
     for name, value in _result(args.checkpoint, state).items():
@@ -51,7 +53,7 @@ def info(args: argparse.Namespace) -> None:
 
 def _result(checkpoint: str, state: dict) -> dict:
     """The results of a model, from its checkpoint or from the metrics.json of its run."""
-    if "result" in (state.get("metadata") or {}):
+    if "result" in state["metadata"]:
         return state["metadata"]["result"]
     folder = pretrained.checkpoint_path(checkpoint).parent
     for path in (folder / "metrics.json", folder.parent / "metrics.json"):

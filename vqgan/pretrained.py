@@ -1,6 +1,5 @@
 """Loads trained models from checkpoints, of this package or published by the VQGAN's authors."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,19 +99,7 @@ def load_tokenizer(path: str | Path) -> tuple[VQAutoencoder, dict]:
         neighbor = checkpoint_path(path).with_name("tokenizer.pt")  # of a transformer
         file = neighbor if neighbor.exists() else "the checkpoint.pt of a VQVAE or VQGAN"
         raise InputError(f"{path} is of a {state['model']}, not a tokenizer: name {file}")
-    state["metadata"] = state.get("metadata") or _metadata_from_config(checkpoint_path(path))
     return model, state
-
-
-def _metadata_from_config(path: Path) -> dict:
-    """The metadata of a checkpoint that has none, from the config.json of its run folder."""
-    for folder in (path.parent, path.parent.parent):
-        try:
-            config = json.loads((folder / "config.json").read_text())
-            return {key: config[key] for key in ("data", "image_size", "command")}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return {}
 
 
 def load_pipeline(path: str | Path, *, tokenizer: str | Path | None = None) -> Pipeline:
