@@ -305,9 +305,9 @@ def test_a_run_goes_on_with_its_own_copy_of_the_tokenizer(tmp_path, tokenizer, f
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--tokenizer", "other.pt"], "tokenizer="),
-        (["--n-layer", "2"], "n_layer=1"),
-        (["--condition", "none"], "condition=class"),
+        (["--tokenizer", "other.pt"], "--tokenizer"),
+        (["--n-layer", "2"], "--n-layer 1"),
+        (["--condition", "none"], "--condition class"),
         (["--epochs", "1"], "--epochs 1"),
     ],
 )

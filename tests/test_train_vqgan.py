@@ -195,7 +195,7 @@ def test_the_log_says_when_the_adversary_learns_and_is_used(finished):
     assert rows[6]["discriminator"] > 0 and rows[6]["lambda"] == 0
     assert 0 < rows[9]["lambda"] <= 5 and rows[9]["adversarial"] != 0
     assert rows[9]["real"] != rows[9]["fake"]
-    assert 1 <= rows[9]["codes"] <= 32
+    assert 1 <= rows[9]["codes_used"] <= 32
     mse = read_log(model_folder(finished, "mse") / "log.csv")[0]
     assert "perceptual" not in mse and "lambda" not in mse
 

@@ -83,7 +83,7 @@ def check_size(num_embeddings: int, embedding_dim: int) -> None:
     """Raise `ValueError` unless there is at least one code of one dimension."""
     if num_embeddings < 1 or embedding_dim < 1:
         raise ValueError(
-            f"a codebook of {num_embeddings} x {embedding_dim}: give 1 or more of both"
+            f"num_embeddings={num_embeddings}, embedding_dim={embedding_dim}: give 1 or more"
         )
 
 
