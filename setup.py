@@ -7,9 +7,11 @@ HERE = Path(__file__).parent
 
 setup(
     name="vqgan",
-    version=re.search(r'__version__ = "(.*)"', (HERE / "vqgan" / "__init__.py").read_text())[1],
+    version=re.search(r'__version__ = "(.*)"', (HERE / "vqgan" / "__init__.py").read_text("utf-8"))[
+        1
+    ],
     description="VAE, VQ-VAE, VQGAN and a minGPT-style prior in plain PyTorch, to be read",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     author="The vqgan maintainers",
     license="MIT",
@@ -49,7 +51,7 @@ setup(
         # The tutorial, docs/tutorial.ipynb, and its test.
         "notebook": ["notebook", "nbclient", "ipykernel"],
         "benchmark": ["diffusers", "transformers"],
-        # The published heads of LPIPS; true rFID, with Inception's weights; the authors' configs.
+        # LPIPS as published; true rFID, with Inception's weights; configs of the VQGAN's authors.
         "lpips": ["lpips"],
         "fid": ["torchmetrics[image]"],
         "yaml": ["pyyaml"],

@@ -18,7 +18,6 @@ import argparse
 import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -44,6 +43,7 @@ from vqgan.errors import user_input
 from vqgan.eval_networks import load_eval_classifier
 from vqgan.evaluation import decode_tokens, evaluate_samples
 from vqgan.images import to_uint8
+from vqgan.pretrained import checkpoint_path
 from vqgan.sampling import eval_mode
 from vqgan.tokens import TokenDataset, TokenLoader, build_condition, load_tokens
 from vqgan.training import Run, Session, evenly_spaced
@@ -196,7 +196,7 @@ def main(args: argparse.Namespace) -> None:
         GPT(**model_args)
     save_model(run.out / "tokenizer.pt", tokenizer_state)  # decodes the samples later
     prepare_model(tokenizer, run.device, compile=False)
-    folder = None if args.other_data else Path(args.tokenizer).parent
+    folder = None if args.other_data else checkpoint_path(args.tokenizer).parent
     eval_classifier, eval_accuracy = load_eval_classifier(
         run, epochs=args.eval_classifier_epochs, file=args.eval_classifier, folder=folder
     )

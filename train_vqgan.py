@@ -111,10 +111,12 @@ def train(
         )
         optimizers["discriminator"] = discriminator_optimizer
         extra_state["discriminator"] = discriminator
+    is_single = len(set(args.objectives)) == 1  # a run of one model has no subfolder
+    folder = run.out if is_single else run.out / objective
     # The last steps wander about, so the average of the weights is the better network.
     session = Session(
         run,
-        run.out if len(args.objectives) == 1 else run.out / objective,  # one model, no subfolder
+        folder,
         model=model,
         model_args=model_args,
         optimizers=optimizers,
@@ -205,7 +207,7 @@ def main(args: argparse.Namespace) -> None:
     """Train the network once per objective, and evaluate all with the same metrics."""
     model_args = network_args(args)
     run = open_run(args, batch_sizes=[args.batch_size])
-    check_adversary(run, args)
+    check_discriminator(run, args)
     inception = inception_distance(run.device) if args.rfid else None
     distance, perceptual_accuracy = perceptual_distance(
         run, args.perceptual, epochs=args.classifier_epochs
@@ -263,7 +265,7 @@ def network_args(args: argparse.Namespace) -> dict:
     return model_args
 
 
-def check_adversary(run: Run, args: argparse.Namespace) -> None:
+def check_discriminator(run: Run, args: argparse.Namespace) -> None:
     """Raise InputError if the training ends before the discriminator is used."""
     steps = args.epochs * (len(run.data.train_images) // args.batch_size)
     start = round(args.disc_start * steps) + args.disc_warmup

@@ -88,14 +88,14 @@ def main(args: argparse.Namespace) -> None:
     run = open_run(args, batch_sizes=args.batch_sizes)
     sessions, results, counts = {}, {}, {}
     for batch_size in dict.fromkeys(args.batch_sizes):  # each size once
-        for model_name in args.models:
-            several = len(args.batch_sizes) > 1
+        for model_name in dict.fromkeys(args.models):
+            several = len(set(args.batch_sizes)) > 1
             name = f"{model_name}-batch{batch_size}" if several else model_name
             torch.manual_seed(args.seed)  # the same start, whatever was trained before
             model, model_args = build_model(model_name, args)
             prepare_model(model, run.device, compile=args.compile)
             # A run of one model has no subfolder.
-            is_single = len(args.models) * len(args.batch_sizes) == 1
+            is_single = len(set(args.models)) == 1 and not several
             folder = run.out if is_single else run.out / name
             session = train(model, model_args, folder, run=run, batch_size=batch_size, lr=args.lr)
             results[name], counts[name] = evaluate_autoencoder(model, run)

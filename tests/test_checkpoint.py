@@ -293,6 +293,7 @@ def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path):
         load_checkpoint(path, model_class=VQVAE, model_args={})
     with pytest.raises(InputError, match="width = 8.*width = 9"):
         load_checkpoint(path, model_class=Tiny, model_args={"width": 9})
+
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(InputError, match="c.pt"):
         load_checkpoint(path)
@@ -301,6 +302,18 @@ def test_a_damaged_or_foreign_checkpoint_is_named(tmp_path):
         load_checkpoint(path, remedy="try another")
     with pytest.raises(FileNotFoundError):
         load_checkpoint(tmp_path / "gone.pt")
+
+
+def test_an_argument_newer_than_the_checkpoint_had_its_default(tmp_path):
+    model, optimizer, batches = make_run()
+    path = tmp_path / "c.pt"
+    save(path, model, optimizer, batches)
+    content = torch.load(path, weights_only=True)
+    del content["model_args"]["dropout"]
+    torch.save(content, path)
+    load_checkpoint(path, model_class=Tiny, model_args={"width": 8, "dropout": 0.5})
+    with pytest.raises(InputError, match="dropout = 0.1"):
+        load_checkpoint(path, model_class=Tiny, model_args={"width": 8, "dropout": 0.1})
 
 
 def test_a_run_does_not_go_on_from_a_model_alone(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from commands import error_of, main, save
 
+from vqgan.checkpoint import load_checkpoint
 from vqgan.pretrained import load_model, load_pipeline
 from vqgan.vae import VAE
 
@@ -23,8 +24,12 @@ def test_it_runs_as_a_module_and_explains_itself():
 def measured(tmp_path, pairs):
     """A copy of the classes' run with its metrics.json, and its tokenizer's with its own."""
     folder = shutil.copytree(pairs / "class", tmp_path / "run")
-    result = {"nats_per_token": 2.125, "frechet": None, "epochs": 7, "model_args": {"n_layer": 1}}
-    models = {"transformer": result, "vqvae": {"nmse": 0.0625}}
+    models = {
+        "transformer": {"nats_per_token": 2.125, "frechet": None, "epochs": 7},
+        "vqvae": {"nmse": 0.0625},
+    }
+    for result, path in zip(models.values(), (folder, folder / "vqvae"), strict=True):
+        result["model_args"] = load_checkpoint(path / "checkpoint.pt")["model_args"]
     (folder / "metrics.json").write_text(json.dumps({"models": models}))
     return folder
 
@@ -52,8 +57,10 @@ def test_info_finds_the_result_of_a_vqvae_in_its_runs_folder(measured, capsys):
 
 
 def test_info_does_not_take_the_transformers_result_for_its_tokenizers(measured, capsys):
-    text = info_of(capsys, measured / "tokenizer.pt")
-    assert "VQVAE," in text and "nats_per_token" not in text
+    """Whatever the run's folder is called."""
+    renamed = measured.rename(measured.with_name("transformer"))
+    text = info_of(capsys, renamed / "tokenizer.pt")
+    assert "VQVAE," in text and "nats_per_token" not in text and "no metrics.json" in text
 
 
 def test_info_says_that_there_is_no_result(pairs, capsys):

@@ -136,7 +136,7 @@ def test_bits():
 
 
 def baselines_by_loops(train, test, K):
-    """The same from plain lists, with the whole table of p(s | l): (single, left)."""
+    """The same from plain lists, with the whole table of p(s | l): (unigram, bigram)."""
     seen, after = [1] * K, [[0] * K for _ in range(K)]
     for row in train.flatten(0, 1).tolist():
         for place, code in enumerate(row):
@@ -148,12 +148,12 @@ def baselines_by_loops(train, test, K):
         [(n + SMOOTHING * p[s]) / (sum(a) + SMOOTHING) for s, n in enumerate(a)] for a in after
     ]
     assert all(sum(row) == pytest.approx(1) for row in p_after)
-    single, left = [], []
+    unigram, bigram = [], []
     for row in test.flatten(0, 1).tolist():
         for place, code in enumerate(row):
-            single.append(-math.log(p[code]))
-            left.append(-math.log(p_after[row[place - 1]][code] if place else p[code]))
-    return np.mean(single), np.mean(left)
+            unigram.append(-math.log(p[code]))
+            bigram.append(-math.log(p_after[row[place - 1]][code] if place else p[code]))
+    return np.mean(unigram), np.mean(bigram)
 
 
 def successors(n, K):
@@ -181,16 +181,16 @@ def test_baselines_are_those_of_plain_loops(K, width):
     skewed[:, 1:3] = successors(60, K)[:, 1:3]
     skewed = skewed[..., :width]
     train, test = skewed[:40], skewed[40:]
-    single, left = baselines_by_loops(train, test, K)
+    unigram, bigram = baselines_by_loops(train, test, K)
     found = token_baselines(train, test, K)
-    assert found["unigram"] == pytest.approx(single) and found["bigram"] == pytest.approx(left)
+    assert found["unigram"] == pytest.approx(unigram) and found["bigram"] == pytest.approx(bigram)
 
 
 def test_a_code_that_follows_from_the_one_to_its_left_costs_little():
     K = 8
     found = token_baselines(successors(2000, K), successors(100, K), K)
     assert found["unigram"] == pytest.approx(math.log(K), rel=0.01)
-    # Nothing but the first of the six codes of a row, and what the backoff takes.
+    # Nothing but the first of the six codes of a row, and what the smoothing takes.
     assert math.log(K) / 6 < found["bigram"] < math.log(K) / 6 + 0.1
 
 

@@ -69,7 +69,7 @@ def save_tokenizer(path, images, seed=0, metadata=ABOUT):
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory, shapes):
-    """The checkpoint of a tokenizer, with a eval_classifier beside it, untrained too."""
+    """The checkpoint of a tokenizer, with an evaluation classifier beside it, untrained too."""
     folder = tmp_path_factory.mktemp("tokenizer")
     save_tokenizer(folder / "checkpoint.pt", shapes.train_images)
     save_classifier(folder / "eval_classifier.pt", Classifier(10, 4), 0.1)
@@ -78,10 +78,13 @@ def tokenizer(tmp_path_factory, shapes):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tokenizer):
-    """A small run, never interrupted; what it printed is beside its folder."""
+    """A small run, never interrupted; what it printed is beside its folder.
+
+    The tokenizer is named by its folder, and the evaluation classifier is found there.
+    """
     folder, printed = tmp_path_factory.mktemp("runs"), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        run(folder / "whole", "--tokenizer", tokenizer, *SMALL)
+        run(folder / "whole", "--tokenizer", tokenizer.parent, *SMALL)
     (folder / "printed.txt").write_text(printed.getvalue())
     return folder / "whole"
 
@@ -181,7 +184,7 @@ def test_the_checkpoint_says_what_it_was_trained_on(finished, tokenizer):
     metadata = checkpoint(finished)["metadata"]
     assert metadata["data"] == "shapes" and metadata["image_size"] == 32
     assert metadata["condition"]["kind"] == "class" and len(metadata["condition"]["names"]) == 10
-    assert metadata["tokenizer"] == str(tokenizer) and "--tokenizer" in metadata["command"]
+    assert metadata["tokenizer"] == str(tokenizer.parent) and "--tokenizer" in metadata["command"]
     assert metadata["tokenizer_fingerprint"] == fingerprint(load_model(tokenizer))
 
 
@@ -495,12 +498,12 @@ def test_data_and_size_are_the_tokenizers(tmp_path, of_folder, image_folder):
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("has_yardstick", [False, True])
+@pytest.mark.parametrize("has_classifier", [False, True])
 def test_unlabelled_images_have_a_loss_and_no_frechet(
-    has_yardstick, tmp_path, tokenizer, loose_images
+    has_classifier, tmp_path, tokenizer, loose_images
 ):
     flags = [*SMALL, "--batch-size", 8, "--epochs", 1, "--condition", "none", "--other-data"]
-    if has_yardstick:
+    if has_classifier:
         flags += ["--eval-classifier", tokenizer.parent / "eval_classifier.pt"]
     out = run(tmp_path / "run", "--tokenizer", tokenizer, "--data", loose_images, *flags)
     result = metrics_of(out)["models"]["transformer"]
@@ -509,7 +512,7 @@ def test_unlabelled_images_have_a_loss_and_no_frechet(
 
 
 @pytest.mark.usefixtures("no_pictures")
-def test_another_tokenizers_yardstick_does_not_measure_other_data(
+def test_another_tokenizers_classifier_does_not_measure_other_data(
     tmp_path, tokenizer, image_folder
 ):
     flags = [

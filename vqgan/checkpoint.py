@@ -175,7 +175,9 @@ def load_checkpoint(
     state.setdefault("metadata", {})
     if model_class is not None:
         name, expected = model_class.__name__, all_model_args(model_class, model_args or {})
-        if (state["model"], state["model_args"]) != (name, expected):
+        # Arguments newer than the checkpoint had their defaults.
+        defaults = {p.name: p.default for p in inspect.signature(model_class).parameters.values()}
+        if (state["model"], defaults | state["model_args"]) != (name, expected):
             raise InputError(
                 f"{path} is of {state['model']}({_call(state['model_args'])}), but this run trains "
                 f"{name}({_call(expected)}): move it away, or start in another folder"

@@ -56,13 +56,14 @@ def _result(checkpoint: str, state: dict) -> dict:
     if "result" in state["metadata"]:
         return state["metadata"]["result"]
     folder = pretrained.checkpoint_path(checkpoint).parent
-    for path in (folder / "metrics.json", folder.parent / "metrics.json"):
+    model_args = json.loads(json.dumps(state["model_args"]))  # with lists, as in metrics.json
+    # The run's own folder if it trained one model, else a folder inside it.
+    for run, name in ((folder, None), (folder.parent, folder.name)):
         try:
-            models = json.loads(path.read_text())["models"]
-            name = "transformer" if state["model"] == "GPT" else folder.name
-            if len(models) == 1 and "transformer" not in models:  # a run of one model
-                (name,) = models
-            return models[name]
+            models = json.loads((run / "metrics.json").read_text())["models"]
+            result = models[name] if name else next(iter(models.values()))
+            if result["model_args"] == model_args:  # a tokenizer.pt is not of the run it lies in
+                return result
         except (OSError, ValueError, KeyError):
             continue
     print("(no metrics.json: the run was not finished, or is in another folder)")

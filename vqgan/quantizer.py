@@ -343,7 +343,7 @@ def make_quantizer(
 @contextmanager
 def exact_float32_matmul() -> Iterator[None]:
     """Switch off TF32 and the like inside. A script may allow them, but they choose wrong codes."""
-    backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"

@@ -191,7 +191,8 @@ def save_vqgan_figures(
     figures.losses(run.out / "losses.png", logs, ylabels=ylabels, title=title, share=False)
     if "vqgan" in sessions:
         session = sessions["vqgan"]
-        starts = (session.state[key] / len(session.loader) for key in ("disc_start", "gan_start"))
+        keys = ("disc_start", "gan_start")
+        starts = (session.state[key] / session.steps_per_epoch for key in keys)
         path, title = run.out / "adversarial.png", "The adversarial game"
         figures.adversarial(path, session.rows, *starts, title=title)
     _save_usage(run.out, OBJECTIVES, results, counts)

@@ -141,7 +141,7 @@ class Session:
         model_ema_decay: float = 0.0,
         metadata: dict | None = None,
     ):
-        self.model, self.loader = model, loader
+        self.model, self.steps_per_epoch, self.batch_size = model, len(loader), loader.batch_size
         self.epochs, self.total_steps = run.epochs, run.epochs * len(loader)
         self.checkpoint_every = run.checkpoint_every
         self.model_ema = ModelEMA(model, model_ema_decay) if model_ema_decay else None
@@ -173,7 +173,7 @@ class Session:
         stopwatch = Stopwatch(self.seconds)
         with self.bar:
             while self.step < self.total_steps:
-                for batch in self.loader:  # one epoch, or the rest of it after a resume
+                for batch in self.parts["batches"]:  # one epoch, or the rest of it after a resume
                     step = self.step
                     yield step, batch
                     if self.step != step + 1:
@@ -183,7 +183,8 @@ class Session:
                         state = self.parts | self.metadata
                         state |= {"step": self.step, "seconds": self.seconds}
                         save_checkpoint(self.checkpoint, model=self.eval_model, **state)
-                    self.bar.update(self.loader.batch_size)
+                    self.bar.update(self.batch_size)
+        self.parts.clear()  # the optimizers' and the loader's memory is free for the next model
 
     def log(self, losses: dict[str, Tensor], *, end_row: bool = False) -> dict | None:
         """End a step. Returns the row of log.csv that ends with it, or None.
@@ -209,7 +210,7 @@ class Session:
         """What metrics.json says about the training."""
         return {
             "parameters": sum(p.numel() for p in self.model.parameters()),
-            "batch_size": self.loader.batch_size,
+            "batch_size": self.batch_size,
             "epochs": self.epochs,
             "model_args": all_model_args(type(self.model), self.metadata["model_args"]),
             "seconds": round(self.seconds, 1),
@@ -223,7 +224,7 @@ class Session:
     @property
     def epoch(self) -> float:
         """Epochs trained so far, 2.5 in the middle of the third."""
-        return self.step / len(self.loader)
+        return self.step / self.steps_per_epoch
 
     @property
     def save_is_due(self) -> bool:

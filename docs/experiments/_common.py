@@ -54,6 +54,11 @@ def read_metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
+def model_folder(run: Path, name: str) -> Path:
+    """The folder of a run's model: the run's own if it trained no other."""
+    return run / name if (run / name).is_dir() else run
+
+
 def write_metrics(
     out: Path, watch: Stopwatch, data: dict, results: dict, *, dtype: torch.dtype = torch.float32
 ) -> None:

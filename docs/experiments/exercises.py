@@ -7,7 +7,7 @@ One function an exercise. Where it trains, it calls the script itself with the f
 exercise gives; where the exercise edits the source, it makes the same edit in memory, and says
 which line it stands for. What was trained stays in runs/exercises/, and is not trained again.
 Writes in docs/results/exercises/ metrics.json, with the command, data, device and seconds of each,
-and the pictures. Recognised, and the Frechet distance, are by the eval_classifier of
+and the pictures. The class accuracy and the Frechet distance are by the evaluation classifier of
 docs/results/shapes-tokenizer, which is trained again, for some minutes, if its run is not there.
 """
 
@@ -22,7 +22,7 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from _common import CPU, read_metrics, results_of
+from _common import CPU, model_folder, read_metrics, results_of
 from torch import Tensor
 
 import train_transformer
@@ -79,12 +79,12 @@ def train(
 
 
 def checkpoint(name: str, model: str) -> Path:
-    return RUNS / name / model / "checkpoint.pt"
+    return model_folder(RUNS / name, model) / "checkpoint.pt"
 
 
 def earlier(name: str, model: str, command: str) -> Path:
     """The checkpoint of a run whose results are committed, but not its weights."""
-    path = Path("runs") / name / model / "checkpoint.pt"
+    path = model_folder(Path("runs") / name, model) / "checkpoint.pt"
     if not path.exists():
         raise InputError(f"{path} is not there: run first: {command} --out runs/{name}")
     return path
@@ -136,7 +136,7 @@ def no_commitment() -> dict:
         ("beta-0-gradient", f"{SMALL_VQVAE} --quantizer gradient"),
     ):
         result = train(train_vqvae, flags, name, edit=edit, words=words)
-        log = read_log(RUNS / name / "vqvae" / "log.csv")
+        log = read_log(RUNS / name / "log.csv")
         result["quantizer_in_log"] = [row["quantizer"] for row in log]
         results[name] = result | distance_to_codes(checkpoint(name, "vqvae"))
     return results
@@ -162,7 +162,7 @@ def no_straight_through() -> dict:
     result["encoder_gradient_with"] = encoder_gradient(x)
     with patch("vqgan.quantizer.straight_through", lambda z_e, z_q: z_q):
         result["encoder_gradient_without"] = encoder_gradient(x)
-    log = read_log(RUNS / name / "vqvae" / "log.csv")
+    log = read_log(RUNS / name / "log.csv")
     result["quantizer_in_log"] = [row["quantizer"] for row in log]
     model = load_model(checkpoint(name, "vqvae"))
     with torch.no_grad():
@@ -222,8 +222,8 @@ def early_adversary() -> dict:
         result[f"class_accuracy_{name}"] = right.double().mean().item()
     title = "A VQGAN of drawn shapes, three epochs: when its adversary is used"
     figures.image_rows(OUT / "early_adversary.png", rows, title=title)
-    log = read_log(RUNS / "early-adversary" / "vqgan" / "log.csv")
-    keys = ("epoch", "reconstruction", "perceptual", "real", "fake", "lambda", "codes")
+    log = read_log(RUNS / "early-adversary" / "log.csv")
+    keys = ("epoch", "reconstruction", "perceptual", "real", "fake", "lambda", "codes_used")
     result["log"] = [{key: row[key] for key in keys} for row in log]
     return {"early-adversary": result}
 
@@ -331,7 +331,7 @@ def samples_of(pipeline, labels: Tensor, **setting) -> tuple[Tensor, Tensor]:
 
 
 def judged(eval_classifier: Classifier, codes: Tensor, images: Tensor, labels: Tensor) -> dict:
-    """What the eval_classifier makes of samples, and how much they differ among themselves."""
+    """What the classifier makes of samples, and how much they differ among themselves."""
     features = extract_features(eval_classifier, images.split(500))
     usage = metrics.CodebookUsage(256)
     usage.update(codes)

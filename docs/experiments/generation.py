@@ -18,7 +18,7 @@ import json
 from pathlib import Path
 
 import torch
-from _common import CPU, flags_of_runs, read_metrics, results_of, write_metrics
+from _common import CPU, flags_of_runs, model_folder, read_metrics, results_of, write_metrics
 
 from vqgan import figures, metrics
 from vqgan.arguments import run_script
@@ -32,20 +32,20 @@ from vqgan.pretrained import load_model, load_pipeline
 from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)
-YARDSTICK = Path("vqgan/eval_classifier.pt")
+EVAL_CLASSIFIER = Path("vqgan/eval_classifier.pt")
 VAE_RUN = Path("study")
 TRANSFORMERS = {  # title: run folder
     "VQ-VAE + transformer": Path("transformer-vqvae"),
     "VQGAN + transformer": Path("transformer"),
 }
-NUM_SAMPLES, NUM_SHOWN, AT_ONCE = 10_000, 12, 500
+NUM_SAMPLES, NUM_SHOWN, BATCH_SIZE = 10_000, 12, 500
 
 
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     watch, data = Stopwatch(), load_dataset(args.data)
-    eval_classifier, accuracy = load_classifier(args.runs / YARDSTICK, CPU)
-    test_features = extract_features(eval_classifier, eval_batches(data.test_images, AT_ONCE))
+    eval_classifier, accuracy = load_classifier(args.runs / EVAL_CLASSIFIER, CPU)
+    test_features = extract_features(eval_classifier, eval_batches(data.test_images, BATCH_SIZE))
     # One image of each class, then of the first classes again.
     labels = torch.arange(NUM_SHOWN) % len(data.class_names)
     rounds = [i // len(data.class_names) for i in range(NUM_SHOWN)]
@@ -53,9 +53,9 @@ def main(args: argparse.Namespace) -> None:
     x = next(eval_batches(data.test_images[real], NUM_SHOWN))
     rows, models = [("test images", to_unit(x))], {}
 
-    vae = load_model(args.runs / VAE_RUN / "vae" / "checkpoint.pt")
+    vae = load_model(model_folder(args.runs / VAE_RUN, "vae"))
     generator = torch.Generator().manual_seed(0)
-    samples = [vae.sample(AT_ONCE, generator) for _ in range(NUM_SAMPLES // AT_ONCE)]
+    samples = [vae.sample(BATCH_SIZE, generator) for _ in range(NUM_SAMPLES // BATCH_SIZE)]
     distance = metrics.frechet_distance(extract_features(eval_classifier, samples), test_features)
     models["vae"] = {"run": str(VAE_RUN), "frechet": distance, "num_samples": NUM_SAMPLES}
     rows.append((f"VAE's prior\nFrechet {distance:.2f}", to_unit(samples[0][:NUM_SHOWN])))
@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
         if measured["eval_classifier"]["fingerprint"] != fingerprint(eval_classifier):
             raise InputError(
                 f"{args.runs / folder} was measured by another eval_classifier: run it again with "
-                f"--eval-classifier {args.runs / YARDSTICK}"
+                f"--eval-classifier {args.runs / EVAL_CLASSIFIER}"
             )
         best = min(measured["samples"], key=lambda sample: sample["frechet"])
         references = {"reference_frechet": measured["reference_frechet"]}

@@ -23,6 +23,7 @@ import torch
 from _common import (
     CPU,
     flags_of_runs,
+    model_folder,
     read_metrics,
     results_of,
     scan_bytes,
@@ -43,21 +44,21 @@ from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)
 TOKENIZERS = {  # name: its run, and the transformer's that writes its codes
-    "vqvae": (Path("study/vqvae"), Path("transformer-vqvae")),
-    "vqgan": (Path("vqgan/vqgan"), Path("transformer")),
+    "vqvae": (Path("study"), Path("transformer-vqvae")),
+    "vqgan": (Path("vqgan"), Path("transformer")),
 }
 TITLES = {
     "jpeg-size": "JPEG, about the codes' size",
     "vqvae": "VQ-VAE",
     "vqgan": "VQGAN",
     "jpeg-ssim": "JPEG of its SSIM",
-    "jpeg-class_accuracy": "JPEG, as often class_accuracy",
+    "jpeg-class_accuracy": "JPEG of its class accuracy",
 }
 EVERY = 5  # test images: 2,000 of CIFAR-10's, of all classes
 # The test images were saved as JPEG of quality 75 or so. Near that they come back as they were.
 QUALITIES = range(1, 51)
 NUM_SHOWN = 10
-AT_ONCE = 500
+BATCH_SIZE = 500
 
 
 @torch.no_grad()
@@ -69,8 +70,8 @@ def main(args: argparse.Namespace) -> None:
 
     results, pictures = {}, {}
     for name, (run, writer) in TOKENIZERS.items():
-        model = load_model(args.runs / run / "checkpoint.pt")
-        batches = eval_batches(images, AT_ONCE)
+        model = load_model(model_folder(args.runs / run, name))
+        batches = eval_batches(images, BATCH_SIZE)
         pictures[name] = torch.cat([to_uint8(model(x).reconstruction) for x in batches])
         seq_len = model.tokens(from_uint8(images[:1])).shape[1]
         bits = metrics.fixed_length_bits(seq_len, model.num_embeddings)
@@ -117,11 +118,11 @@ class Judge:
 
     def __init__(self, images: Tensor, labels: Tensor, eval_classifier: Classifier):
         self.images, self.labels, self.eval_classifier = images, labels, eval_classifier
-        self.features = extract_features(eval_classifier, eval_batches(images, AT_ONCE))
+        self.features = extract_features(eval_classifier, eval_batches(images, BATCH_SIZE))
 
     def __call__(self, images: Tensor) -> dict[str, float]:
         x, y = to_unit(from_uint8(self.images)), to_unit(from_uint8(images))
-        features = extract_features(self.eval_classifier, eval_batches(images, AT_ONCE))
+        features = extract_features(self.eval_classifier, eval_batches(images, BATCH_SIZE))
         right = self.eval_classifier.head(features).argmax(dim=1) == self.labels
         return {
             "psnr": metrics.psnr(x, y).mean().item(),

@@ -361,7 +361,7 @@ def few_samples() -> dict:
     for size in (250, 1000, 10000):
         x, y = torch.randn(
             2, size, 96, generator=generator
-        )  # the eval_classifier's features are 96
+        )  # the evaluation classifier's features are 96
         result[str(size)] = metrics.frechet_distance(x, y)
     return result
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from _common import flags_of_runs, read_metrics, results_of, scan_bytes, through_jpeg
+from _common import flags_of_runs, model_folder, read_metrics, results_of, scan_bytes, through_jpeg
 from matplotlib.ticker import ScalarFormatter
 
 from vqgan import figures, metrics
@@ -93,7 +93,7 @@ def draw_ladder(runs: Path, images: torch.Tensor) -> None:
     x = next(eval_batches(images[:NUM_SHOWN], NUM_SHOWN))
     rows = []
     for label, (folder, name) in LADDER.items():
-        model = load_model(runs / folder / name / "checkpoint.pt")
+        model = load_model(model_folder(runs / folder, name))
         result = measured(runs / folder, name)
         bits = result["bits_per_image"]
         label = f"{label}\n{bits:,.0f} bits, SSIM {result['ssim']:.2f}"

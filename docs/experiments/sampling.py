@@ -2,7 +2,7 @@
 
     python docs/experiments/sampling.py --data data/cifar10-images
 
-needs a class-conditional transformer beside its tokenizer and a eval_classifier: those of the runs
+needs a class-conditional transformer beside its tokenizer and an evaluation classifier: those of
 runs/transformer and runs/vqgan (docs/results/README.md has their commands). Every reader has
 another pair:
 
@@ -59,7 +59,7 @@ KNOWN, CONDITIONS = 10, 9  # test images in known.png and conditions.png
 TOP_K, TOP_P = 100, 0.9  # in next_code.png
 SURE, UNSURE = 0.02, 0.9  # which places it shows, as quantiles of the entropy
 TIMED = 16  # grids that are written with the cache and without
-AT_ONCE = 100
+BATCH_SIZE = 100
 
 
 def parse() -> argparse.Namespace:
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
         eval_classifier, accuracy = load_classifier(args.eval_classifier, CPU)
     images, labels = test_images(args.data, pipeline)
     x = from_uint8(images)  # (M, 3, H, W)
-    tokens = torch.cat([pipeline.tokenizer.tokens(part) for part in x.split(AT_ONCE)])  # (M, N)
+    tokens = torch.cat([pipeline.tokenizer.tokens(part) for part in x.split(BATCH_SIZE)])  # (M, N)
 
     samples = {
         family: draw_family(pipeline, family, values, args.classes, eval_classifier)
@@ -138,7 +138,7 @@ def usage(pipeline: Pipeline, tokens: Tensor) -> CodebookUsage:
 def nats(pipeline: Pipeline, condition: Tensor, tokens: Tensor) -> Tensor:
     """-log p of each token given its condition and those before it: (M, C), (M, N) -> (M, N)."""
     costs = []
-    for part, wanted in zip(condition.split(AT_ONCE), tokens.split(AT_ONCE), strict=True):
+    for part, wanted in zip(condition.split(BATCH_SIZE), tokens.split(BATCH_SIZE), strict=True):
         logits = pipeline.transformer(part, wanted)  # (M, N, K)
         costs.append(F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none"))
     return torch.cat(costs)
@@ -179,7 +179,7 @@ def draw_family(
         if eval_classifier is not None:
             x = decode_tokens(pipeline.tokenizer, tokens)
             predicted = torch.cat(
-                [eval_classifier(part).argmax(dim=1) for part in x.split(AT_ONCE)]
+                [eval_classifier(part).argmax(dim=1) for part in x.split(BATCH_SIZE)]
             )
             result["class_accuracy"] = (predicted == measured[:, 0]).double().mean().item()
             label += f"\n{result['class_accuracy']:.0%} class_accuracy"
@@ -199,7 +199,7 @@ def draw_family(
 def draw_next_code(pipeline: Pipeline, labels: Tensor, tokens: Tensor) -> dict:
     """Where the transformer is sure of the next code, and where it is not."""
     K, (h, w) = pipeline.transformer.num_embeddings, pipeline.tokenizer.grids[0]
-    parts = zip(labels[:, None].split(AT_ONCE), tokens.split(AT_ONCE), strict=True)
+    parts = zip(labels[:, None].split(BATCH_SIZE), tokens.split(BATCH_SIZE), strict=True)
     logits = torch.cat([pipeline.transformer(*part) for part in parts])  # (M, N, K)
     probabilities = logits.softmax(dim=-1)
     entropy = -(probabilities * logits.log_softmax(dim=-1)).sum(dim=-1)  # nats, (M, N)
@@ -282,7 +282,7 @@ def draw_known(pipeline: Pipeline, x: Tensor, labels: Tensor, tokens: Tensor) ->
 
     def complete(given: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        parts = zip(condition.split(AT_ONCE), given.split(AT_ONCE), strict=True)
+        parts = zip(condition.split(BATCH_SIZE), given.split(BATCH_SIZE), strict=True)
         return torch.cat(
             [pipeline.transformer.sample(c, given=g, generator=generator) for c, g in parts]
         )
@@ -308,7 +308,7 @@ def draw_known(pipeline: Pipeline, x: Tensor, labels: Tensor, tokens: Tensor) ->
     )
     greyed = x.clone()
     greyed[:, :, rows * pixels :] = 0.0
-    upper_alone = torch.cat([pipeline.tokenizer.tokens(part) for part in greyed.split(AT_ONCE)])
+    upper_alone = torch.cat([pipeline.tokenizer.tokens(part) for part in greyed.split(BATCH_SIZE)])
     changed = (upper_alone != tokens)[:, :half].unflatten(1, (rows, w))
     changed = changed.double().mean(dim=(0, 2))  # of each row of codes
     cost = {

@@ -36,7 +36,7 @@ FEW = (1_000, 5_000)
 GUIDANCE = (1.0, 2.0)
 IMAGES_SEEN = 200_000  # by each classifier: four epochs of CIFAR-10's 50,000
 WIDTH = 16  # of the classifier's first stage, as in train_vqgan.py
-AT_ONCE = 500
+BATCH_SIZE = 500
 
 
 def parse() -> argparse.Namespace:
@@ -88,7 +88,7 @@ def main(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def reconstruct(pipeline: Pipeline, images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) -> what is left of them after the tokenizer, in the same form."""
-    batches = tqdm(list(eval_batches(images, AT_ONCE)), desc="reconstructions")
+    batches = tqdm(list(eval_batches(images, BATCH_SIZE)), desc="reconstructions")
     return torch.cat([to_uint8(pipeline.tokenizer(x).reconstruction) for x in batches])
 
 
@@ -99,7 +99,7 @@ def write(pipeline: Pipeline, labels: Tensor, guidance: float) -> Tensor:
     if path.exists():
         return torch.load(path, weights_only=True)["images"]
     generator, images = torch.Generator().manual_seed(0), []
-    for classes in tqdm(labels.split(AT_ONCE), desc=f"samples, guidance {guidance:g}"):
+    for classes in tqdm(labels.split(BATCH_SIZE), desc=f"samples, guidance {guidance:g}"):
         tokens = pipeline.transformer.sample(
             classes[:, None], guidance=guidance, generator=generator
         )

@@ -16,7 +16,7 @@ import json
 
 import torch
 import torch.nn.functional as F
-from _common import draw_rows, flags_of_runs, results_of, show, write_metrics
+from _common import draw_rows, flags_of_runs, model_folder, results_of, show, write_metrics
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -49,7 +49,7 @@ def main(args: argparse.Namespace) -> None:
     x = from_uint8(data.test_images[list(TRANSFORMS)])
     rows, bits, models = [("original", to_unit(x))], {}, {}
     for folder, title in RUNS.items():
-        model = load_model(args.runs / folder / "vae" / "checkpoint.pt")
+        model = load_model(model_folder(args.runs / folder, "vae"))
         bits[title] = bits_by_dimension(model, data.test_images)
         mean, log_var = model.encode(x)
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
@@ -140,7 +140,7 @@ def draw_dimensions(bits: dict[str, Tensor]) -> None:
         values = values.sort(descending=True).values
         axes.plot(range(1, len(values) + 1), values, color=color, label=label)
     axes.set_xlabel("dimension of the latent, from the one with the most bits")
-    axes.set_ylabel("bits an image")
+    axes.set_ylabel("bits per image")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -329,7 +329,7 @@ def test_code_stands_beside_its_prose_where_there_is_room(visits):
     for name, visit in visits.items():
         for piece in visit[WIDE]["pieces"]:
             prose, code = piece["prose"], piece["code"]
-            assert code["bigram"] >= prose["right"] and code["top"] == prose["top"], name
+            assert code["left"] >= prose["right"] and code["top"] == prose["top"], name
             # Lines of 100 characters fit; imports, beside the module's long prose, may scroll.
             assert piece["module"] or piece["hidden"] <= 0, name
 
@@ -339,7 +339,7 @@ def test_code_stands_below_its_prose_on_a_narrow_screen(visits):
         assert visit[NARROW]["width"] <= NARROW, f"{name} scrolls sideways"
         for piece in visit[NARROW]["pieces"]:
             prose, code = piece["prose"], piece["code"]
-            assert code["top"] >= prose["bottom"] and code["bigram"] == prose["bigram"], name
+            assert code["top"] >= prose["bottom"] and code["left"] == prose["left"], name
 
 
 def test_search_finds_a_word_of_the_source(browser, site):

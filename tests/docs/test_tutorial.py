@@ -40,7 +40,7 @@ def printed(cells):
 
 def nats(text):
     """What a code of a test image costs: the four lines that say it, last the transformer's."""
-    baselines = re.findall(r"^(?:uniform|single|left) +([\d.]+) nats", text, re.MULTILINE)
+    baselines = re.findall(r"^(?:uniform|unigram|bigram) +([\d.]+) nats", text, re.MULTILINE)
     return [float(value) for value in (*baselines, re.search(r"test images: ([\d.]+)", text)[1])]
 
 
@@ -50,8 +50,8 @@ def test_the_committed_notebook_was_run_once_from_start_to_end():
     counts = [cell["execution_count"] for cell in code_cells(cells)]
     assert counts == list(range(1, len(counts) + 1))
     assert pictures(cells) >= 7
-    uniform, single, left, transformer = nats(printed(cells))
-    assert transformer < left < single < uniform
+    uniform, unigram, bigram, transformer = nats(printed(cells))
+    assert transformer < bigram < unigram < uniform
 
 
 def test_the_committed_notebook_has_no_short_trainings():

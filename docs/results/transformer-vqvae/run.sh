@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The same transformer over the codes of the VQ-VAE of docs/results/study, measured by the eval_classifier
+# The same transformer over the codes of the VQ-VAE of docs/results/study, measured by the classifier
 # of docs/results/vqgan: 68 minutes of training with one thread on an AMD EPYC with AVX512-BF16
 # instructions, no GPU, beside other work. DATA is the data of these two runs.
 set -euo pipefail
