@@ -198,12 +198,12 @@ def no_kl() -> dict:
     return {"no-kl": result}
 
 
-def early_adversary() -> dict:
+def early_discriminator() -> dict:
     """A discriminator that is used from the first step; docs/results/shapes-vqgan starts late."""
     command = f"python train_vqgan.py {SMALL_VQGAN} --disc-start 0.5"
     late = earlier("shapes-vqgan", "vqgan", command)
     flags = f"{SMALL_VQGAN} --disc-start 0 --disc-warmup 0 --eval-classifier-epochs 1"
-    result = train(train_vqgan, flags, "early-adversary")
+    result = train(train_vqgan, flags, "early-discriminator")
     for key in (
         "frechet",
         "class_accuracy",
@@ -214,18 +214,18 @@ def early_adversary() -> dict:
     rows = [("original", to_unit(x))]
     labels = (("late", "from the middle on"), ("early", "from the first step"))
     for name, label in labels:
-        path = late if name == "late" else checkpoint("early-adversary", "vqgan")
+        path = late if name == "late" else checkpoint("early-discriminator", "vqgan")
         model = load_model(path)
         rows.append((label, to_unit(model(x).reconstruction)))
         logits = torch.cat([eval_classifier(model(part).reconstruction) for part in test_batches()])
         right = logits.argmax(dim=1) == data.test_labels
         result[f"class_accuracy_{name}"] = right.double().mean().item()
     title = "A VQGAN of drawn shapes, three epochs: when its adversary is used"
-    figures.image_rows(OUT / "early_adversary.png", rows, title=title)
-    log = read_log(RUNS / "early-adversary" / "log.csv")
+    figures.image_rows(OUT / "early_discriminator.png", rows, title=title)
+    log = read_log(RUNS / "early-discriminator" / "log.csv")
     keys = ("epoch", "reconstruction", "perceptual", "real", "fake", "lambda", "codes_used")
     result["log"] = [{key: row[key] for key in keys} for row in log]
-    return {"early-adversary": result}
+    return {"early-discriminator": result}
 
 
 # --- a measure ---------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ EXERCISES: dict[str, Callable[[], dict]] = {
     "few_images": few_images,
     "greedy": greedy,
     "guidance": guidance,
-    "early_adversary": early_adversary,
+    "early_discriminator": early_discriminator,
 }
 
 

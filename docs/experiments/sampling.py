@@ -95,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         "eval_classifier": {"accuracy": accuracy},
         "codes": pipeline.transformer.num_embeddings,
         "test_perplexity": usage(pipeline, tokens).perplexity,
-        "test_nats_per_code": nats(pipeline, labels[:, None], tokens).mean().item(),
+        "test_nats_per_token": nats(pipeline, labels[:, None], tokens).mean().item(),
         "samples": samples,
         "next_code": draw_next_code(pipeline, labels, tokens),
         "known": draw_known(pipeline, x, labels, tokens),

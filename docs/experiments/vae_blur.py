@@ -32,7 +32,7 @@ from vqgan.vae import VAE, reparameterize
 OUT = results_of(__file__)
 RUNS = {"study-fixed": "VAE, squared error", "study": "VAE, optimal scale"}
 TRANSFORMS = (1, 4, 5, 7, 8, 9)  # test images
-AT_ONCE = 500
+BATCH_SIZE = 500
 STAR = 10  # test image of the drawn shapes: a yellow star on red
 SHIFT = 3  # pixels that the star may be moved, in each direction
 SHOWN = ((0, 0), (-3, 0), (3, 0), (0, -3), (0, 3))
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
 def bits_by_dimension(model: VAE, images: Tensor) -> Tensor:
     """Mean over images of the KL of each latent dimension, in bits: (Z,). See vae.kl_divergence."""
     total = torch.zeros(model.latent_dim, dtype=torch.float64)
-    for x in eval_batches(images, AT_ONCE):
+    for x in eval_batches(images, BATCH_SIZE):
         mean, log_var = (part.double() for part in model.encode(x))
         total += -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum(dim=0)
     return nats_to_bits(total / len(images))
