@@ -116,8 +116,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     factor = 2 ** max(downsamples)
     if args.image_size % factor or args.image_size < metrics.SSIM_WINDOW:
         raise InputError(
-            f"--image-size {args.image_size} does not fit: the models need a multiple of {factor}, "
-            f"and SSIM at least {metrics.SSIM_WINDOW}"
+            f"--image-size {args.image_size} does not fit: {max(downsamples)} downsamples need a "
+            f"multiple of {factor}, and SSIM at least {metrics.SSIM_WINDOW}"
         )
     if args.quantizer == "gradient" and not args.restart_dead_codes:
         raise InputError("--no-restart-dead-codes is for --quantizer ema only: leave it out")

@@ -32,7 +32,7 @@ def test_no_class_means_every_class(pairs, rows, capsys):
     ((drawn, _),) = rows
     assert [label for label, _ in drawn] == list(CLASSES)
     assert all(x.shape == (3, 3, 32, 32) and 0 <= x.min() for _, x in drawn)
-    assert "3 images of cat, dog, horse" in capsys.readouterr().out
+    assert "images of cat, dog, horse, 3 of each" in capsys.readouterr().out
 
 
 def test_classes_are_asked_for_by_name_and_count(pairs, rows, asked):
@@ -137,8 +137,8 @@ def test_what_a_transformer_cannot_do_is_one_line(
         ("image", ["--image", "gone.png"], "gone.png cannot be read"),
         ("image", ["--image", "0.png", "--height", "64"], "leave --height, --width out"),
         ("image", ["--image", "0.png", "--out", "0.png"], "overwritten"),
-        ("class", ["--height", "33"], "33x32 pixels: give multiples of 8"),
-        ("class", ["--width", "24"], "32x24 pixels: give multiples of 8, 32 or more"),
+        ("class", ["--height", "33"], "--height 33, --width 32: give multiples of 8"),
+        ("class", ["--width", "24"], "--height 32, --width 24: give multiples of 8 from 32"),
     ],
 )
 def test_what_cannot_be_sampled_is_one_line(

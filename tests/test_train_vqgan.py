@@ -449,7 +449,7 @@ def test_help_states_defaults(tmp_path, capsys):
     ("flags", "expected"),
     [
         (["--image-size", "30"], "30x30 pixels"),
-        (["--attention-resolutions", "7"], "7 never occurs"),
+        (["--attention-resolutions", "7"], "--attention-resolutions 7 never occurs"),
         (["--channels", "14"], "14 channels"),
         (["--image-size", "8"], "SSIM needs 11"),
         (["--perceptual", "none", "--objectives", "perceptual"], "--perceptual none"),

@@ -150,7 +150,7 @@ def test_any_side_that_the_levels_divide_goes_through():
     ("model_args", "expected"),
     [
         ({"resolution": 30}, "30x30.* 4"),
-        ({"attention_resolutions": (12,)}, "12 never occurs.*32, 16, 8"),
+        ({"attention_resolutions": (12,)}, "=12 never occurs.*32, 16, 8"),
         ({"channels": 10, "norm_groups": 4}, "10 channels.*4 groups"),
         ({"quantizer": "lattice"}, "'lattice'"),
     ],

@@ -162,8 +162,8 @@ def load_checkpoint(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of odd formats; the error says enough
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise  # other kinds of OSError are torch's, of a truncated file
     except Exception as error:  # pickle, zipfile and torch raise many types
         # torch says "unsupported" of a pickle with code, and of a file that is no pickle.
         foreign = "it is another kind of file, or carries code, which was not run"

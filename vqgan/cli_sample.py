@@ -94,7 +94,7 @@ def sample(args: argparse.Namespace) -> None:
             chunks = torch.cat(images).split(COLUMNS)
             rows += [(label if i == 0 else "", chunk) for i, chunk in enumerate(chunks)]
     figures.image_rows(out, rows, title=describe_sampling(setting))
-    print(f"{args.count} images of {', '.join(prompts)}: written to {out}")
+    print(f"images of {', '.join(prompts)}, {args.count} of each: written to {out}")
 
 
 def complete(args: argparse.Namespace) -> None:
@@ -162,7 +162,7 @@ def _grid_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
     size = pipeline.tokenizer.image_size
     height, width = args.height or size, args.width or size
     if height % pixels or width % pixels or min(height, width) < size:
-        raise InputError(f"{height}x{width} pixels: give multiples of {pixels}, {size} or more")
+        raise InputError(f"height={height}, width={width}: give multiples of {pixels} from {size}")
     if (height, width) != (size, size) and pipeline.condition.kind == "image":
         raise InputError("a model conditioned on images has one size: leave --height, --width out")
     return height // pixels, width // pixels

@@ -146,7 +146,7 @@ class TrainLoader:
         labels: Tensor | None = None,
     ):
         if not 1 <= batch_size <= len(images):
-            raise InputError(f"batch size {batch_size}: give 1 to {len(images)} (all images)")
+            raise InputError(f"batch_size={batch_size}: give 1 to {len(images)} (all images)")
         self.images = images.to(device) if isinstance(images, Tensor) else images
         self.batch_size, self.device, self.flip = batch_size, torch.device(device), flip
         self.labels = None if labels is None else labels.to(device)

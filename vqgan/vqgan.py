@@ -206,7 +206,7 @@ class VQGAN(VQAutoencoder):
             attention_resolutions = tuple(sides[-1:])
         for side in attention_resolutions:
             if side not in sides:
-                raise ValueError(f"attention at {side} never occurs: choose from {sides}")
+                raise ValueError(f"attention_resolutions={side} never occurs: choose from {sides}")
         self.resolution, self.attention_resolutions = resolution, tuple(attention_resolutions)
         self.num_residual_blocks = num_residual_blocks
         groups = norm_groups or max(1, channels // 4)
