@@ -1,5 +1,7 @@
+import gc
 import json
 import time
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -274,7 +276,7 @@ def test_another_models_checkpoint_is_refused(run):
         start(replace(run, resume=True), model_args={"width": 9})
 
 
-def test_companions_go_on_too(run):
+def test_extra_state_goes_on_too(run):
     companion = nn.BatchNorm1d(2)
     companion.running_mean += 3
     take_steps(*start(run, extra_state={"discriminator": companion}))
@@ -325,6 +327,15 @@ def test_the_checkpoint_says_of_the_model_what_run_and_script_know(run):
     state = load_checkpoint(run.out / "tiny" / "checkpoint.pt")
     assert state["metadata"] == run.metadata | {"condition": "none"}
     assert state["model_args"] == {"width": 8, "dropout": 0.5} and state["step"] == 21
+
+
+def test_after_the_last_step_the_optimizer_is_not_held(run):
+    model, optimizer, session = start(run)
+    take_steps(model, optimizer, session)
+    held = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert held() is None
 
 
 def test_a_script_of_one_model_has_no_subfolder(run):
