@@ -17,8 +17,8 @@ from vqgan.arguments import (
     run_script,
     sampling_settings,
 )
-from vqgan.checkpoint import save_plain
 from vqgan.errors import InputError
+from vqgan.files import save_plain
 from vqgan.vqvae import VQVAE
 
 # --- numbers -----------------------------------------------------------------------------------

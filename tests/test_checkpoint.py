@@ -1,5 +1,4 @@
 import inspect
-import os
 import pickle
 from pathlib import Path
 
@@ -16,10 +15,7 @@ from vqgan.checkpoint import (
     restore,
     save_checkpoint,
     save_model,
-    save_plain,
     set_random_state,
-    write_atomically,
-    write_json,
 )
 from vqgan.data import TrainLoader
 from vqgan.errors import InputError
@@ -334,33 +330,6 @@ def test_weights_of_another_network_are_refused(tmp_path):
     with pytest.raises(InputError, match="does not fit.*1.weight") as error:
         restore(state, model=Tiny(9), optimizers={"adam": optimizer}, batches=batches)
     assert "\n" not in str(error.value)
-
-
-# --- writing -----------------------------------------------------------------------------------
-
-
-def test_a_failed_write_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def no_space(fd):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", no_space)
-    for write in (
-        lambda: write_atomically(path, b"new and longer"),
-        lambda: write_json(path, {"new": 1}),
-        lambda: save_plain(path, {"new": torch.zeros(9)}),
-    ):
-        with pytest.raises(OSError, match="No space"):
-            write()
-        assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
-
-
-def test_folders_are_made_and_json_is_for_people_too(tmp_path):
-    write_json(tmp_path / "a" / "b.json", {"x": [1], "y": None})
-    text = (tmp_path / "a" / "b.json").read_text()
-    assert text.startswith('{\n  "x": [\n    1\n') and text.endswith("}\n")
 
 
 # --- fingerprints ------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from vqgan.checkpoint import write_json
 from vqgan.data import NUM_TRAIN, TrainLoader, load_dataset, pixel_variance
 from vqgan.device import choose_device, choose_precision
 from vqgan.errors import InputError, user_input
+from vqgan.files import write_json
 from vqgan.pretrained import load_tokenizer
 from vqgan.sampling import check_sampling
 from vqgan.training import Run

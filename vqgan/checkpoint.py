@@ -1,17 +1,13 @@
-"""Files that are written whole or not at all: checkpoints, and what else a run writes.
+"""Checkpoints: a trained model, and everything that the next training step depends on.
 
-A checkpoint is one file of plain tensors, numbers, strings, lists and dicts: the model's name and
-all of its constructor arguments, its weights, and everything that the next training step depends
-on. It is read with `weights_only=True`, so no code in it is run. A run that was killed and resumed
-ends with the same weights, bit for bit on the same machine, as one that was not.
+A checkpoint is one file of plain tensors, numbers, strings, lists and dicts (`files.py`): the
+model's name and all of its constructor arguments, its weights, and the state of its training. A run
+that was killed and resumed ends with the same weights, bit for bit on the same machine, as one that
+was not.
 """
 
 import hashlib
 import inspect
-import io
-import json
-import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +16,7 @@ from torch import Tensor, nn
 
 import vqgan
 from vqgan.errors import InputError
+from vqgan.files import load_plain, save_plain
 
 # What using a model needs, and what resuming its run needs in addition.
 MODEL_KEYS = {"model", "model_args", "weights"}
@@ -30,33 +27,6 @@ DIVERGED = "training has diverged, start again with a lower learning rate; saved
 
 
 # --- writing -------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a temporary file and rename it: a kill or a full disk leaves the old file intact."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write indented JSON, which people can read too, whole or not at all."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def save_plain(path: Path, state: dict) -> None:
-    """Write plain tensors, numbers, strings, lists and dicts, whole or not at all."""
-    buffer = io.BytesIO()  # on a full disk, torch.save raises something other than OSError
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
 
 
 def save_checkpoint(
@@ -158,17 +128,7 @@ def load_checkpoint(
         InputError: the file is not a checkpoint of this package, carries code, or holds another
             model.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of odd formats; the error says enough
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise  # other kinds of OSError are torch's, of a truncated file
-    except Exception as error:  # pickle, zipfile and torch raise many types
-        # torch says "unsupported" of a pickle with code, and of a file that is no pickle.
-        foreign = "it is another kind of file, or carries code, which was not run"
-        reason = foreign if "unsupported" in str(error).lower() else "is it damaged?"
-        raise InputError(f"{path} is no checkpoint of plain data ({reason}): {remedy}") from error
+    state = load_plain(path, remedy=remedy)
     keys = MODEL_KEYS if model_class is None else MODEL_KEYS | RUN_KEYS
     if not isinstance(state, dict) or not keys <= state.keys():
         raise InputError(f"{path} is not a checkpoint of this package: {remedy}")

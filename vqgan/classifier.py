@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vqgan.checkpoint import save_plain
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
 from vqgan.errors import InputError
+from vqgan.files import save_plain
 
 # The peak of the schedule suits these widths and BatchNorm; the weight decay is the usual one.
 MAX_LR, WEIGHT_DECAY = 1e-2, 1e-2

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from vqgan import figures, metrics
 from vqgan.arguments import png_path, positive_int
-from vqgan.checkpoint import fingerprint, write_atomically
+from vqgan.checkpoint import fingerprint
 from vqgan.data import eval_batch_size
 from vqgan.device import choose_device
 from vqgan.errors import InputError, user_input
+from vqgan.files import write_atomically
 from vqgan.image_folder import read_images
 from vqgan.images import from_uint8, to_uint8, to_unit
 from vqgan.pretrained import load_model, load_pipeline, load_tokenizer, read_checkpoint

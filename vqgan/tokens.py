@@ -15,10 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgan import conditions
-from vqgan.checkpoint import fingerprint, save_plain
+from vqgan.checkpoint import fingerprint
 from vqgan.conditions import Condition
 from vqgan.data import ImageDataset, TrainLoader, eval_batch_size, eval_batches
 from vqgan.errors import InputError
+from vqgan.files import save_plain
 from vqgan.image_folder import ImageFiles
 from vqgan.training import Run
 from vqgan.vqvae import VQAutoencoder

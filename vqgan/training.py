@@ -42,12 +42,11 @@ from vqgan.checkpoint import (
     load_checkpoint,
     restore,
     save_checkpoint,
-    write_atomically,
-    write_json,
 )
 from vqgan.data import ImageDataset, TrainLoader
 from vqgan.device import describe_device
 from vqgan.errors import InputError
+from vqgan.files import write_atomically, write_json
 
 LOG_EVERY = 50  # steps averaged into one row of log.csv
 

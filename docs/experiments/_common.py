@@ -21,8 +21,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this checkout: scripts and package
 
-from vqgan.checkpoint import write_json
 from vqgan.device import describe_device
+from vqgan.files import write_json
 from vqgan.training import Stopwatch, versions
 
 CPU = torch.device("cpu")

@@ -30,13 +30,13 @@ import train_vqgan
 import train_vqvae
 from vqgan import figures, metrics, tokens
 from vqgan.arguments import run_script
-from vqgan.checkpoint import write_json
 from vqgan.classifier import Classifier, load_classifier
 from vqgan.data import eval_batches, load_dataset
 from vqgan.device import choose_precision, describe_device
 from vqgan.errors import InputError
 from vqgan.eval_networks import extract_features, load_eval_classifier
 from vqgan.evaluation import decode_tokens
+from vqgan.files import write_json
 from vqgan.images import from_uint8, to_unit
 from vqgan.pretrained import load_model, load_pipeline, load_tokenizer
 from vqgan.shapes import CLASSES, render_shapes

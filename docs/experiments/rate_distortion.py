@@ -21,8 +21,8 @@ from matplotlib.ticker import ScalarFormatter
 
 from vqgan import figures, metrics
 from vqgan.arguments import run_script
-from vqgan.checkpoint import write_json
 from vqgan.data import eval_batches, load_dataset
+from vqgan.files import write_json
 from vqgan.images import from_uint8, to_unit
 from vqgan.pretrained import load_model
 

@@ -19,12 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgan.arguments import run_script
-from vqgan.checkpoint import fingerprint, save_plain
+from vqgan.checkpoint import fingerprint
 from vqgan.classifier import train_classifier
 from vqgan.data import TrainLoader, eval_batches, load_dataset
 from vqgan.device import choose_precision
 from vqgan.errors import InputError
 from vqgan.eval_networks import CLASSIFIER_BATCH_SIZE, accuracy
+from vqgan.files import save_plain
 from vqgan.images import to_uint8
 from vqgan.pretrained import Pipeline, load_pipeline
 from vqgan.training import Stopwatch
