@@ -26,14 +26,15 @@ from vqgan import metrics, report
 from vqgan.arguments import (
     common_parser,
     fraction,
+    init_from,
     non_negative_float,
     non_negative_int,
     open_run,
     open_tokenizer,
     parse_arguments,
+    path_text,
     positive_float,
     positive_int,
-    run_script,
     sampling_settings,
 )
 from vqgan.checkpoint import fingerprint, save_model
@@ -45,6 +46,7 @@ from vqgan.evaluation import decode_tokens, evaluate_samples
 from vqgan.images import to_uint8
 from vqgan.pretrained import checkpoint_path
 from vqgan.sampling import eval_mode
+from vqgan.script import run_script
 from vqgan.tokens import TokenDataset, TokenLoader, build_condition, load_tokens
 from vqgan.training import Run, Session, evenly_spaced
 from vqgan.transformer import GPT
@@ -208,6 +210,7 @@ def main(args: argparse.Namespace) -> None:
 
     torch.manual_seed(args.seed)
     model = prepare_model(GPT(**model_args), run.device, compile=args.compile)
+    init_from(model, args, run.out)
     metadata = {
         "condition": condition.to_dict(),
         "condition_drop": args.condition_drop,
@@ -256,14 +259,14 @@ def parse() -> argparse.Namespace:
     parser.set_defaults(data=None, image_size=None)  # not given: the tokenizer's
     add = parser.add_argument
     source = "checkpoint.pt of a VQ-VAE or VQGAN; its --data and --image-size are the defaults"
-    add("--tokenizer", metavar="CHECKPOINT", help=source)
+    add("--tokenizer", type=path_text, metavar="CHECKPOINT", help=source)
     add("--other-data", action="store_true", help="allow a tokenizer trained on other --data")
     add("--batch-size", type=positive_int, default=64, help="images per step")
     add("--warmup", type=non_negative_int, default=100, help="steps to the peak learning rate")
     add("--weight-decay", type=non_negative_float, default=0.1, help="weight decay of matrices")
     add("--progress-rows", type=positive_int, default=6, help="rows of progress.png")
     classifier = "evaluation classifier of another run (default: the tokenizer's, or a new one)"
-    add("--eval-classifier", metavar="FILE", help=classifier)
+    add("--eval-classifier", type=path_text, metavar="FILE", help=classifier)
     add("--eval-classifier-epochs", type=positive_int, default=6, help="epochs of a new classifier")
 
     add = parser.add_argument_group("condition").add_argument

@@ -26,6 +26,7 @@ The loop comes first, with the steps of the generator and the discriminator; the
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +36,13 @@ from vqgan import metrics, report
 from vqgan.arguments import (
     common_parser,
     fraction,
+    init_from,
     non_negative_float,
     non_negative_int,
     open_run,
     parse_arguments,
     positive_float,
     positive_int,
-    run_script,
 )
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
 from vqgan.discriminator import (
@@ -57,6 +58,7 @@ from vqgan.eval_networks import inception_distance, load_eval_classifier, percep
 from vqgan.evaluation import evaluate_autoencoder
 from vqgan.images import to_uint8
 from vqgan.perceptual import PerceptualDistance
+from vqgan.script import run_script
 from vqgan.training import Run, Session, evenly_spaced
 from vqgan.vqgan import NETWORKS, VQGAN
 
@@ -81,6 +83,7 @@ def reconstruction_terms(
 def train(
     model: VQGAN,
     model_args: dict,
+    folder: Path,
     objective: str,
     distance: PerceptualDistance | None,
     *,
@@ -111,8 +114,6 @@ def train(
         )
         optimizers["discriminator"] = discriminator_optimizer
         extra_state["discriminator"] = discriminator
-    is_single = len(set(args.objectives)) == 1  # a run of one model has no subfolder
-    folder = run.out if is_single else run.out / objective
     # The last steps wander about, so the average of the weights is the better network.
     session = Session(
         run,
@@ -218,7 +219,10 @@ def main(args: argparse.Namespace) -> None:
     for objective in dict.fromkeys(args.objectives):  # each objective once
         torch.manual_seed(args.seed)  # the same initial network
         model = prepare_model(VQGAN(**model_args), run.device, compile=args.compile)
-        session = train(model, model_args, objective, distance, run=run, args=args)
+        # A run of one model has no subfolder.
+        folder = run.out if len(set(args.objectives)) == 1 else run.out / objective
+        init_from(model, args, folder)
+        session = train(model, model_args, folder, objective, distance, run=run, args=args)
         sessions[objective] = session
         results[objective], counts[objective] = evaluate_autoencoder(
             session.eval_model,
@@ -293,6 +297,7 @@ def parse() -> argparse.Namespace:
         default=["vqgan"],
         help="objective to train; with several, one network is trained for each to compare them",
     )
+    add("--init-config", metavar="FILE", help="config of --init-from if it is the authors'")
     add("--model-ema-decay", type=fraction, default=0.999, help="EMA decay of weights; 0 is no EMA")
     add("--progress-rows", type=positive_int, default=8, help="rows of progress.png")
     add("--rfid", action="store_true", help="also measure rFID with Inception (extra 'fid')")
@@ -314,8 +319,7 @@ def parse() -> argparse.Namespace:
     add("--perceptual", choices=networks, default="classifier", help="network that compares images")
     add("--perceptual-weight", type=non_negative_float, default=1.0, help="weight of that distance")
     add("--classifier-epochs", type=positive_int, default=3, help="epochs of perceptual network")
-    epochs = "epochs of the classifier that evaluates reconstructions"
-    add("--eval-classifier-epochs", type=positive_int, default=6, help=epochs)
+    add("--eval-classifier-epochs", type=positive_int, default=6, help="epochs of the evaluator")
 
     add = parser.add_argument_group("discriminator").add_argument
     add("--gan-loss", choices=GAN_LOSSES, default="hinge", help="form of the adversarial loss")

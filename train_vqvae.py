@@ -15,26 +15,27 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vqgan import metrics, report
 from vqgan.arguments import (
     common_parser,
+    init_from,
     non_negative_float,
     open_run,
     parse_arguments,
     positive_int,
-    run_script,
 )
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
 from vqgan.errors import InputError
 from vqgan.evaluation import evaluate_autoencoder
+from vqgan.script import run_script
 from vqgan.training import Run, Session
 from vqgan.vae import LIKELIHOODS, VAE
 from vqgan.vqvae import VQVAE
 
 
-def training_losses(model: nn.Module, x: Tensor, variance: float) -> dict[str, Tensor]:
+def training_losses(model: VAE | VQVAE, x: Tensor, variance: float) -> dict[str, Tensor]:
     """The loss and its terms, each (), for x (B, 3, H, W) in [-1, 1]."""
     output = model(x)
     if isinstance(model, VAE):
@@ -51,11 +52,12 @@ def training_losses(model: nn.Module, x: Tensor, variance: float) -> dict[str, T
         "loss": reconstruction + output.loss,
         "reconstruction": reconstruction,
         "quantizer": output.loss,
+        "codes_used": metrics.codes_used(output.indices, model.num_embeddings),
     }
 
 
 def train(
-    model: nn.Module, model_args: dict, folder: Path, *, run: Run, batch_size: int, lr: float
+    model: VAE | VQVAE, model_args: dict, folder: Path, *, run: Run, batch_size: int, lr: float
 ) -> Session:
     """Train to the last epoch, from the last checkpoint if the run is resumed.
 
@@ -97,6 +99,7 @@ def main(args: argparse.Namespace) -> None:
             # A run of one model has no subfolder.
             is_single = len(set(args.models)) == 1 and not several
             folder = run.out if is_single else run.out / name
+            init_from(model, args, folder)
             session = train(model, model_args, folder, run=run, batch_size=batch_size, lr=args.lr)
             results[name], counts[name] = evaluate_autoencoder(model, run)
             results[name] |= session.summary
@@ -113,11 +116,11 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise InputError before anything is written if flags do not fit each other."""
     downsamples = [4] if "vae" in args.models else []
     downsamples += [args.num_downsamples] if "vqvae" in args.models else []
-    factor = 2 ** max(downsamples)
-    if args.image_size % factor or args.image_size < metrics.SSIM_WINDOW:
+    times = max(downsamples)
+    if args.image_size % 2**times or args.image_size < metrics.SSIM_WINDOW:
         raise InputError(
-            f"--image-size {args.image_size} does not fit: {max(downsamples)} downsamples need a "
-            f"multiple of {factor}, and SSIM at least {metrics.SSIM_WINDOW}"
+            f"--image-size {args.image_size} does not fit: {times} downsamples need a multiple of "
+            f"2^{times}, and SSIM at least {metrics.SSIM_WINDOW}"
         )
     if args.quantizer == "gradient" and not args.restart_dead_codes:
         raise InputError("--no-restart-dead-codes is for --quantizer ema only: leave it out")

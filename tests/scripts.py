@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from vqgan.arguments import run_script
+from vqgan.script import run_script
 
 
 def run_in_process(script, out, *flags):

@@ -9,16 +9,15 @@ from PIL import Image
 from vqgan import arguments
 from vqgan.arguments import (
     common_parser,
-    name_flags,
     open_run,
     open_tokenizer,
     parse_arguments,
     png_path,
-    run_script,
     sampling_settings,
 )
 from vqgan.errors import InputError
 from vqgan.files import save_plain
+from vqgan.script import name_flags, run_script
 from vqgan.vqvae import VQVAE
 
 # --- numbers -----------------------------------------------------------------------------------

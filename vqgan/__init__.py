@@ -1,5 +1,12 @@
 """VAE, VQ-VAE, VQGAN and a transformer over their tokens in plain PyTorch: one concept per file."""
 
+import os
+
+# Threads that wait for each other sleep. By default they spin, and beside other programs they take
+# the very cores that they wait for (tests/benchmarks/benchmark_waiting.py). OpenMP reads this when
+# torch is imported, so scripts import this package first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 __version__ = "0.1.0"  # before the imports: checkpoint.py writes it
 
 from vqgan.pretrained import load_model, load_pipeline

@@ -1,26 +1,27 @@
 """The flags of the scripts and of the command, checked where they enter.
 
-Errors of library functions name arguments, as in `image_size=30`; `run_script` shows a user
+Errors of library functions name arguments, as in `image_size=30`; `script.run_script` shows a user
 `--image-size 30` instead.
 """
 
 import argparse
 import itertools
-import json
 import math
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from vqgan.data import NUM_TRAIN, TrainLoader, load_dataset, pixel_variance
 from vqgan.device import choose_device, choose_precision
 from vqgan.errors import InputError, user_input
-from vqgan.files import write_json
-from vqgan.pretrained import load_tokenizer
+from vqgan.files import lock_folder, read_json, unused_path, write_json
+from vqgan.images import MAX_IMAGE_SIZE
+from vqgan.pretrained import init_weights, load_tokenizer
 from vqgan.sampling import check_sampling
 from vqgan.training import Run
 from vqgan.vqvae import VQAutoencoder
@@ -31,28 +32,43 @@ MAY_CHANGE_ON_RESUME = {"device", "compile", "checkpoint_every", "epochs", "data
 MAY_CHANGE_ON_RESUME |= {"temperature", "top_k", "top_p", "guidance", "num_samples"}
 
 
-def _number(kind: type, is_valid: Callable, expected: str) -> Callable[[str], float]:
-    """An argparse type for finite and valid numbers, whose error says what was `expected`."""
+MAX_NUMBER = 10**9  # of any flag; more than a machine could hold or finish
+
+
+def _number(
+    kind: type, is_valid: Callable, expected: str, highest: int = MAX_NUMBER
+) -> Callable[[str], float]:
+    """An argparse type for valid numbers, whose error says what was `expected`."""
 
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and is_valid(value)):
-            raise argparse.ArgumentTypeError(f"{expected} was expected, not {text!r}")
+        if not (abs(value) <= highest and is_valid(value)):  # false for NaN
+            up_to = f"{expected} (and up to {highest:g})"
+            raise argparse.ArgumentTypeError(f"{up_to} was expected, not {text!r:.40}")
         return value
 
     return parse
 
 
 positive_int = _number(int, lambda value: value >= 1, "a whole number of at least 1")
+# A side in pixels, or a number of images that are shown at once.
+small_int = _number(int, lambda v: v >= 1, "a whole number of at least 1", highest=MAX_IMAGE_SIZE)
 # torch takes seeds of 63 bits.
-seed_int = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+seed_int = _number(int, lambda v: v >= 0, "a whole number of at least 0", highest=2**63 - 1)
 non_negative_int = _number(int, lambda value: value >= 0, "a whole number of at least 0")
 positive_float = _number(float, lambda value: value > 0, "a number above 0")
 non_negative_float = _number(float, lambda value: value >= 0, "a number of at least 0")
 fraction = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def path_text(text: str) -> str:
+    """An argparse type for paths. An empty one would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("a path was expected, not '' (an unset variable?)")
+    return text
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -72,9 +88,11 @@ def common_parser(
         description=description, usage=usage, formatter_class=HelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--data", default="cifar10", help="cifar10, shapes, textures, or a folder of images")
-    add("--data-root", default="data", help="folder that CIFAR-10 is in, or is downloaded to")
-    add("--image-size", type=positive_int, default=32, help="side in pixels, of a folder's images")
+    sources = "cifar10, shapes, textures, or a folder of images"
+    add("--data", type=path_text, default="cifar10", help=sources)
+    root = "folder that CIFAR-10 is in, or is downloaded to"
+    add("--data-root", type=path_text, default="data", help=root)
+    add("--image-size", type=small_int, default=32, help="side in pixels, of a folder's images")
     add("--limit", type=positive_int, help="use only this many training and as many test images")
     add("--num-rendered", type=positive_int, default=NUM_TRAIN, help="training images to render")
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help="random mirror images")
@@ -85,7 +103,9 @@ def common_parser(
     add("--precision", choices=PRECISIONS, default="auto", help="auto is bf16 where it is fast")
     add("--compile", action="store_true", help="torch.compile: minutes to start, then faster steps")
     add("--checkpoint-every", type=positive_int, default=200, help="steps between two checkpoints")
-    add("--out", default=out, help="run folder, where everything is written")
+    add("--out", type=path_text, default=out, help="run folder, where everything is written")
+    start = "trained model to start from: its weights and codebook; the optimizer is new"
+    add("--init-from", type=path_text, metavar="CHECKPOINT", help=start)
     add("--resume", action="store_true", help="continue the run in --out, with the flags it had")
     return parser
 
@@ -97,23 +117,19 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
     Raises:
         InputError: --resume without a run in --out, or with a flag that would make it another run;
-            a checkpoint in --out without --resume.
+            without --resume, a run in --out that has a checkpoint or is of another script.
     """
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     args = parser.parse_args()
     folder = Path(args.out)
+    stored = read_flags(parser, folder / "config.json")
     if not args.resume:
         if [*folder.glob("checkpoint.pt"), *folder.glob("*/checkpoint.pt")]:
             raise InputError(f"{folder} holds a run already: add --resume, or give another --out")
         args.command = command
         return args
-    try:
-        stored = json.loads((folder / "config.json").read_text())
-        is_ours = {"command", "epochs", "precision"} <= stored.keys()
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"--resume: no run in {folder} ({error}): check --out") from error
-    if not is_ours or not stored.keys() <= vars(args).keys() | {"command"}:
-        raise InputError(f"--resume: --out {folder} is not a run of this script: name one that is")
+    if not stored:
+        raise InputError(f"--resume: there is no {folder / 'config.json'}: check --out")
     # Flags that are newer than the run had their default values.
     newer = vars(args).keys() - stored.keys() - {"out", "resume"}
     stored |= {name: parser.get_default(name) for name in newer}
@@ -122,7 +138,9 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.precision == "auto":
         args.precision = stored["precision"]  # what auto chose when the run began
     changed = {name for name, value in stored.items() if getattr(args, name) != value}
-    for name in sorted(changed - MAY_CHANGE_ON_RESUME):
+    # A folder of images may have moved. (That the images are the same, `data.TrainLoader` checks.)
+    may_change = MAY_CHANGE_ON_RESUME | ({"data"} if Path(args.data or "").is_dir() else set())
+    for name in sorted(changed - may_change):
         raise InputError(
             f"--resume: the run in {args.out} has --{name.replace('_', '-')} {stored[name]}, not "
             f"{getattr(args, name)}: leave the flag out, or start a new run in another --out"
@@ -134,13 +152,42 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
+def read_flags(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
+    """Read the flags of a run from its config.json; {} if there is none.
+
+    Raises:
+        InputError: it is of another script, or a value is none that the command line would take.
+    """
+    if not path.exists():
+        return {}
+    stored, actions = read_json(path), {action.dest: action for action in parser._actions}
+    command = stored.pop("command", None)
+    if command is None or not {"epochs", "precision"} <= stored.keys() <= actions.keys():
+        raise InputError(f"{path.parent} holds a run of another script: give another --out")
+    for name, value in stored.items():
+        action, values = actions[name], value if isinstance(value, list) else [value]
+        try:
+            if action.nargs == 0 or value is None:  # --flip and the like; a flag without a value
+                is_valid = isinstance(value, bool) or (value is action.default is None)
+            else:  # as if it were typed
+                is_valid = parser._get_values(action, list(map(str, values))) == value
+        except argparse.ArgumentError:
+            is_valid = False
+        if not is_valid:
+            raise InputError(f"{path} says {name} = {value!r:.40}: repair it")
+    return stored | {"command": command}
+
+
 def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
     """Choose the device, write config.json, load the images."""
     device = choose_device(args.device)
     dtype = choose_precision(args.precision, device)
     args.precision = "bf16" if dtype == torch.bfloat16 else "fp32"  # a resumed run keeps it
     config = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
-    out = Path(args.out)
+    out, source = Path(args.out), Path(args.data)
+    if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
+        raise InputError(f"--out {out} lies in --data {source}, and would become data: move it")
+    lock = lock_folder(out)
     if not args.resume:  # early, so that a run killed while it reads its data can be resumed
         write_json(out / "config.json", config)
     sizes = {"image_size": args.image_size, "num_rendered": args.num_rendered}
@@ -155,7 +202,14 @@ def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
     flags = ("epochs", "seed", "flip", "checkpoint_every", "resume")
     metadata = {name: getattr(args, name) for name in ("data", "image_size", "command")}
     variance = pixel_variance(data.train_images)
-    return Run(out, data, variance, device, dtype, metadata, **{f: getattr(args, f) for f in flags})
+    options = {flag: getattr(args, flag) for flag in flags}
+    return Run(out, data, variance, device, dtype, metadata, lock=lock, **options)
+
+
+def init_from(model: nn.Module, args: argparse.Namespace, folder: Path) -> None:
+    """Start from the weights of --init-from, unless a resumed run goes on from its own."""
+    if args.init_from and not (args.resume and (folder / "checkpoint.pt").exists()):
+        init_weights(model, args.init_from, getattr(args, "init_config", None))
 
 
 def open_tokenizer(args: argparse.Namespace) -> tuple[VQAutoencoder, dict]:
@@ -165,13 +219,14 @@ def open_tokenizer(args: argparse.Namespace) -> tuple[VQAutoencoder, dict]:
     own_copy = Path(args.out) / "tokenizer.pt"  # a resumed run keeps its tokenizer
     path = own_copy if args.resume and own_copy.exists() else args.tokenizer
     tokenizer, state = load_tokenizer(path)
+    is_other = args.other_data or args.resume  # whose images may have moved
     for name, flag in (("data", "--data"), ("image_size", "--image-size")):
         given, own = getattr(args, name), state["metadata"].get(name)
         if given is None and own is None:
             raise InputError(f"{args.tokenizer} does not say its {name}: give {flag}")
         if given is None:
             setattr(args, name, own)
-        elif own is not None and Path(str(own)) != Path(str(given)) and not args.other_data:
+        elif own is not None and Path(str(own)) != Path(str(given)) and not is_other:
             raise InputError(f"{flag} {given}, but the tokenizer has {own}: add --other-data")
     with user_input():
         tokenizer.check_resolution(args.image_size, args.image_size)
@@ -194,57 +249,17 @@ def sampling_settings(args: argparse.Namespace, num_embeddings: int) -> list[dic
     return settings
 
 
-def png_path(out: str, images: Sequence[str] = ()) -> Path:
-    """The path of the PNG to write, which must not be one of the images that are read."""
-    path = Path(out)
-    if path.suffix.lower() != ".png":
-        raise InputError(f"--out {out}: a name that ends in .png was expected")
+def output_path(out: str | None, default: str, images: Sequence[str | Path] = ()) -> Path:
+    """The path to write: --out, or else the default or its next unused name.
+
+    Raises:
+        InputError: another suffix than the default's, or one of the images that are read.
+    """
+    if out is None:
+        return unused_path(Path(default))
+    path, suffix = Path(out), Path(default).suffix
+    if suffix and path.suffix.lower() != suffix:
+        raise InputError(f"--out {out}: a name that ends in {suffix} was expected")
     if path.exists() and any(path.samefile(image) for image in images if Path(image).exists()):
         raise InputError(f"--out {out} is one of the images and would be overwritten: give another")
     return path
-
-
-def run_script(
-    parse: Callable[[], argparse.Namespace],
-    main: Callable[[argparse.Namespace], None],
-    *,
-    resumable: bool = True,
-) -> None:
-    """Run main(parse()); a user's mistake ends it with one line and exit status 1.
-
-    `resumable` says whether the script knows --resume.
-    """
-    flags: set[str] = set()
-    try:
-        args = parse()
-        flags = set(vars(args))
-        main(args)
-    except InputError as error:
-        sys.exit(f"error: {name_flags(str(error), flags)}")
-    except RuntimeError as error:
-        # CUDA raises a separate class for this, the CPU only another message.
-        if not (isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error)):
-            raise
-        remedy = "give fewer or smaller images"
-        if resumable:
-            remedy = "--resume, or start again with a smaller --batch-size or a smaller model"
-        sys.exit(f"error: out of memory ({str(error).splitlines()[0]}): free memory and {remedy}")
-    except FileNotFoundError as error:
-        sys.exit(f"error: {error}")
-    except (FileExistsError, NotADirectoryError) as error:
-        sys.exit(f"error: {error}: a file is where a folder should be; name another --out")
-    except OSError as error:
-        sys.exit(f"error: {error}: is there room, and permission to write? Saved files are intact")
-    except KeyboardInterrupt:
-        resume = "; --resume continues from the last checkpoint, or from the start without one"
-        sys.exit("stopped" + (resume if resumable else ""))
-
-
-def name_flags(message: str, flags: set[str]) -> str:
-    """Name arguments as a user gave them: "image_size=30" -> "--image-size 30"."""
-
-    def flag(match: re.Match) -> str:
-        name = match[1]
-        return f"--{name.replace('_', '-')} " if name in flags else match[0]
-
-    return re.sub(r"(?<![^\s(:])([a-z]\w*)=", flag, message)

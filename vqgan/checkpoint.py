@@ -10,6 +10,7 @@ import hashlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,21 @@ from torch import Tensor, nn
 import vqgan
 from vqgan.errors import InputError
 from vqgan.files import load_plain, save_plain
+from vqgan.images import MAX_IMAGE_SIZE
 
 # What using a model needs, and what resuming its run needs in addition.
 MODEL_KEYS = {"model", "model_args", "weights"}
 RUN_KEYS = {"optimizers", "batches", "step", "seconds", "random", "threads"}
+# The types of a checkpoint's parts, and of its metadata.
+TYPES: dict[str, Any] = {
+    "model": str, "model_args": dict, "weights": dict, "optimizers": dict, "extra_state": dict,
+    "batches": dict, "step": int, "seconds": int | float, "random": dict, "threads": int,
+    "metadata": dict, "data": str, "command": str, "image_size": int, "condition": dict,
+    "condition_drop": int | float, "tokenizer": str, "tokenizer_fingerprint": str, "result": dict,
+}  # fmt: skip
+
+# Arguments that say how often a layer is repeated. Each repetition has weights of its own.
+LAYER_COUNTS = ("n_layer", "num_residual_layers", "num_residual_blocks", "num_downsamples")
 
 # Ends the message about a loss or a weight that is not finite.
 DIVERGED = "training has diverged, start again with a lower learning rate; saved files are intact"
@@ -56,9 +68,8 @@ def save_checkpoint(
         InputError: a weight is not finite; the old checkpoint stays.
     """
     extra_state = {name: part.state_dict() for name, part in (extra_state or {}).items()}
-    weights = [model.state_dict(), *extra_state.values()]
-    for name, value in (item for state in weights for item in state.items()):
-        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+    for weights in (model.state_dict(), *extra_state.values()):
+        if name := not_finite(weights):
             raise InputError(f"{name} is not finite after step {step}: {DIVERGED}")
     state = {
         "model": type(model).__name__,
@@ -102,6 +113,12 @@ def save_model(path: Path, state: dict, *, half: bool = False) -> None:
     save_plain(path, {key: state[key] for key in keys if key in state} | {"weights": weights})
 
 
+def not_finite(weights: dict) -> str | None:
+    """The name of a tensor that holds NaN or infinity, or None."""
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    return next((n for n, value in tensors.items() if not bool(value.isfinite().all())), None)
+
+
 def is_float(value: object) -> bool:
     """Whether an entry of a state dict is a tensor of floats, which can be rounded or averaged."""
     return isinstance(value, Tensor) and value.is_floating_point()
@@ -132,7 +149,7 @@ def load_checkpoint(
     keys = MODEL_KEYS if model_class is None else MODEL_KEYS | RUN_KEYS
     if not isinstance(state, dict) or not keys <= state.keys():
         raise InputError(f"{path} is not a checkpoint of this package: {remedy}")
-    state.setdefault("metadata", {})
+    check_state(state, path)
     if model_class is not None:
         name, expected = model_class.__name__, all_model_args(model_class, model_args or {})
         # Arguments newer than the checkpoint had their defaults.
@@ -143,6 +160,29 @@ def load_checkpoint(
                 f"{name}({_call(expected)}): move it away, or start in another folder"
             )
     return state
+
+
+def check_state(state: dict, path: Path) -> None:
+    """Raise InputError for a part of the wrong type, or an image size that no image has."""
+    metadata = state.setdefault("metadata", {})
+    for name, value in (state | (metadata if isinstance(metadata, dict) else {})).items():
+        if not isinstance(value, TYPES.get(name, object)):
+            raise InputError(f"{path} is damaged: its {name} is {value!r:.40}; name another file")
+    size = metadata.get("image_size", 1)
+    if not 1 <= size <= MAX_IMAGE_SIZE:
+        raise InputError(f"{path} has images of {size:.3g} pixels, and not 1 to {MAX_IMAGE_SIZE}")
+
+
+def check_counts(model_args: dict, *, num_tensors: int, num_bytes: int) -> None:
+    """Raise `ValueError` for a model larger than its file, before it is built and fills the memory.
+
+    No number of channels or codes can exceed the file's bytes, and no number of layers its tensors.
+    """
+    for name, value in model_args.items():
+        most = num_tensors if name in LAYER_COUNTS else num_bytes
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if len(numbers) > num_tensors or any(isinstance(n, int) and n > most for n in numbers):
+            raise ValueError(f"{name} is larger than the file allows")
 
 
 def _call(model_args: dict) -> str:
@@ -164,12 +204,14 @@ def restore(
             part.load_state_dict(state["extra_state"][name])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        batches.load_state_dict(state["batches"])
+        set_random_state(state["random"])
+    except InputError:  # other images than those of the run
+        raise
+    except Exception as error:  # a damaged state raises many types
+        reason = " ".join(str(error).split())[:200]
         advice = "put the right file back, or start in another folder"
         raise InputError(f"the checkpoint does not fit this run ({reason}): {advice}") from error
-    batches.load_state_dict(state["batches"])
-    set_random_state(state["random"])
     if state["threads"] != torch.get_num_threads():
         print(
             f"warning: this run had {state['threads']} threads, now {torch.get_num_threads()}: sums"

@@ -11,18 +11,18 @@ He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016, arXiv
     -> means over positions (B, 4w) -> logits (B, classes)
 """
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from vqgan.checkpoint import not_finite
+from vqgan.console import progress_bar
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
 from vqgan.errors import InputError
-from vqgan.files import save_plain
+from vqgan.files import load_plain, save_plain
 
 # The peak of the schedule suits these widths and BatchNorm; the weight decay is the usual one.
 MAX_LR, WEIGHT_DECAY = 1e-2, 1e-2
@@ -116,7 +116,7 @@ def train_classifier(
     shifts = torch.randint(2 * SHIFT + 1, (steps, 2), generator=generator).tolist()
     model.train()
     for epoch in range(1, epochs + 1):
-        for x, labels in tqdm(loader, desc=f"{name}, epoch {epoch}", unit="step"):
+        for x, labels in progress_bar(loader, desc=f"{name}, epoch {epoch}", unit="step"):
             top, left = shifts.pop()
             padded = F.pad(x, (SHIFT,) * 4, mode="reflect")
             x = padded[..., top : top + x.shape[2], left : left + x.shape[3]]
@@ -143,12 +143,16 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float
     Raises:
         InputError: the file was not written by `save_classifier`.
     """
+    remedy = "give a classifier of this package"
+    state = load_plain(path, remedy=remedy)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model = Classifier(state["num_classes"], state["width"])
-        model.load_state_dict(state["weights"])
-        accuracy = state["accuracy"]
-    except (KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} is not a classifier of this package: give another") from error
+        with torch.device("meta"):
+            model = Classifier(state["num_classes"], state["width"])
+        model.load_state_dict(state["weights"], assign=True)
+        accuracy = float(state["accuracy"])
+        if name := not_finite(state["weights"]):
+            raise ValueError(f"{name} is not finite")
+    except Exception as error:  # another file's state raises many types
+        raise InputError(f"{path} is not a classifier of this package: {remedy}") from error
     model = prepare_model(model, device, compile=False)
     return model.eval().requires_grad_(False), accuracy

@@ -13,12 +13,13 @@ CHECKPOINT is the checkpoint.pt of a run, or the name of a model that comes with
 
 import argparse
 import json
-from pathlib import Path
 
 from vqgan import cli_sample, cli_tokenizer, pretrained
-from vqgan.arguments import HelpFormatter, run_script
+from vqgan.arguments import HelpFormatter, output_path, path_text
 from vqgan.checkpoint import fingerprint, save_model
 from vqgan.errors import InputError
+from vqgan.files import read_json
+from vqgan.script import run_script
 
 
 def info_flags(add) -> None:
@@ -35,20 +36,18 @@ def info(args: argparse.Namespace) -> None:
     for name, value in state["model_args"].items():
         print(f"    {name}: {value}")
     if "condition" in metadata:
-        condition = metadata["condition"]
-        names = ", ".join(name for name in condition["names"] if name)
-        values = names or condition["transform"] or "one start token"
-        print(f"condition: {condition['kind']} ({values})")
-        print(f"tokenizer: {metadata['tokenizer']}")
+        condition = pretrained.load_condition(state, args.checkpoint)
+        names = ", ".join(name for name in condition.names if name)
+        print(f"condition: {condition.kind} ({names or condition.transform or 'one start token'})")
+        print(f"tokenizer: {metadata.get('tokenizer')}")
     if metadata:
-        print(
-            f"trained on {metadata['data']}, {metadata['image_size']} pixels: {metadata['command']}"
-        )
-    if "step" in state:
+        data, size, command = (metadata.get(name) for name in ("data", "image_size", "command"))
+        print(f"trained on {data}, {size} pixels: {command}")
+    if {"step", "seconds"} <= state.keys():
         print(f"{state['step']:,} steps, {state['seconds'] / 60:.1f} minutes")
     for name, value in _result(args.checkpoint, state).items():
         if isinstance(value, int | float):
-            print(f"    {name}: {value:.6g}")
+            print(f"    {name}: {float(value):.6g}")
 
 
 def _result(checkpoint: str, state: dict) -> dict:
@@ -60,11 +59,11 @@ def _result(checkpoint: str, state: dict) -> dict:
     # The run's own folder if it trained one model, else a folder inside it.
     for run, name in ((folder, None), (folder.parent, folder.name)):
         try:
-            models = json.loads((run / "metrics.json").read_text())["models"]
+            models = read_json(run / "metrics.json")["models"]
             result = models[name] if name else next(iter(models.values()))
             if result["model_args"] == model_args:  # a tokenizer.pt is not of the run it lies in
                 return result
-        except (OSError, ValueError, KeyError):
+        except Exception:  # no file, or one that holds anything
             continue
     print("(no metrics.json: the run was not finished, or is in another folder)")
     return {}
@@ -73,15 +72,17 @@ def _result(checkpoint: str, state: dict) -> dict:
 def export_flags(add) -> None:
     """The flags of `vqgan export`."""
     add("checkpoint", metavar="CHECKPOINT", help="checkpoint of train_transformer.py")
-    add("--out", default="exported", help="folder to write to")
+    out = "folder to write to (default: exported, or its next unused name)"
+    add("--out", type=path_text, help=out)
 
 
 def export(args: argparse.Namespace) -> None:
     """Write a transformer and its tokenizer to share, in half precision and without optimizers."""
-    pipeline, out = pretrained.load_pipeline(args.checkpoint), Path(args.out)
+    pipeline, out = pretrained.load_pipeline(args.checkpoint), output_path(args.out, "exported")
     path = pretrained.checkpoint_path(args.checkpoint)
-    if (out / "checkpoint.pt").exists():
-        raise InputError(f"--out {out} holds a checkpoint.pt already: name another folder")
+    for file in ("checkpoint.pt", "tokenizer.pt"):
+        if (out / file).exists():
+            raise InputError(f"--out {out} holds a {file} already: name another folder")
     state = pretrained.read_checkpoint(path)
     tokenizer_state = pretrained.read_checkpoint(path.with_name("tokenizer.pt"))
     save_model(out / "tokenizer.pt", tokenizer_state, half=True)

@@ -1,9 +1,9 @@
 """The commands that run a tokenizer: `vqgan reconstruct`, `vqgan encode` and `vqgan decode`."""
 
 import argparse
-import importlib
 import io
-import json
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,136 +13,167 @@ from PIL import Image
 from torch import Tensor
 
 from vqgan import figures, metrics
-from vqgan.arguments import png_path, positive_int
+from vqgan.arguments import output_path, path_text, small_int
 from vqgan.checkpoint import fingerprint
+from vqgan.compvis import read_config
 from vqgan.data import eval_batch_size
 from vqgan.device import choose_device
 from vqgan.errors import InputError, user_input
-from vqgan.files import write_atomically
-from vqgan.image_folder import read_images
+from vqgan.files import load_arrays, write_atomically
+from vqgan.image_folder import find_images, read_images
 from vqgan.images import from_uint8, to_uint8, to_unit
-from vqgan.pretrained import load_model, load_pipeline, load_tokenizer, read_checkpoint
+from vqgan.pretrained import PRETRAINED, load_model, load_pipeline, load_tokenizer, read_checkpoint
 from vqgan.vae import VAE
 from vqgan.vqvae import VQAutoencoder
+
+RECONSTRUCTIONS, INDICES, DECODED = "reconstructions.png", "indices.npz", "decoded"  # --out
+# The arrays of a file of `encode` that `decode` reads.
+SCALARS = ("num_embeddings", "checkpoint", "fingerprint")
+COLUMNS, MAX_ROWS = 12, 16  # of reconstructions: more than 96 images are measured and not drawn
+MAX_LINES = 100  # images whose size is compared with that of other formats
+CHUNK_SIZE = 64  # images that are decoded at once
 
 
 def image_flags(add, *, model: str, out: str) -> None:
     """The flags of the commands that read images."""
     add("checkpoint", metavar="CHECKPOINT", help=f"checkpoint of {model}")
-    add("images", metavar="IMAGE", nargs="+", help="image files, in any format that Pillow opens")
-    add("--image-size", type=positive_int, help="side of images in pixels (default: the model's)")
-    add("--out", default=out, help="file to write")
+    images = "images, in any format that Pillow opens, or folders of them"
+    add("images", metavar="IMAGE", nargs="+", type=path_text, help=images)
+    add("--image-size", type=small_int, help="side of images in pixels (default: the model's)")
+    add("--out", type=path_text, help=f"file to write (default: {out}, or its next unused name)")
     add("--device", default="auto", help="device to compute on: auto, cpu, cuda, cuda:1 or mps")
 
 
 def reconstruct_flags(add) -> None:
     """The flags of `vqgan reconstruct`."""
-    image_flags(add, model="any model (of a transformer, its tokenizer)", out="reconstructions.png")
+    image_flags(add, model="any model (of a transformer, its tokenizer)", out=RECONSTRUCTIONS)
     add("--config", metavar="FILE", help="config of a published VQGAN, as YAML or JSON")
 
 
 def encode_flags(add) -> None:
     """The flags of `vqgan encode`."""
-    image_flags(add, model="a VQ-VAE, a VQGAN or a transformer", out="indices.npz")
+    image_flags(add, model="a VQ-VAE, a VQGAN or a transformer", out=INDICES)
 
 
 def decode_flags(add) -> None:
     """The flags of `vqgan decode`."""
     add("indices", metavar="INDICES", help="file that `vqgan encode` wrote")
     add("--checkpoint", metavar="CHECKPOINT", help="model that encoded INDICES, if it was moved")
-    add("--out", default="decoded", help="folder to write PNG files to")
+    out = f"folder for PNG files (default: {DECODED}, or its next unused name)"
+    add("--out", type=path_text, help=out)
     add("--device", default="auto", help="device to compute on: auto, cpu, cuda, cuda:1 or mps")
 
 
 @torch.no_grad()
 def reconstruct(args: argparse.Namespace) -> None:
     """Draw images above their reconstructions in one PNG, and print the PSNR of each."""
-    out, device = png_path(args.out, args.images), choose_device(args.device)
-    config = _read_config(args.config)
+    paths = find_images(args.images)
+    out, device = output_path(args.out, RECONSTRUCTIONS, paths), choose_device(args.device)
+    config = None if args.config is None else read_config(args.config)
     if config is not None or read_checkpoint(args.checkpoint)["model"] == "VAE":
         model: Any = load_model(args.checkpoint, config=config).to(device)
     else:
         model = _tokenizer(args.checkpoint).to(device)
     size = _size(model, args.image_size)
-    x = from_uint8(read_images(args.images, size)).to(device)  # (N, 3, size, size)
-    parts = x.split(eval_batch_size(size))
-    originals = to_unit(x).cpu()
-    reconstructions = torch.cat([to_unit(model(part).reconstruction).cpu() for part in parts])
-    for path, value in zip(args.images, metrics.psnr(originals, reconstructions), strict=True):
+    rows: list[tuple[str, Tensor]] = []
+    psnr: list[float] = []
+    for pixels in _read_chunks(paths, size):
+        x = from_uint8(pixels).to(device)
+        originals, reconstructions = to_unit(x).cpu(), to_unit(model(x).reconstruction).cpu()
+        psnr += metrics.psnr(originals, reconstructions).tolist()
+        for part in zip(originals.split(COLUMNS), reconstructions.split(COLUMNS), strict=True):
+            rows += zip(("original", "reconstruction"), part, strict=True)
+    for path, value in zip(paths, psnr, strict=True):
         print(f"{path}: PSNR {value:.2f} dB")
     title = f"{type(model).__name__}, {size}x{size} pixels"
     if not isinstance(model, VAE):
         h, w = model.encode(x[:1]).indices.shape[1:]
         K = model.num_embeddings
         title += f": {h}x{w} codes of {K}, {metrics.fixed_length_bits(h * w, K):.0f} bits per image"
-    rows = [("original", originals), ("reconstruction", reconstructions)]
-    figures.image_rows(out, rows, title=title)
-    print(f"{title}; written to {out}")
+    figures.image_rows(out, rows[:MAX_ROWS], title=title)
+    print(f"{title}; {len(paths)} images, mean PSNR {np.mean(psnr):.2f} dB; written to {out}")
 
 
 @torch.no_grad()
 def encode(args: argparse.Namespace) -> None:
     """Compress images to indices into the codebook, a few dozen bytes per image.
 
-    Each index takes just enough bits, packed into bytes; the file names the model that decodes it.
+    The file holds `indices`, int32 (N, h, w), and the same `packed` into just enough bits for each,
+    uint8 (N, bytes). It names the model that decodes it.
     """
-    out, device = Path(args.out), choose_device(args.device)
-    if out.suffix != ".npz":
-        raise InputError(f"--out {args.out}: a name that ends in .npz was expected")
+    paths = find_images(args.images)
+    out, device = output_path(args.out, INDICES, paths), choose_device(args.device)
     model = _tokenizer(args.checkpoint).to(device)
-    size = _size(model, args.image_size)
-    pixels = read_images(args.images, size)  # uint8 (N, 3, size, size)
-    parts = pixels.split(eval_batch_size(size))
-    indices = torch.cat([model.encode(from_uint8(part).to(device)).indices for part in parts])
-    packed = _pack(indices.cpu().numpy(), model.num_embeddings)  # (N, bytes)
+    size, parts = _size(model, args.image_size), []
+    bits = _bits(model.num_embeddings)
+    for pixels in _read_chunks(paths, size):
+        parts.append(model.encode(from_uint8(pixels).to(device)).indices.cpu().int())
+        num_bytes = -(-parts[0][0].numel() * bits // 8)  # rounded up
+        for original in pixels if len(paths) <= MAX_LINES else ():
+            print(
+                f"{num_bytes} bytes as indices; the same {size}x{size} pixels are "
+                f"{len(_image_file(original, 'JPEG'))} bytes as JPEG (quality 75), "
+                f"{len(_image_file(original, 'PNG'))} as PNG"
+            )
+    indices = torch.cat(parts).numpy()  # (N, h, w)
     file = io.BytesIO()
     np.savez(
         file,
-        indices=packed,
+        indices=indices,
+        packed=_pack(indices, model.num_embeddings),
         grid_size=np.array(indices.shape[1:]),
         num_embeddings=np.array(model.num_embeddings),
-        names=np.array([Path(image).stem for image in args.images]),
+        names=np.array([path.stem for path in paths]),
         checkpoint=np.array(args.checkpoint),
         fingerprint=np.array(fingerprint(model)),
     )
     write_atomically(out, file.getvalue())
-    for image, original, row in zip(args.images, pixels, packed, strict=True):
-        print(
-            f"{image}: {len(row)} bytes as indices; the same {size}x{size} pixels are "
-            f"{len(_image_file(original, 'JPEG'))} bytes as JPEG (quality 75), "
-            f"{len(_image_file(original, 'PNG'))} as PNG"
-        )
-    bits = _bits(model.num_embeddings)
-    print(f"{len(packed)} images, {indices[0].numel()} indices of {bits} bits each: {out}")
+    print(f"{len(indices)} images, {indices[0].size} indices of {bits} bits each: {out}")
 
 
 @torch.no_grad()
 def decode(args: argparse.Namespace) -> None:
     """Decode indices to images with the model that encoded them, one PNG per image."""
-    device = choose_device(args.device)
+    out, device = output_path(args.out, DECODED), choose_device(args.device)
     try:
-        with np.load(args.indices, allow_pickle=False) as file:
-            content = {name: file[name] for name in file.files}
-        numbers = ("num_embeddings", "checkpoint", "fingerprint")
-        K, path, encoder = (content[name].item() for name in numbers)
-        names, packed = content["names"], content["indices"]
-        indices = torch.from_numpy(_unpack(packed, content["grid_size"].tolist(), K))
-        if len(names) != len(indices) or indices.max() >= K:
-            raise ValueError(f"index {indices.max()} of {K}")
+        content = load_arrays(args.indices, ("packed", "names", "grid_size", *SCALARS))
+        K, path, encoder = (content[name].item() for name in SCALARS)
+        names, packed, (h, w) = content["names"], content["packed"], content["grid_size"].tolist()
+        if packed.dtype != np.uint8 or packed.shape != (len(names), -(-h * w * _bits(K) // 8)):
+            raise ValueError(f"{packed.dtype} {packed.shape} for {len(names)} images")
+        if names.ndim != 1 or names.dtype.kind != "U" or not isinstance(path, str):
+            raise ValueError("names that are no texts")
+    except FileNotFoundError:
+        raise
     except Exception as error:  # numpy, zipfile and zlib raise many types
         reason = "damaged?" if "pickle" in str(error) else error  # for numpy all else is one
         raise InputError(f"{args.indices} is not a file of `encode` ({reason})") from error
+    # A file from elsewhere may name any path, but only one of this folder is opened unasked.
+    is_here = path in PRETRAINED or (Path(path).is_file() and not Path(path).is_absolute())
+    if args.checkpoint is None and (not is_here or ".." in Path(path).parts):
+        raise InputError(f"{args.indices} was encoded with {path}: give --checkpoint {path}")
     model = _tokenizer(args.checkpoint or path)
     if (fingerprint(model), model.num_embeddings) != (encoder, K):
         wrong = args.checkpoint or path
         raise InputError(f"{wrong} did not encode {args.indices}: give --checkpoint {path}")
-    model, parts = model.to(device), indices.to(device).split(64)
-    images = torch.cat([to_uint8(model.decode_indices(part)) for part in parts]).cpu()
-    width = len(str(len(images)))
-    for i, (name, pixels) in enumerate(zip(names, images, strict=True), start=1):
-        file_name = f"{i:0{width}}-{Path(name).name}.png"  # a name from elsewhere may have folders
-        write_atomically(Path(args.out) / file_name, _image_file(pixels, "PNG"))
-    print(f"{len(images)} images, {packed.shape[1]} bytes each: written to {args.out}")
+    model.to(device)
+    for start in range(0, len(packed), CHUNK_SIZE):
+        part = torch.from_numpy(_unpack(packed[start : start + CHUNK_SIZE], [h, w], K))
+        if part.max() >= K:
+            raise InputError(f"{args.indices} is damaged: it has an index {part.max()} of {K}")
+        for i, pixels in enumerate(to_uint8(model.decode_indices(part.to(device))).cpu(), start):
+            # A name from elsewhere may hold anything, and a file system takes 255 bytes.
+            name = re.sub(r"[^\w.-]", "_", Path(names[i]).name)[:60]
+            file_name = f"{i + 1:0{len(str(len(packed)))}}-{name}.png"
+            write_atomically(out / file_name, _image_file(pixels, "PNG"))
+    print(f"{len(packed)} images, {packed.shape[1]} bytes each: written to {out}")
+
+
+def _read_chunks(paths: Sequence[Path], size: int) -> Iterator[Tensor]:
+    """The images in chunks, uint8 (n, 3, size, size), so that a large folder fits in memory."""
+    n = eval_batch_size(size)
+    for start in range(0, len(paths), n):
+        yield read_images(paths[start : start + n], size)
 
 
 def _tokenizer(checkpoint: str) -> VQAutoencoder:
@@ -161,24 +192,6 @@ def _size(model: VAE | VQAutoencoder, size: int | None) -> int:
     elif size != model.image_size:
         raise InputError(f"--image-size {size}: this VAE takes {model.image_size} pixels only")
     return size
-
-
-def _read_config(path: str | None) -> dict | None:
-    """The content of --config, JSON or YAML; None if the flag was not given."""
-    if path is None:
-        return None
-    try:
-        is_yaml = Path(path).suffix in (".yaml", ".yml")
-        parse = importlib.import_module("yaml").safe_load if is_yaml else json.loads
-        config = parse(Path(path).read_text())
-    except ModuleNotFoundError as error:
-        raise InputError(f"--config {path} is YAML: add the extra 'yaml', or give JSON") from error
-    except Exception as error:  # a YAMLError is not a ValueError
-        reason = " ".join(str(error).split())
-        raise InputError(f"--config {path} cannot be read as JSON or YAML ({reason})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"--config {path} must hold an object {{...}}, not {config!r:.40}")
-    return config
 
 
 # --- indices in bytes ----------------------------------------------------------------------------

@@ -12,6 +12,8 @@ are nevertheless read with `weights_only=True`: every foreign class is replaced 
 nothing, so no code in the file is run and nothing foreign is imported.
 """
 
+import importlib
+import json
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +23,9 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
-from vqgan.checkpoint import MODEL_KEYS
+from vqgan.checkpoint import MODEL_KEYS, check_counts, not_finite
 from vqgan.errors import InputError
+from vqgan.files import load_plain, load_tensors
 from vqgan.transformer import GPT
 from vqgan.vqgan import VQGAN
 
@@ -56,19 +59,22 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
         InputError: the file cannot be read, or does not have exactly the weights of this network
             (weights of the training loss are ignored, with a message).
     """
-    config = _innermost(config, "model", "params")
-    if "ddconfig" in config:  # next to it their YAML describes more than the network, as the loss
-        outer = {key: config[key] for key in ("embed_dim", "n_embed") if key in config}
-        config = config["ddconfig"] | outer
-    model_args = _arguments(config, VQGAN_ARGUMENTS, VQGAN_ONLY_VALUES)
     theirs = read_weights(path)
     _ignore(theirs, "of the training loss", "loss.")
     with _fitting(path):
+        config = _innermost(config, "model", "params")
+        if "ddconfig" in config:  # next to it their YAML describes more than the network
+            outer = {key: config[key] for key in ("embed_dim", "n_embed") if key in config}
+            config = config["ddconfig"] | outer
+        model_args = _arguments(config, VQGAN_ARGUMENTS, VQGAN_ONLY_VALUES)
+        num_bytes = Path(path).stat().st_size
+        check_counts(model_args, num_tensors=len(theirs), num_bytes=num_bytes)
         levels = range(len(model_args["channel_multipliers"]))
         resolutions = {model_args["resolution"] // 2**level for level in levels}
         # Resolutions that never occur have no effect in their code.
         model_args["attention_resolutions"] = resolutions & {*model_args["attention_resolutions"]}
-        model = VQGAN(**model_args, quantizer="gradient", norm_groups=32)  # as published
+        with torch.device("meta"):  # names and shapes only
+            model = VQGAN(**model_args, quantizer="gradient", norm_groups=32)  # as published
         _load(model, theirs, {ours: [name] for ours, name in _their_names(model).items()})
     model.quantizer.initialized = True
     return model.eval()
@@ -94,18 +100,21 @@ def load_compvis_transformer(
         InputError: the file cannot be read, does not have exactly the weights of this network
             (weights of the autoencoders are ignored, with a message), or its block is too small.
     """
-    config = _innermost(config, "model", "params", "transformer_config", "params")
-    model_args = _arguments(config, GPT_ARGUMENTS, GPT_ONLY_VALUES)
     theirs = {k: w for k, w in read_weights(path).items() if not k.endswith(".attn.mask")}
     _ignore(theirs, "outside the transformer", "first_stage_model.", "cond_stage_model.")
     with _fitting(path):
+        config = _innermost(config, "model", "params", "transformer_config", "params")
+        model_args = _arguments(config, GPT_ARGUMENTS, GPT_ONLY_VALUES)
+        num_bytes = Path(path).stat().st_size
+        check_counts(model_args, num_tensors=len(theirs), num_bytes=num_bytes)
         block_size = model_args.pop("block_size")
         seq_len = block_size if seq_len is None else seq_len
         length = block_size - seq_len + 1 if condition_length is None else condition_length
         if length + seq_len - 1 > block_size:  # the last token is not read
             raise ValueError(f"{length} + {seq_len} tokens exceed their block of {block_size}")
         model_args |= {"seq_len": seq_len, "condition_length": length, "dropout": 0.0}
-        model = GPT(**model_args, condition_vocabulary=model_args["num_embeddings"])
+        with torch.device("meta"):
+            model = GPT(**model_args, condition_vocabulary=model_args["num_embeddings"])
         positions = theirs["transformer.pos_emb"]
         if positions.shape != (1, block_size, model_args["n_embd"]):
             raise ValueError(f"transformer.pos_emb has the shape {tuple(positions.shape)}")
@@ -115,6 +124,22 @@ def load_compvis_transformer(
         theirs["condition"] = torch.cat([embeddings, torch.zeros_like(embeddings[:1])])
         _load(model, theirs, _their_transformer_names(model))
     return model.eval()
+
+
+def read_config(path: str | Path) -> dict:
+    """Read a file with their config. Raises InputError unless it is YAML or JSON of an object."""
+    try:
+        is_yaml = Path(path).suffix in (".yaml", ".yml")
+        parse = importlib.import_module("yaml").safe_load if is_yaml else json.loads
+        config = parse(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"an object {{...}} was expected, not {config!r:.40}")
+    except ModuleNotFoundError as error:
+        raise InputError(f"{path} is YAML: add the extra 'yaml', or give JSON") from error
+    except Exception as error:  # a YAMLError is not a ValueError
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} cannot be read as a config in JSON or YAML ({reason})") from error
+    return config
 
 
 def _innermost(config: dict, *keys: str) -> dict:
@@ -151,7 +176,9 @@ def _fitting(path: str | Path) -> Iterator[None]:
     """Report a network that cannot be built, or does not fit the weights, as a wrong config."""
     try:
         yield
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:  # a config may hold anything
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{path} does not fit its config ({reason}): give its own") from error
 
@@ -163,7 +190,9 @@ def _load(model: nn.Module, theirs: dict, names: dict[str, list[str]]) -> None:
         state[ours] = torch.cat([theirs.pop(name).float() for name in parts])
     if theirs:
         raise KeyError(f"{min(theirs)} is not a weight of this network")
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)
+    if name := not_finite(state):
+        raise ValueError(f"{name} is not finite")
 
 
 # --- names -------------------------------------------------------------------------------------
@@ -263,12 +292,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         InputError: the file is not a checkpoint, or holds no tensors.
     """
-    try:
-        content = _load_with_placeholders(path)
-    except FileNotFoundError:
-        raise
-    except (OSError, RuntimeError, ValueError, TypeError, EOFError, UnpicklingError) as error:
-        raise InputError(f"{path} is no checkpoint, or damaged: download it again") from error
+    content = load_plain(path, remedy="download it again", load=_load_with_placeholders)
     if isinstance(content, dict) and MODEL_KEYS <= content.keys():
         raise InputError(f"{path} is a checkpoint of this package: leave the config out")
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
@@ -281,13 +305,12 @@ def _load_with_placeholders(path: str | Path) -> dict:
     """Load with a `Placeholder` in place of every foreign class that the file names."""
     foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     stand_ins = {name: type(name, (Placeholder,), {}) for name in foreign}
-    while True:
+    for _ in range(len(foreign) + 1):  # a round for each class that turns out to be a dictionary
         try:
             with torch.serialization.safe_globals([(cls, name) for name, cls in stand_ins.items()]):
-                return torch.load(path, map_location="cpu", weights_only=True)
+                return load_tensors(path)
         except UnpicklingError as error:
             # Which classes are dictionaries shows when torch refuses to set their items.
             refused = [name for name, cls in stand_ins.items() if str(cls) in str(error)]
-            if not refused:
-                raise
             stand_ins |= dict.fromkeys(refused, PlaceholderDict)
+    raise ValueError("its classes cannot be replaced")

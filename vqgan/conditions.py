@@ -42,6 +42,17 @@ class Condition:
     names: tuple[str, ...] = ()
     transform: str = ""
 
+    def __post_init__(self):
+        named = self.kind in ("class", "caption")
+        if (
+            self.kind not in KINDS
+            or not all(isinstance(name, str) for name in self.names)
+            or (named and len(self.names) != self.vocabulary)
+            or (self.kind == "caption" and PADDING not in self.names)
+            or (self.kind == "image" and self.transform not in TRANSFORMS)
+        ):
+            raise ValueError(f"no condition has kind={self.kind!r} with these names or transform")
+
     def to_dict(self) -> dict:
         """Return numbers, strings and a list of names, for a checkpoint."""
         return asdict(self) | {"names": list(self.names)}

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vqgan import metrics
 from vqgan.classifier import Classifier
+from vqgan.console import progress_bar
 from vqgan.data import eval_batch_size, eval_batches
 from vqgan.eval_networks import extract_features
 from vqgan.images import to_uint8, to_unit
@@ -157,7 +157,7 @@ def evaluate_samples(
     def measure(setting: dict) -> dict:
         watch, generator = Stopwatch(), torch.Generator().manual_seed(0)
         features, colors = [], []
-        for chunk in tqdm(conditions.split(chunk_size), desc="sampling", unit="batch"):
+        for chunk in progress_bar(conditions.split(chunk_size), desc="sampling", unit="batch"):
             x = decode_tokens(tokenizer, prior.sample(chunk, generator=generator, **setting))
             batches = x.split(eval_batch_size(x.shape[-1]))
             features.append(extract_features(eval_classifier, batches))

@@ -93,12 +93,13 @@ def check_archive(path: str | Path) -> None:
     They do not compress, so a small file cannot fill the memory; and they write checksums, which
     torch does not look at: without this, training would go on from weights with flipped bits.
     """
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is damaged or another kind of file; code in it was not run")
-    with zipfile.ZipFile(path) as archive:
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("it is damaged or another kind of file; code in it was not run")
+        archive, size = zipfile.ZipFile(file), os.fstat(file.fileno()).st_size
         members = archive.infolist()
         is_stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        if not is_stored or sum(m.file_size for m in members) > Path(path).stat().st_size:
+        if not is_stored or sum(member.file_size for member in members) > size:
             raise ValueError("its content is compressed, which torch and numpy never do")
         damaged = archive.testzip()
         if damaged is not None:
@@ -135,7 +136,7 @@ def lock_folder(folder: Path) -> IO:
         InputError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a")  # noqa: SIM115 (it stays open)
+    file = open(folder / ".lock", "a")  # it stays open
     try:
         if sys.platform == "win32":
             import msvcrt

@@ -7,6 +7,8 @@ float about [-1, 1]  --to_unit-->  float [0, 1], clamped
 import torch
 from torch import Tensor
 
+MAX_IMAGE_SIZE = 4096  # side in pixels; a damaged file that says more would fill the memory
+
 
 def from_uint8(images: Tensor) -> Tensor:
     """uint8 0 to 255 -> float32 in [-1, 1], same shape."""

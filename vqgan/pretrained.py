@@ -1,10 +1,14 @@
 """Loads trained models from checkpoints, of this package or published by the VQGAN's authors."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
-from vqgan.checkpoint import fingerprint, load_checkpoint
-from vqgan.compvis import load_compvis_vqgan
+import torch
+from torch import nn
+
+from vqgan.checkpoint import check_counts, fingerprint, is_float, load_checkpoint, not_finite
+from vqgan.compvis import load_compvis_vqgan, read_config
 from vqgan.conditions import Condition
 from vqgan.errors import InputError
 from vqgan.transformer import GPT
@@ -43,13 +47,38 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def build_model(state: dict, path: str | Path) -> VAE | VQVAE | VQGAN | GPT:
     """The model of a checkpoint that was read; errors name it by its `path`."""
+    num_bytes, weights = checkpoint_path(path).stat().st_size, state["weights"]
     try:
-        model = MODELS[state["model"]](**state["model_args"])
-        model.load_state_dict(state["weights"])
-    except (TypeError, ValueError, RuntimeError) as error:
+        check_counts(state["model_args"], num_tensors=len(weights), num_bytes=num_bytes)
+        with torch.device("meta"):  # names and shapes only: no memory, no random numbers
+            model = MODELS[state["model"]](**state["model_args"])
+        # Shipped weights are in half precision.
+        weights = {name: w.float() if is_float(w) else w for name, w in weights.items()}
+        model.load_state_dict(weights, assign=True)
+        if name := not_finite(weights):
+            raise ValueError(f"{name} is not finite")
+    except Exception as error:  # a damaged or a stranger's file raises many types
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} does not fit {state['model']} ({reason}): damaged?") from error
     return model.eval().requires_grad_(False)
+
+
+def init_weights(model: nn.Module, path: str | Path, config: str | None = None) -> None:
+    """Start a model from the weights, and the codebook, of a trained one of the same sizes.
+
+    Args:
+        config: file with the config of a checkpoint of the VQGAN's authors.
+
+    Raises:
+        InputError: the file is of another model, or of other sizes.
+    """
+    source = load_model(path, config=None if config is None else read_config(config))
+    try:
+        model.load_state_dict(source.state_dict())
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        name = type(source).__name__
+        raise InputError(f"{path} is a {name} of other sizes or kind ({reason})") from error
 
 
 def checkpoint_path(path: str | Path) -> Path:
@@ -64,7 +93,7 @@ def checkpoint_path(path: str | Path) -> Path:
     if (path / "checkpoint.pt").is_file():
         path = path / "checkpoint.pt"
     if path.is_dir():
-        found = [str(file) for file in sorted(path.rglob("checkpoint.pt"))]
+        found = [str(file) for file in sorted(path.glob("*/checkpoint.pt"))]
         files = ", or ".join(found) or "the checkpoint.pt of a run"
         raise InputError(f"{path} is a folder, and a checkpoint was expected: name {files}")
     if not path.exists():
@@ -102,6 +131,14 @@ def load_tokenizer(path: str | Path) -> tuple[VQAutoencoder, dict]:
     return model, state
 
 
+def load_condition(state: dict, path: str | Path) -> Condition:
+    """The condition of a transformer's checkpoint that was read; errors name it by its `path`."""
+    try:
+        return Condition.from_dict(state["metadata"]["condition"])
+    except Exception as error:  # a damaged or a stranger's file raises many types
+        raise InputError(f"{path} has a damaged condition ({error}): name another file") from error
+
+
 def load_pipeline(path: str | Path, *, tokenizer: str | Path | None = None) -> Pipeline:
     """A transformer with its tokenizer, from the file `tokenizer.pt` next to it or the one given.
 
@@ -110,10 +147,10 @@ def load_pipeline(path: str | Path, *, tokenizer: str | Path | None = None) -> P
             one that the transformer was trained with.
     """
     state = read_checkpoint(path)
-    transformer = build_model(state, path)
-    if not isinstance(transformer, GPT) or "condition" not in state.get("metadata", {}):
+    transformer, metadata = build_model(state, path), state["metadata"]
+    needed = {"condition", "condition_drop", "image_size", "tokenizer", "tokenizer_fingerprint"}
+    if not isinstance(transformer, GPT) or not needed <= metadata.keys():
         raise InputError(f"{path} is of a {state['model']}, not a transformer: name one of a run")
-    metadata = state["metadata"]
     file = Path(tokenizer or checkpoint_path(path).with_name("tokenizer.pt"))
     source = metadata["tokenizer"]
     if tokenizer is None and not file.exists():
@@ -121,6 +158,15 @@ def load_pipeline(path: str | Path, *, tokenizer: str | Path | None = None) -> P
     model, _ = load_tokenizer(file)
     if fingerprint(model) != metadata["tokenizer_fingerprint"]:
         raise InputError(f"{file} is not the tokenizer of {path}: name a copy of {source}")
-    model.image_size = metadata["image_size"]  # the size that the transformer was trained on
-    condition = Condition.from_dict(metadata["condition"])
+    size = metadata["image_size"]  # that the transformer was trained on
+    condition = load_condition(state, path)
+    try:
+        model.check_resolution(size, size)
+        model.image_size = size
+        expected = (condition.vocabulary, condition.length, math.prod(model.grids[0]))
+        found = (transformer.condition_vocabulary, transformer.condition_length)
+        if expected != (*found, transformer.seq_len):
+            raise ValueError("the condition or the grid is of another model")
+    except ValueError as error:
+        raise InputError(f"{path} has damaged metadata ({error}): name another file") from error
     return Pipeline(transformer, model, condition, supports_guidance=metadata["condition_drop"] > 0)

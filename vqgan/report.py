@@ -105,7 +105,8 @@ def save_study_figures(
         label = f"{titles[name]}\n{results[name]['bits_per_image']:.0f} bits"
         rows.append((label, to_unit(reconstruct(session.eval_model, x))))
         is_vae = isinstance(session.eval_model, VAE)
-        logs[titles[name]] = session.rows
+        losses = ({k: v for k, v in row.items() if k != "codes_used"} for row in session.rows)
+        logs[titles[name]] = list(losses)
         ylabels[titles[name]] = "nats per image" if is_vae else "mean over all elements"
         if is_vae:
             _save_prior(run.out, name, session.eval_model, x)

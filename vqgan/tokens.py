@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vqgan import conditions
 from vqgan.checkpoint import fingerprint
 from vqgan.conditions import Condition
+from vqgan.console import progress_bar
 from vqgan.data import ImageDataset, TrainLoader, eval_batch_size, eval_batches
 from vqgan.errors import InputError
-from vqgan.files import save_plain
+from vqgan.files import load_plain, save_plain
 from vqgan.image_folder import ImageFiles
 from vqgan.training import Run
 from vqgan.vqvae import VQAutoencoder
@@ -109,9 +109,9 @@ def load_tokens(run: Run, tokenizer: VQAutoencoder, condition: Condition) -> Tok
         else:
             key.update(images.contiguous().numpy().data)
     try:
-        cached = torch.load(path, weights_only=True)
+        cached = load_plain(path, remedy="remove it")
         is_current = cached["key"] == key.hexdigest()
-    except Exception:  # for no file or a damaged one, torch raises many types
+    except Exception:  # no file, a damaged one, or another one
         is_current = False
     if not is_current:
         transform = conditions.TRANSFORMS.get(condition.transform)
@@ -143,7 +143,7 @@ def tokenize(
     sequences = []
     batches = eval_batches(images, device=device)
     num_batches = math.ceil(len(images) / eval_batch_size(tokenizer.image_size))
-    for x in tqdm(batches, desc="encoding", total=num_batches, unit="batch"):
+    for x in progress_bar(batches, desc="encoding", total=num_batches, unit="batch"):
         augmentations = []
         for view in (x, x.flip(3)) if flip else (x,):
             parts = (view,) if transform is None else (transform(view), view)

@@ -27,12 +27,11 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torchvision
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import vqgan
 from vqgan.checkpoint import (
@@ -43,6 +42,7 @@ from vqgan.checkpoint import (
     restore,
     save_checkpoint,
 )
+from vqgan.console import progress_bar
 from vqgan.data import ImageDataset, TrainLoader
 from vqgan.device import describe_device
 from vqgan.errors import InputError
@@ -66,6 +66,7 @@ class Run:
     flip: bool
     checkpoint_every: int  # in steps
     resume: bool
+    lock: IO | None = None  # on the run folder, as long as it is open
 
     def loader(
         self, batch_size: int, *, seed: int | None = None, labels: Tensor | None = None
@@ -162,9 +163,9 @@ class Session:
             restore(saved, model=self.eval_model, **self.parts)
             self.step, self.seconds = saved["step"], saved["seconds"]
         self.log_file = Log(folder / "log.csv", resume_at=self.step)
-        self.bar = tqdm(
+        self.bar = progress_bar(
             desc=folder.name, total=self.total_steps * loader.batch_size,
-            initial=self.step * loader.batch_size, unit="img", unit_scale=True, mininterval=0.5,
+            initial=self.step * loader.batch_size, unit="img", unit_scale=True,
         )  # fmt: skip
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
@@ -201,7 +202,10 @@ class Session:
         if not (self.step % LOG_EVERY == 0 or self.save_is_due or end_row):
             return None
         row = self.log_file.write_row(epoch=self.epoch)
-        self.bar.set_postfix(loss=f"{row['loss']:.4g}", refresh=False)
+        shown: dict[str, str] = {
+            name: f"{row[name]:.4g}" for name in ("loss", "codes_used") if name in row
+        }
+        self.bar.set_postfix(shown, refresh=False)
         return row
 
     @property
@@ -233,6 +237,7 @@ class Session:
 
 def evenly_spaced(total_steps: int, count: int) -> set[int]:
     """`count` evenly spaced steps from 1 to `total_steps`, including the last."""
+    count = min(count, total_steps)
     return {round(total_steps * i / count) for i in range(1, count + 1)}
 
 
@@ -312,7 +317,8 @@ class Log:
     def _write(self) -> None:
         content = io.StringIO()
         if self.rows:
-            writer = csv.DictWriter(content, fieldnames=list(self.rows[0]), lineterminator="\n")
+            terms = list(dict.fromkeys(term for row in self.rows for term in row))
+            writer = csv.DictWriter(content, fieldnames=terms, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
         write_atomically(self.path, content.getvalue().encode())
@@ -322,10 +328,14 @@ def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a log.csv, {"step", "epoch", "loss", ...}; empty if there is no file."""
     if not path.exists():
         return []
-    rows = csv.DictReader(io.StringIO(path.read_text()))
     try:
-        return [{"step": int(row.pop("step"))} | {k: float(row[k]) for k in row} for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
+        rows = list(csv.DictReader(io.StringIO(path.read_text())))
+        # An older row lacks a term that is logged since then.
+        return [
+            {"step": int(row.pop("step"))} | {k: float(row[k]) for k in row if row[k]}
+            for row in rows
+        ]
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"{path} is not a log of numbers: repair it or move it away") from error
 
 

@@ -24,10 +24,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from vqgan.arguments import run_script
 from vqgan.figures import COLORS
 from vqgan.metrics import CodebookUsage
 from vqgan.quantizer import EMAVectorQuantizer, Quantizer, VectorQuantizer, nearest_indices
+from vqgan.script import run_script
 from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)

@@ -29,7 +29,6 @@ import train_transformer
 import train_vqgan
 import train_vqvae
 from vqgan import figures, metrics, tokens
-from vqgan.arguments import run_script
 from vqgan.classifier import Classifier, load_classifier
 from vqgan.data import eval_batches, load_dataset
 from vqgan.device import choose_precision, describe_device
@@ -39,6 +38,7 @@ from vqgan.evaluation import decode_tokens
 from vqgan.files import write_json
 from vqgan.images import from_uint8, to_unit
 from vqgan.pretrained import load_model, load_pipeline, load_tokenizer
+from vqgan.script import run_script
 from vqgan.shapes import CLASSES, render_shapes
 from vqgan.training import Run, Stopwatch, read_log, versions
 from vqgan.vqvae import VQVAE

@@ -21,7 +21,6 @@ import torch
 from _common import CPU, flags_of_runs, model_folder, read_metrics, results_of, write_metrics
 
 from vqgan import figures, metrics
-from vqgan.arguments import run_script
 from vqgan.checkpoint import fingerprint
 from vqgan.classifier import load_classifier
 from vqgan.data import eval_batches, load_dataset
@@ -29,6 +28,7 @@ from vqgan.errors import InputError
 from vqgan.eval_networks import extract_features
 from vqgan.images import to_unit
 from vqgan.pretrained import load_model, load_pipeline
+from vqgan.script import run_script
 from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)

@@ -34,12 +34,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vqgan import figures, metrics
-from vqgan.arguments import run_script
 from vqgan.classifier import Classifier, load_classifier
 from vqgan.data import eval_batches, load_dataset
 from vqgan.eval_networks import extract_features
 from vqgan.images import from_uint8, to_uint8, to_unit
 from vqgan.pretrained import load_model
+from vqgan.script import run_script
 from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)

@@ -22,7 +22,6 @@ from _common import draw_rows, no_flags, results_of, write_metrics
 from torch import Tensor, nn
 
 from vqgan import metrics
-from vqgan.arguments import run_script
 from vqgan.data import load_dataset, pixel_variance
 from vqgan.discriminator import (
     PatchDiscriminator,
@@ -34,6 +33,7 @@ from vqgan.discriminator import (
 from vqgan.images import from_uint8, to_unit
 from vqgan.pretrained import Pipeline, load_pipeline
 from vqgan.quantizer import EMAVectorQuantizer, nearest_indices, straight_through
+from vqgan.script import run_script
 from vqgan.training import Stopwatch
 from vqgan.transformer import GPT
 from vqgan.vqgan import group_norm

@@ -23,10 +23,10 @@ from matplotlib.patches import FancyArrowPatch
 from torch import Tensor
 
 from vqgan import metrics
-from vqgan.arguments import run_script
 from vqgan.data import load_dataset
 from vqgan.images import from_uint8, to_uint8, to_unit
 from vqgan.pretrained import load_pipeline
+from vqgan.script import run_script
 from vqgan.training import Stopwatch
 from vqgan.vqvae import VQAutoencoder
 

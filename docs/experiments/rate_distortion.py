@@ -20,11 +20,11 @@ from _common import flags_of_runs, model_folder, read_metrics, results_of, scan_
 from matplotlib.ticker import ScalarFormatter
 
 from vqgan import figures, metrics
-from vqgan.arguments import run_script
 from vqgan.data import eval_batches, load_dataset
 from vqgan.files import write_json
 from vqgan.images import from_uint8, to_unit
 from vqgan.pretrained import load_model
+from vqgan.script import run_script
 
 OUT = results_of(__file__)
 JPEG_QUALITIES = (10, 20, 30, 40, 50)

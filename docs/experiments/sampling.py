@@ -32,7 +32,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 from torch import Tensor
 
-from vqgan.arguments import run_script
 from vqgan.classifier import Classifier, load_classifier
 from vqgan.conditions import TRANSFORMS
 from vqgan.data import load_dataset
@@ -42,6 +41,7 @@ from vqgan.images import from_uint8, to_unit
 from vqgan.metrics import CodebookUsage, psnr
 from vqgan.pretrained import Pipeline, load_pipeline
 from vqgan.sampling import sample_sliding_window
+from vqgan.script import run_script
 from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)

@@ -18,7 +18,6 @@ from _common import CPU, results_of, write_metrics
 from torch import Tensor
 from tqdm import tqdm
 
-from vqgan.arguments import run_script
 from vqgan.checkpoint import fingerprint
 from vqgan.classifier import train_classifier
 from vqgan.data import TrainLoader, eval_batches, load_dataset
@@ -28,6 +27,7 @@ from vqgan.eval_networks import CLASSIFIER_BATCH_SIZE, accuracy
 from vqgan.files import save_plain
 from vqgan.images import to_uint8
 from vqgan.pretrained import Pipeline, load_pipeline
+from vqgan.script import run_script
 from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)

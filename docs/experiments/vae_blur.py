@@ -21,11 +21,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from vqgan import figures
-from vqgan.arguments import run_script
 from vqgan.data import eval_batches, load_dataset
 from vqgan.images import from_uint8, to_unit
 from vqgan.metrics import nats_to_bits
 from vqgan.pretrained import load_model
+from vqgan.script import run_script
 from vqgan.training import Stopwatch
 from vqgan.vae import VAE, reparameterize
 

@@ -22,7 +22,6 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from vqgan.arguments import run_script
 from vqgan.checkpoint import load_checkpoint
 from vqgan.classifier import load_classifier
 from vqgan.data import load_dataset
@@ -32,6 +31,7 @@ from vqgan.images import from_uint8, to_unit
 from vqgan.metrics import normalized_mse
 from vqgan.perceptual import ClassifierDistance
 from vqgan.pretrained import load_model
+from vqgan.script import run_script
 from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)

@@ -1,0 +1,81 @@
+"""How a script and the command run: what they print, and how they end.
+
+A user's mistake ends them with one line and exit status 1, Ctrl-C with 130; a fault of the program
+keeps its traceback.
+"""
+
+import argparse
+import errno
+import re
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+
+import torch
+
+from vqgan.console import Console, printable
+from vqgan.errors import InputError
+
+# What a user can do about an error of the operating system.
+OS_REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.EEXIST: "a file is where a folder should be; name another --out",
+    errno.ENOTDIR: "a file is where a folder should be; name another --out",
+    errno.EISDIR: "a folder is where a file should be; name another",
+    errno.EACCES: "check the permissions of this path",
+    errno.EROFS: "the disk is read-only; name another --out",
+    errno.ENOSPC: "make room on the disk; saved files are intact",
+}
+
+
+def run_script(
+    parse: Callable[[], argparse.Namespace],
+    main: Callable[[argparse.Namespace], None],
+    *,
+    resumable: bool = True,
+) -> None:
+    """Run main(parse()); a user's mistake ends it with one line and exit status 1.
+
+    `resumable` says whether the script knows --resume.
+    """
+    flags: set[str] = set()
+    streams = Console(sys.stdout), Console(sys.stderr, controls="\n\t\r\x1b")
+    try:
+        with redirect_stdout(streams[0]), redirect_stderr(streams[1]):  # type: ignore[type-var]
+            try:
+                args = parse()
+                flags = set(vars(args))
+                main(args)
+            finally:
+                sys.stdout.flush()
+    except InputError as error:
+        message = name_flags(str(error), flags)
+    except KeyboardInterrupt:
+        resume = "; --resume continues from the last checkpoint, or from the start without one"
+        print("stopped" + (resume if resumable else ""), file=sys.stderr)
+        sys.exit(130)  # as of every program that Ctrl-C ends
+    except OSError as error:
+        message = f"{error}: {OS_REMEDIES.get(error.errno or 0, 'saved files are intact')}"
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        # CUDA raises a separate class for this, the CPU only another message.
+        is_memory = not isinstance(error, RuntimeError) or "can't allocate" in str(error)
+        if not (is_memory or isinstance(error, torch.OutOfMemoryError)):
+            raise
+        remedy = "give fewer or smaller images"
+        if resumable:
+            remedy = "--resume, or start again with a smaller --batch-size or a smaller model"
+        reason = (str(error) or "a number is too large").splitlines()[0]
+        message = f"out of memory ({reason}): free memory and {remedy}"
+    else:
+        return
+    sys.exit("error: " + printable(message.replace("\n", " ")))
+
+
+def name_flags(message: str, flags: set[str]) -> str:
+    """Name arguments as a user gave them: "image_size=30" -> "--image-size 30"."""
+
+    def flag(match: re.Match) -> str:
+        name = match[1]
+        return f"--{name.replace('_', '-')} " if name in flags else match[0]
+
+    return re.sub(r"(?<![^\s(:])([a-z]\w*)=", flag, message)
