@@ -1,6 +1,7 @@
 """Transformers with their tokenizers, from files."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,14 @@ from vqgan.conditions import class_condition
 from vqgan.data import TrainLoader
 from vqgan.errors import InputError
 from vqgan.images import from_uint8
-from vqgan.pretrained import PRETRAINED, load_model, load_pipeline, load_tokenizer, read_checkpoint
+from vqgan.pretrained import (
+    PRETRAINED,
+    init_weights,
+    load_model,
+    load_pipeline,
+    load_tokenizer,
+    read_checkpoint,
+)
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
 from vqgan.vqgan import VQGAN
@@ -25,7 +33,7 @@ ARGUMENTS = {
     VQGAN: {"channels": 8, "num_embeddings": 16},
     GPT: {
         "num_embeddings": 16,
-        "seq_len": 64,
+        "seq_len": 36,  # of 24 pixels
         "condition_vocabulary": 2,
         "condition_length": 1,
         "n_layer": 1,
@@ -95,6 +103,173 @@ def test_checkpoints_of_something_else_are_named(tmp_path):
         torch.save(state | {"model_args": model_args}, tmp_path / "other_args.pt")
         with pytest.raises(InputError, match=f"other_args.pt does not fit VQVAE.*{expected}"):
             load_model(tmp_path / "other_args.pt")
+
+
+def change(path, edit):
+    """Edit the content of a checkpoint."""
+    content = torch.load(path, weights_only=True)
+    edit(content)
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_a_damaged_size_is_refused_before_the_model_is_built(tmp_path, kind):
+    """Each whole number among the arguments, as large as a file may say; in no time or memory."""
+    save(tmp_path / "whole.pt", kind)
+    arguments = torch.load(tmp_path / "whole.pt", weights_only=True)["model_args"]
+    numbers = {n: v for n, v in arguments.items() if isinstance(v, int) and v is not bool(v)}
+    numbers |= {n: v for n, v in arguments.items() if isinstance(v, tuple | list)}
+    assert len(numbers) >= 3
+    for name, value in numbers.items():
+        for number in (10**30, 2 * 10**7, 20_000):
+            wrong = [number] * 3 if isinstance(value, tuple | list) else number
+            if (name, number) in UNBOUNDED:
+                continue
+            content = torch.load(tmp_path / "whole.pt", weights_only=True)
+            torch.save(content | {"model_args": arguments | {name: wrong}}, tmp_path / "c.pt")
+            start = time.monotonic()
+            with pytest.raises(InputError, match=rf"c.pt does not fit {kind.__name__}"):
+                load_model(tmp_path / "c.pt")
+            assert time.monotonic() - start < 20, name  # a second, even beside other work
+
+
+# The networks are convolutional, and this side changes no weight.
+UNBOUNDED = {("image_size", 20_000), ("resolution", 20_000)}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_embeddings": 0}, {"embedding_dim": -1}, {"quantizer": 5}, {"beta": "x"}, {1: 2},
+        {"image_size": 33}, {"unknown": 1}, {"num_hiddens": None}, {"num_downsamples": [1] * 999},
+    ],
+)  # fmt: skip
+def test_arguments_that_make_no_model_are_named(tmp_path, arguments):
+    save(tmp_path / "c.pt", VQVAE)
+    change(tmp_path / "c.pt", lambda content: content["model_args"].update(arguments))
+    with pytest.raises(InputError, match="c.pt does not fit VQVAE") as caught:
+        load_model(tmp_path / "c.pt")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, kind, bad):
+    save(tmp_path / "c.pt", kind)
+    name = []
+
+    def damage(content):
+        name.append(list(content["weights"])[-1])
+        content["weights"][name[0]].flatten()[0] = bad
+
+    change(tmp_path / "c.pt", damage)
+    with pytest.raises(InputError, match="is not finite"):
+        load_model(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"a": torch.zeros(1)}, {0: torch.zeros(1)}, {"quantizer.codebook": "x"}, {},
+        {"quantizer.codebook": torch.zeros(1).expand(16, 65)},
+    ],
+)  # fmt: skip
+def test_other_weights_are_named(tmp_path, weights):
+    save(tmp_path / "c.pt", VQVAE)
+    change(tmp_path / "c.pt", lambda content: content["weights"].update(weights or {}))
+    if not weights:
+        change(tmp_path / "c.pt", lambda content: content["weights"].clear())
+    with pytest.raises(InputError, match="c.pt does not fit VQVAE"):
+        load_model(tmp_path / "c.pt")
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"model": ["VQVAE"]}, {"model": {}}, {"model": "Evil"}, {"model_args": None},
+        {"weights": [1]}, {"metadata": [1]}, {"metadata": "x"}, {"step": "1"}, {"seconds": None},
+        {"metadata": {"image_size": 0}}, {"metadata": {"image_size": -32}},
+        {"metadata": {"image_size": "32"}}, {"metadata": {"image_size": 10**9}},
+        {"metadata": {"image_size": 10**400}}, {"metadata": {"data": 1}},
+        {"metadata": {"result": None}}, {"metadata": {"command": ["a"]}},
+    ],
+)  # fmt: skip
+def test_parts_of_another_type_are_named(tmp_path, parts):
+    save(tmp_path / "c.pt", VQVAE)
+    change(tmp_path / "c.pt", lambda content: content.update(parts))
+    with pytest.raises(InputError, match="c.pt") as caught:
+        load_model(tmp_path / "c.pt")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"condition": None}, {"condition": {}}, {"condition": "class"},
+        {"condition": CONDITION.to_dict() | {"kind": "evil"}},
+        {"condition": CONDITION.to_dict() | {"names": [1, 2]}},
+        {"condition": CONDITION.to_dict() | {"names": ["cat"]}},
+        {"condition": CONDITION.to_dict() | {"names": None}},
+        {"condition": CONDITION.to_dict() | {"length": 2}},
+        {"condition": CONDITION.to_dict() | {"vocabulary": 3, "names": list("abc")}},
+        {"condition": CONDITION.to_dict() | {"kind": "image", "transform": "evil"}},
+        {"condition": CONDITION.to_dict() | {"unknown": 1}},
+        {"image_size": 32}, {"image_size": 25}, {"condition_drop": "x"}, {"tokenizer": None},
+        {"tokenizer_fingerprint": 5},
+    ],
+)  # fmt: skip
+def test_a_transformers_metadata_is_checked(tmp_path, metadata):
+    save_pair(tmp_path)
+    change(tmp_path / "checkpoint.pt", lambda content: content["metadata"].update(metadata))
+    with pytest.raises(InputError, match="checkpoint.pt") as caught:
+        load_pipeline(tmp_path / "checkpoint.pt")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "missing", ["condition", "condition_drop", "image_size", "tokenizer", "tokenizer_fingerprint"]
+)
+def test_a_transformer_without_its_metadata_is_named(tmp_path, missing):
+    save_pair(tmp_path)
+    change(tmp_path / "checkpoint.pt", lambda content: content["metadata"].pop(missing))
+    with pytest.raises(InputError, match="checkpoint.pt"):
+        load_pipeline(tmp_path / "checkpoint.pt")
+
+
+def test_loading_draws_no_random_numbers(tmp_path):
+    save(tmp_path / "c.pt", VQGAN)
+    before = torch.get_rng_state()
+    load_model(tmp_path / "c.pt")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_folder_is_searched_one_level_deep(tmp_path):
+    save(tmp_path / "run" / "vqvae" / "checkpoint.pt", VQVAE)
+    with pytest.raises(InputError, match="run is a folder.*vqvae.checkpoint.pt"):
+        load_model(tmp_path / "run")
+    with pytest.raises(InputError, match="name the checkpoint.pt of a run"):
+        load_model(tmp_path)
+
+
+# --- to train on -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_a_model_starts_from_the_weights_of_another(tmp_path, kind):
+    source = save(tmp_path / "c.pt", kind)
+    model = kind(**ARGUMENTS[kind])
+    assert not same_weights(model, source)
+    init_weights(model, tmp_path / "c.pt")
+    assert same_weights(model, source) and all(p.requires_grad for p in model.parameters())
+
+
+def test_a_model_starts_from_no_other_kind_or_size(tmp_path):
+    save(tmp_path / "c.pt", VQVAE)
+    model = VQVAE(**ARGUMENTS[VQVAE] | {"num_embeddings": 17})
+    with pytest.raises(InputError, match=r"c.pt is a VQVAE .*\(16, 64\)|\[16, 64\]"):
+        init_weights(model, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="c.pt is a VQVAE"):
+        init_weights(VAE(**ARGUMENTS[VAE]), tmp_path / "c.pt")
 
 
 # --- pairs ---------------------------------------------------------------------------------------

@@ -323,9 +323,9 @@ def test_without_an_average_the_trained_model_is_kept(run):
 
 
 def test_the_checkpoint_says_of_the_model_what_run_and_script_know(run):
-    take_steps(*start(run, metadata={"condition": "none"}))
+    take_steps(*start(run, metadata={"condition": {"kind": "none"}}))
     state = load_checkpoint(run.out / "tiny" / "checkpoint.pt")
-    assert state["metadata"] == run.metadata | {"condition": "none"}
+    assert state["metadata"] == run.metadata | {"condition": {"kind": "none"}}
     assert state["model_args"] == {"width": 8, "dropout": 0.5} and state["step"] == 21
 
 
@@ -463,3 +463,16 @@ def test_no_log_has_no_rows_and_another_file_is_named(tmp_path):
         (tmp_path / "log.csv").write_text(text)
         with pytest.raises(InputError, match="log.csv is not a log"):
             read_log(tmp_path / "log.csv")
+    for content in (b"step,loss\n1,\xff\n", b"step,loss\n1," + 200_000 * b"1" + b"\n"):
+        (tmp_path / "log.csv").write_bytes(content)
+        with pytest.raises(InputError, match="log.csv is not a log"):
+            read_log(tmp_path / "log.csv")
+
+
+def test_a_term_that_is_logged_since_an_update_is_missing_before(tmp_path):
+    (tmp_path / "log.csv").write_text("step,epoch,loss\n50,0.5,2\n")
+    log = Log(tmp_path / "log.csv", resume_at=50)
+    log.record(51, {"loss": torch.tensor(1.0), "codes_used": torch.tensor(3.0)})
+    log.write_row(epoch=1.0)
+    expected = {"step": 51, "epoch": 1.0, "loss": 1.0, "codes_used": 3.0}
+    assert read_log(tmp_path / "log.csv") == [{"step": 50, "epoch": 0.5, "loss": 2.0}, expected]

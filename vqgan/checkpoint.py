@@ -170,15 +170,23 @@ def check_state(state: dict, path: Path) -> None:
             raise InputError(f"{path} is damaged: its {name} is {value!r:.40}; name another file")
     size = metadata.get("image_size", 1)
     if not 1 <= size <= MAX_IMAGE_SIZE:
-        raise InputError(f"{path} has images of {size:.3g} pixels, and not 1 to {MAX_IMAGE_SIZE}")
+        given = f"{size}"[:9]
+        raise InputError(f"{path} has images of {given} pixels, and not 1 to {MAX_IMAGE_SIZE}")
 
 
-def check_counts(model_args: dict, *, num_tensors: int, num_bytes: int) -> None:
+def check_model_args(
+    model_class: type[nn.Module], model_args: dict, *, num_tensors: int, num_bytes: int
+) -> None:
     """Raise `ValueError` for a model larger than its file, before it is built and fills the memory.
 
     No number of channels or codes can exceed the file's bytes, and no number of layers its tensors.
     """
+    parameters = inspect.signature(model_class).parameters
     for name, value in model_args.items():
+        default = parameters[name].default if name in parameters else None
+        kind = int | float if isinstance(default, int | float) else str
+        if isinstance(default, int | float | str) and not isinstance(value, kind):
+            raise ValueError(f"{name} is {value!r:.40}")
         most = num_tensors if name in LAYER_COUNTS else num_bytes
         numbers = value if isinstance(value, list | tuple) else [value]
         if len(numbers) > num_tensors or any(isinstance(n, int) and n > most for n in numbers):

@@ -4,11 +4,18 @@ import argparse
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vqgan import figures
-from vqgan.arguments import non_negative_float, png_path, positive_float, positive_int, seed_int
+from vqgan.arguments import (
+    non_negative_float,
+    output_path,
+    path_text,
+    positive_float,
+    seed_int,
+    small_int,
+)
 from vqgan.conditions import TRANSFORMS
+from vqgan.console import progress_bar
 from vqgan.data import eval_batch_size
 from vqgan.device import choose_device
 from vqgan.errors import InputError, user_input
@@ -18,41 +25,42 @@ from vqgan.images import from_uint8, to_unit
 from vqgan.pretrained import Pipeline, load_pipeline
 from vqgan.sampling import check_sampling, describe_sampling, sample_sliding_window
 
+SAMPLES, COMPLETED = "samples.png", "completed.png"  # --out
 COLUMNS = 8  # images per row
 MAX_CHUNK_SIZE = 64  # images that are generated at once
 
 
-def sampling_flags(add, *, count: int) -> None:
+def sampling_flags(add, *, count: int, out: str) -> None:
     """The flags that both commands have."""
     add("checkpoint", metavar="CHECKPOINT", help="checkpoint of train_transformer.py")
     add("--class", dest="classes", nargs="+", metavar="NAME", help="classes to generate")
     add("--caption", nargs="+", metavar="TEXT", help='captions, as in "small red star on blue"')
-    add("--count", type=positive_int, default=count, help="images per class or caption")
+    add("--count", type=small_int, default=count, help="images per class or caption")
     add("--temperature", type=non_negative_float, default=1.0, help="temperature; 0 is greedy")
     add("--top-k", type=int, help="sample from the k most likely tokens only")
     add("--top-p", type=positive_float, help="sample from the top tokens of this total probability")
     add("--guidance", type=non_negative_float, default=1.0, help="guidance scale; 1 is no guidance")
     add("--seed", type=seed_int, default=0, help="random seed; another one gives other images")
-    add("--tokenizer", metavar="FILE", help="tokenizer (default: tokenizer.pt next to CHECKPOINT)")
+    tokenizer = "tokenizer (default: tokenizer.pt next to CHECKPOINT)"
+    add("--tokenizer", type=path_text, metavar="FILE", help=tokenizer)
+    add("--out", type=path_text, help=f"PNG to write (default: {out}, or its next unused name)")
     add("--device", default="auto", help="device to compute on: auto, cpu, cuda, cuda:1 or mps")
 
 
 def sample_flags(add) -> None:
     """The flags of `vqgan sample`."""
-    sampling_flags(add, count=16)
+    sampling_flags(add, count=16, out=SAMPLES)
     add("--image", metavar="IMAGE", help="image to generate from, if that is the model's condition")
     add("--as-is", action="store_true", help="IMAGE is already transformed (edges, gray, lowres)")
-    add("--height", type=positive_int, help="height in pixels, for textures larger than trained")
-    add("--width", type=positive_int, help="width in pixels, for textures larger than trained")
-    add("--out", default="samples.png", help="PNG file to write")
+    add("--height", type=small_int, help="height in pixels, for textures larger than trained")
+    add("--width", type=small_int, help="width in pixels, for textures larger than trained")
 
 
 def complete_flags(add) -> None:
     """The flags of `vqgan complete`."""
-    sampling_flags(add, count=8)
+    sampling_flags(add, count=8, out=COMPLETED)
     add("image", metavar="IMAGE", help="image file, in any format that Pillow opens")
     add("--keep", default="top", help="part to keep: top or left (half), or x0,y0,x1,y1 in pixels")
-    add("--out", default="completed.png", help="PNG file to write")
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -60,7 +68,7 @@ def sample(args: argparse.Namespace) -> None:
 
     There are --count images of each requested class or caption, one after the other.
     """
-    out = png_path(args.out, [args.image] if args.image else [])
+    out = output_path(args.out, SAMPLES, [args.image] if args.image else [])
     pipeline, setting, device = _open(args)
     if args.as_is and args.image is None:
         raise InputError("--as-is is about an --image, and none was given: leave it out")
@@ -78,7 +86,7 @@ def sample(args: argparse.Namespace) -> None:
     chunk_size = min(MAX_CHUNK_SIZE, eval_batch_size(height * pixels))
     generator = torch.Generator().manual_seed(args.seed)
     total = len(prompts) * args.count * height * width
-    with tqdm(desc="sampling", total=total, unit="token", unit_scale=True) as progress:
+    with progress_bar(desc="sampling", total=total, unit="token", unit_scale=True) as progress:
         options = setting | {"generator": generator, "progress": progress.update}
         for label, prompt in prompts.items():
             images = []
@@ -102,7 +110,7 @@ def complete(args: argparse.Namespace) -> None:
 
     The image becomes tokens; those inside --keep stay, and the others are generated.
     """
-    out = png_path(args.out, [args.image])
+    out = output_path(args.out, COMPLETED, [args.image])
     pipeline, setting, device = _open(args)
     images = read_images([args.image], pipeline.tokenizer.image_size)
     x = from_uint8(images).to(device)  # (1, 3, H, W)
@@ -123,7 +131,9 @@ def complete(args: argparse.Namespace) -> None:
     else:  # the condition is dropped
         condition = torch.full((1, pipeline.condition.length), pipeline.transformer.null_token)
     given = torch.where(mask.to(device).flatten(), tokens, -1).expand(args.count, -1)
-    with tqdm(desc="sampling", total=given.numel(), unit="token", unit_scale=True) as progress:
+    with progress_bar(
+        desc="sampling", total=given.numel(), unit="token", unit_scale=True
+    ) as progress:
         generator = torch.Generator().manual_seed(args.seed)
         options = setting | {"generator": generator, "progress": progress.update}
         prompt = condition.to(device).expand(args.count, -1)

@@ -23,7 +23,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
-from vqgan.checkpoint import MODEL_KEYS, check_counts, not_finite
+from vqgan.checkpoint import MODEL_KEYS, check_model_args, not_finite
 from vqgan.errors import InputError
 from vqgan.files import load_plain, load_tensors
 from vqgan.transformer import GPT
@@ -68,7 +68,7 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
             config = config["ddconfig"] | outer
         model_args = _arguments(config, VQGAN_ARGUMENTS, VQGAN_ONLY_VALUES)
         num_bytes = Path(path).stat().st_size
-        check_counts(model_args, num_tensors=len(theirs), num_bytes=num_bytes)
+        check_model_args(VQGAN, model_args, num_tensors=len(theirs), num_bytes=num_bytes)
         levels = range(len(model_args["channel_multipliers"]))
         resolutions = {model_args["resolution"] // 2**level for level in levels}
         # Resolutions that never occur have no effect in their code.
@@ -106,7 +106,7 @@ def load_compvis_transformer(
         config = _innermost(config, "model", "params", "transformer_config", "params")
         model_args = _arguments(config, GPT_ARGUMENTS, GPT_ONLY_VALUES)
         num_bytes = Path(path).stat().st_size
-        check_counts(model_args, num_tensors=len(theirs), num_bytes=num_bytes)
+        check_model_args(GPT, model_args, num_tensors=len(theirs), num_bytes=num_bytes)
         block_size = model_args.pop("block_size")
         seq_len = block_size if seq_len is None else seq_len
         length = block_size - seq_len + 1 if condition_length is None else condition_length

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from vqgan.checkpoint import check_counts, fingerprint, is_float, load_checkpoint, not_finite
+from vqgan.checkpoint import check_model_args, fingerprint, is_float, load_checkpoint, not_finite
 from vqgan.compvis import load_compvis_vqgan, read_config
 from vqgan.conditions import Condition
 from vqgan.errors import InputError
@@ -47,11 +47,12 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def build_model(state: dict, path: str | Path) -> VAE | VQVAE | VQGAN | GPT:
     """The model of a checkpoint that was read; errors name it by its `path`."""
-    num_bytes, weights = checkpoint_path(path).stat().st_size, state["weights"]
+    weights, model_args, model_class = state["weights"], state["model_args"], MODELS[state["model"]]
+    limits = {"num_tensors": len(weights), "num_bytes": checkpoint_path(path).stat().st_size}
     try:
-        check_counts(state["model_args"], num_tensors=len(weights), num_bytes=num_bytes)
+        check_model_args(model_class, model_args, **limits)
         with torch.device("meta"):  # names and shapes only: no memory, no random numbers
-            model = MODELS[state["model"]](**state["model_args"])
+            model = model_class(**model_args)
         # Shipped weights are in half precision.
         weights = {name: w.float() if is_float(w) else w for name, w in weights.items()}
         model.load_state_dict(weights, assign=True)

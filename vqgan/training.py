@@ -332,7 +332,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
         # An older row lacks a term that is logged since then.
         return [
-            {"step": int(row.pop("step"))} | {k: float(row[k]) for k in row if row[k]}
+            {"step": int(row.pop("step"))} | {k: float(row[k]) for k in row if row[k] != ""}
             for row in rows
         ]
     except (KeyError, TypeError, ValueError, csv.Error) as error:
