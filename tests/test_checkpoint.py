@@ -332,6 +332,28 @@ def test_weights_of_another_network_are_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"optimizers": {"adam": None}}, {"optimizers": {"adam": {"state": 1}}}, {"extra_state": {}},
+        {"batches": {}}, {"batches": {"num_images": 20, "position": "x", "epoch_start": 1}},
+        {"random": {}}, {"random": {"cpu": torch.zeros(3, dtype=torch.uint8)}},
+        {"random": {"cpu": "x"}}, {"weights": {"a": 1}},
+    ],
+)  # fmt: skip
+def test_a_run_whose_other_parts_are_odd_is_named(tmp_path, parts):
+    model, optimizer, batches = make_run()
+    save(tmp_path / "c.pt", model, optimizer, batches)
+    state = load_checkpoint(tmp_path / "c.pt") | parts
+    extra = {"more": Tiny(8)} if "extra_state" in parts else None
+    before = torch.get_rng_state()
+    with pytest.raises(InputError, match="does not fit this run") as error:
+        restore(
+            state, model=model, optimizers={"adam": optimizer}, batches=batches, extra_state=extra
+        )
+    assert "\n" not in str(error.value) and torch.equal(torch.get_rng_state(), before)
+
+
 # --- fingerprints ------------------------------------------------------------------------------
 
 

@@ -65,3 +65,22 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     (tmp_path / "c.pt").write_bytes(b"not a file of torch")
     with pytest.raises(InputError, match="c.pt"):
         load_classifier(tmp_path / "c.pt", CPU)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_classes": 10**12}, {"width": 10**30}, {"width": "x"}, {"weights": None},
+        {"weights": {}}, {"accuracy": None}, {"accuracy": "high"},
+    ],
+)  # fmt: skip
+def test_a_file_of_odd_content_is_named(tmp_path, change):
+    save_classifier(tmp_path / "c.pt", Classifier(2, width=4), 0.75)
+    content = torch.load(tmp_path / "c.pt", weights_only=True)
+    torch.save(content | change, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="c.pt is not a classifier"):
+        load_classifier(tmp_path / "c.pt", CPU)
+    content["weights"]["head.bias"][0] = float("nan")
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="c.pt is not a classifier"):
+        load_classifier(tmp_path / "c.pt", CPU)

@@ -1,4 +1,5 @@
 import sys
+import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from vqgan.compvis import (
     _their_names,
     load_compvis_transformer,
     load_compvis_vqgan,
+    read_config,
     read_weights,
 )
 from vqgan.errors import InputError
@@ -192,12 +194,46 @@ def test_weights_match_strictly(tmp_path, change, expected):
         ({"embed_dim": None}, "lacks embed_dim"),
         ({"resolution": "64"}, "does not fit its config"),
         ({"ch_mult": 2}, "does not fit its config"),
+        ({"ch_mult": []}, "does not fit its config"),
+        ({"ch": -8}, "does not fit its config"),
+        ({"ch": 10**30}, "does not fit its config"),
+        ({"embed_dim": 0}, "does not fit its config"),
+        ({"n_embed": 2 * 10**7}, "does not fit its config"),
+        ({"num_res_blocks": 10**9}, "does not fit its config"),
     ],
 )
 def test_a_config_of_another_network_is_named(change, expected):
     config = {k: v for k, v in (DEEPER | change).items() if v is not None}
     with pytest.raises(InputError, match=expected):
         load_compvis_vqgan(CHECKPOINT, config)
+
+
+@pytest.mark.parametrize("config", [{"model": "x"}, {"ddconfig": [1]}, {"model": {"params": 1}}])
+def test_a_config_of_odd_types_is_named(config):
+    with pytest.raises(InputError, match="config"):
+        load_compvis_vqgan(CHECKPOINT, config)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", 100_000 * "[", b"\xff\xfe"])
+def test_a_config_file_that_cannot_be_read_is_named(tmp_path, text):
+    path = tmp_path / "config.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match="config.json cannot be read as a config"):
+        read_config(path)
+
+
+def test_a_file_that_answers_torchs_errors_ends(tmp_path):
+    """Its global of a blocked module bears the names by which a refused class is recognized."""
+    torch.save({}, tmp_path / "a.ckpt")
+    names = "<class 'vqgan.compvis.evil.Cls'><class 'vqgan.compvis.PlaceholderDict'>"
+    evil = b"\x80\x02cevil\nCls\n0cos\n" + names.encode() + b"\n."
+    with zipfile.ZipFile(tmp_path / "a.ckpt") as old:
+        with zipfile.ZipFile(tmp_path / "evil.ckpt", "w") as new:
+            for member in old.infolist():
+                is_pickle = member.filename.endswith("data.pkl")
+                new.writestr(member.filename, evil if is_pickle else old.read(member))
+    with pytest.raises(InputError, match="evil.ckpt"):
+        read_weights(tmp_path / "evil.ckpt")
 
 
 def test_files_that_are_no_checkpoints(tmp_path):
