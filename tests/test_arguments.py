@@ -119,7 +119,7 @@ def test_what_changes_no_result_may_change_and_more_epochs_are_told(begun, parse
 
 
 def test_where_nothing_is_there_is_nothing_to_resume(parse):
-    with pytest.raises(InputError, match="--resume.*config.json.*--out"):
+    with pytest.raises(InputError, match="no run in.*--out"):
         parse("--resume")
 
 

@@ -270,6 +270,10 @@ def test_a_model_starts_from_no_other_kind_or_size(tmp_path):
         init_weights(model, tmp_path / "c.pt")
     with pytest.raises(InputError, match="c.pt is a VQVAE"):
         init_weights(VAE(**ARGUMENTS[VAE]), tmp_path / "c.pt")
+    for kind, change in ((GPT, {"n_head": 2}), (VQGAN, {"norm_groups": 4})):  # of the same shapes
+        save(tmp_path / "c.pt", kind)
+        with pytest.raises(InputError, match=f"{list(change)[0]} is [12], not [24]"):
+            init_weights(kind(**ARGUMENTS[kind] | change), tmp_path / "c.pt")
 
 
 # --- pairs ---------------------------------------------------------------------------------------

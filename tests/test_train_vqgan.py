@@ -21,9 +21,11 @@ from scripts import (
 )
 
 import train_vqgan
+from vqgan.compvis import _their_names
 from vqgan.discriminator import PatchDiscriminator
 from vqgan.pretrained import load_model
 from vqgan.training import read_log
+from vqgan.vqgan import VQGAN
 
 run = functools.partial(run_in_process, train_vqgan)
 error_of = functools.partial(error_in_process, train_vqgan)
@@ -333,6 +335,33 @@ def test_every_flag_changes_what_it_says(name, tmp_path, finished):
     if name in model_args:
         config = json.loads((out / "config.json").read_text())
         assert model_args[name] == config[name] != checkpoint(finished)["model_args"].get(name)
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_run_starts_from_a_checkpoint_of_the_papers_authors(tmp_path):
+    """Of their width of 128, at which their 32 groups are our channels / 4."""
+    config = {"double_z": False, "z_channels": 8, "resolution": 32, "in_channels": 3, "out_ch": 3}
+    config |= {"ch": 128, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": []}
+    config |= {"embed_dim": 8, "n_embed": 32, "dropout": 0.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sizes = {"channels": 128, "channel_multipliers": (1, 1), "attention_resolutions": ()}
+    sizes |= {"latent_channels": 8, "embedding_dim": 8, "num_embeddings": 32}
+    torch.manual_seed(5)
+    model = VQGAN(**sizes, quantizer="gradient", norm_groups=32)
+    theirs = {name: model.state_dict()[ours] for ours, name in _their_names(model).items()}
+    torch.save({"state_dict": theirs}, tmp_path / "c.ckpt")
+
+    network = ["--channels", 128, "--channel-multipliers", 1, 1, "--attention-resolutions"]
+    network += ["--latent-channels", 8, "--embedding-dim", 8, "--num-embeddings", 32]
+    network += ["--quantizer", "gradient", "--objectives", "mse", "--limit", 8]
+    source = ["--init-from", tmp_path / "c.ckpt", "--init-config", tmp_path / "config.json"]
+    flags = [*DATA, *SHORT, *network, "--lr", "1e-12", "--epochs", 1]
+    started = weights(run(tmp_path / "run", *flags, *source), "mse")
+    for name, given in model.state_dict().items():
+        if name.startswith(("encoder", "decoder", "quantizer.codebook")):
+            assert torch.allclose(started[name], given, atol=1e-5), name
+    source[-1] = tmp_path / "gone.json"
+    assert "gone.json" in error_of(tmp_path / "other", *flags, *source)
 
 
 @pytest.mark.usefixtures("no_pictures")

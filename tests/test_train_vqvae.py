@@ -239,6 +239,42 @@ def test_every_flag_changes_what_it_says(name, tmp_path, finished):
         assert checkpoint["model_args"][name] == config[name]
 
 
+def test_a_run_starts_from_the_weights_and_the_codebook_of_another(finished, tmp_path):
+    """At a learning rate of almost nothing, only the averages of the codebook move on."""
+    source = model_folder(finished[0], "vqvae") / "checkpoint.pt"
+    flags = [*SMALL, "--models", "vqvae", "--init-from", source, "--lr", "1e-12", "--seed", "9"]
+    started, given = weights(run(tmp_path / "run", *flags), "vqvae"), weights(finished[0], "vqvae")
+    for name in given:
+        if name.startswith(("encoder", "decoder")):
+            assert torch.allclose(started[name], given[name], atol=1e-6)
+    # A codebook that was initialized anew would be other vectors. (Dead codes are restarted.)
+    moved = (started["quantizer.codebook"] - given["quantizer.codebook"]).norm(dim=1)
+    assert (moved < 0.5 * given["quantizer.codebook"].norm(dim=1)).double().mean() > 0.5
+
+    # Killed before its first checkpoint, it starts from them again; afterwards it needs no file.
+    copy = shutil.copy(source, tmp_path / "copy.pt")
+    flags[flags.index(source)] = copy
+    out = tmp_path / "killed"
+    whole = weights(run(out, *flags), "vqvae")
+    (out / "checkpoint.pt").unlink()
+    assert same_weights(weights(run(out, "--resume"), "vqvae"), whole)
+    copy.unlink()
+    run(out, "--resume", "--epochs", "3")
+
+
+def test_a_run_starts_from_no_other_model(finished, tmp_path):
+    flags = [*SMALL, "--init-from", model_folder(finished[0], "vqvae") / "checkpoint.pt"]
+    assert "is a VQVAE of other sizes" in error_of(tmp_path / "a", *flags, "--models", "vae")
+    flags += ["--models", "vqvae", "--num-embeddings", "64"]
+    assert "is a VQVAE of other sizes" in error_of(tmp_path / "b", *flags)
+
+
+def test_the_log_says_how_many_codes_are_in_use(finished):
+    rows = read_log(model_folder(finished[0], "vqvae") / "log.csv")
+    assert all(1 < row["codes_used"] <= 128 for row in rows)
+    assert "codes_used" not in read_log(model_folder(finished[0], "vae") / "log.csv")[0]
+
+
 def test_limit_epochs_and_batch_size_count_steps(tmp_path):
     flags = ["--data", "shapes", "--limit", "50", "--batch-size", "20", "--epochs", "3"]
     flags += ["--models", "vae"]
@@ -298,7 +334,7 @@ def test_help_states_every_default(tmp_path, capsys):
         (["--data", "shapes", "--batch-size", "128", "--limit", "100"], "1 to 100"),
         (["--data", "shapes", "--device", "tpu"], "--device tpu"),
         (["--data", "shapes", "--image-size", "64"], "needs --image-size 32"),
-        (["--data", "shapes", "--image-size", "40"], "multiple of 16"),
+        (["--data", "shapes", "--image-size", "40"], "multiple of 2^4"),
         (["--data", "EMPTY", "--models", "vqvae", "--image-size", "8"], "at least 11"),
         (["--data", "shapes", "--quantizer", "gradient", "--no-restart-dead-codes"], "ema"),
         (["--data", "shapes", "--resume"], "no run in"),

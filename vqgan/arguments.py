@@ -129,7 +129,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
         args.command = command
         return args
     if not stored:
-        raise InputError(f"--resume: there is no {folder / 'config.json'}: check --out")
+        raise InputError(f"--resume: there is no run in {folder}: check --out")
     # Flags that are newer than the run had their default values.
     newer = vars(args).keys() - stored.keys() - {"out", "resume"}
     stored |= {name: parser.get_default(name) for name in newer}

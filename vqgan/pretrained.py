@@ -75,6 +75,10 @@ def init_weights(model: nn.Module, path: str | Path, config: str | None = None) 
     """
     source = load_model(path, config=None if config is None else read_config(config))
     try:
+        for name in ("n_head", "norm_groups"):  # which no shape of a weight tells
+            ours, theirs = (getattr(m, name, None) for m in (model, source))
+            if ours != theirs:
+                raise RuntimeError(f"{name} is {theirs}, not {ours}")
         model.load_state_dict(source.state_dict())
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]

@@ -25,6 +25,7 @@ OS_REMEDIES = {
     errno.EACCES: "check the permissions of this path",
     errno.EROFS: "the disk is read-only; name another --out",
     errno.ENOSPC: "make room on the disk; saved files are intact",
+    errno.EFBIG: "make room on the disk; saved files are intact",
 }
 
 
