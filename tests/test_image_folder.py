@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +9,7 @@ from PIL import Image
 from vqgan import image_folder as folders
 from vqgan.data import TrainLoader, eval_batches, load_dataset, pixel_variance
 from vqgan.errors import InputError
-from vqgan.image_folder import ImageFiles, read_image, read_images
+from vqgan.image_folder import ImageFiles, find_images, read_image, read_images
 
 
 def test_class_folders_are_split_once(image_folder):
@@ -39,10 +42,49 @@ def test_train_and_test_folders_are_kept_apart(image_folder, tmp_path):
 
 
 def test_files_beside_class_folders_are_counted(image_folder, capsys):
-    (image_folder / "notes.txt").touch()
-    (image_folder / ".DS_Store").touch()
-    load_dataset(str(image_folder))
-    assert "skipped 1 files next to" in capsys.readouterr().out
+    for name in ("notes.txt", "labels.csv", "paper.pdf", ".DS_Store", ".cover.png"):
+        (image_folder / name).touch()
+    dataset = load_dataset(str(image_folder))
+    assert "skipped 3 files next to" in capsys.readouterr().out
+    assert len(dataset.train_images) + len(dataset.test_images) == 40
+
+
+def test_images_beside_folders_are_refused(image_folder):
+    """Nobody can know whether the images are meant, or the folders."""
+    for name in ("a.png", "b.JPG", "notes.txt"):
+        (image_folder / name).touch()
+    with pytest.raises(InputError, match=r"2 images next to 2 folders \(cats, dogs\): move"):
+        load_dataset(str(image_folder))
+
+
+@pytest.mark.parametrize("kind", ["class folders", "loose images"])
+def test_hidden_folders_are_left_out(image_folder, kind):
+    """They hold copies, which would be in both parts of the split."""
+    cats = image_folder / "cats"
+    for hidden in (".ipynb_checkpoints", ".thumbnails/large"):
+        shutil.copytree(image_folder / "dogs", cats / hidden)
+    if kind == "class folders":
+        (cats / "more").mkdir()  # a folder that is not hidden
+        (cats / "05.png").rename(cats / "more" / "05.png")
+    dataset = load_dataset(str(image_folder if kind == "class folders" else cats))
+    num_images = len(dataset.train_images) + len(dataset.test_images)
+    assert num_images == (40 if kind == "class folders" else 20)
+
+
+def test_folders_among_paths_stand_for_their_images(image_folder, tmp_path):
+    cats, dogs = image_folder / "cats", image_folder / "dogs"
+    for name in (".hidden.png", ".thumbnails/a.png", "notes.txt", "deep/er/z.png"):
+        (dogs / name).parent.mkdir(parents=True, exist_ok=True)
+        (dogs / name).touch()
+    expected = [dogs / f"{i:02}.png" for i in range(20)] + [dogs / "deep" / "er" / "z.png"]
+    assert find_images([str(cats / "07.png"), str(dogs), "a", "notes.txt"]) == [
+        cats / "07.png", *expected, Path("a"), Path("notes.txt")
+    ]  # fmt: skip
+    assert len(find_images([image_folder])) == 41
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "notes.txt").touch()
+    with pytest.raises(InputError, match="none has no images in it: "):
+        find_images([cats, tmp_path / "none"])
 
 
 def test_loose_images_have_no_labels(image_folder):
@@ -113,19 +155,78 @@ def test_folders_without_images_are_refused(tmp_path, image_folder):
         load_dataset(str(image_folder))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
 @pytest.mark.parametrize("size", [(32, 32), (64, 20), (5, 70)])
 def test_any_mode_and_size_becomes_rgb(tmp_path, mode, size):
     """A mid-grey image stays mid-grey, whatever the file's mode."""
-    if mode == "I;16":
-        image = Image.fromarray(np.full(size[::-1], 128 * 256, dtype=np.uint16))
+    if mode in ("I;16", "I"):  # of 16 bits, and 16 bits in 32
+        dtype = np.uint16 if mode == "I;16" else np.int32
+        image = Image.fromarray(np.full(size[::-1], 128 * 256, dtype=dtype))
     else:
         image = Image.new("L", size, 128).convert(mode)
-    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    path = tmp_path / ("image.tif" if mode in ("CMYK", "I") else "image.png")
     image.save(path)
     pixels = read_image(path, 32)
     assert pixels.shape == (3, 32, 32) and pixels.dtype == np.uint8
     assert abs(pixels.mean() - 128) < (12 if mode == "1" else 2)  # "1" is dithered
+
+
+@pytest.mark.parametrize(
+    "values, problem",
+    [
+        (np.linspace(0, 1, 64, dtype=np.float32), "mode F has no known range"),
+        (np.arange(-1, 63, dtype=np.int32), "from -1 to 62, not from 0 to 65535"),
+        (np.arange(64, dtype=np.int32) * 1041, "from 0 to 65583, not from 0 to 65535"),
+    ],
+)
+def test_values_of_unknown_range_are_refused(tmp_path, values, problem):
+    """They would come out black or white, and nothing would say so."""
+    Image.fromarray(np.tile(values, (64, 1))).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=f"a.tif.*{problem}.*save it as 8 or 16 bits"):
+        read_images([tmp_path / "a.tif"], 32)
+
+
+@pytest.mark.parametrize("bits, is_dark", [(8, True), (12, True), (14, False), (16, False)])
+def test_dark_images_of_16_bits_are_counted(image_folder, capsys, bits, is_dark):
+    """Many cameras and scanners write 12 bits into 16."""
+    ramp = np.tile(np.linspace(0, 2**bits - 1, 64).astype(np.uint16), (64, 1))
+    for name in ("b.png", "a.png"):
+        Image.fromarray(ramp).save(image_folder / "cats" / name)
+    Image.new("L", (32, 32)).save(image_folder / "cats" / "black.png")  # of 8 bits, so it is meant
+    load_dataset(str(image_folder))
+    warning = "warning: 2 images of 16 bits are almost black, a.png for one"
+    printed = capsys.readouterr().out
+    assert (warning in printed) == is_dark and printed.count("warning") == is_dark
+    read_images([image_folder / "cats" / "a.png"], 32)
+    assert ("1 images of 16 bits" in capsys.readouterr().out) == is_dark
+
+
+def smooth(mode):
+    """An image (700, 500) without edges, and not the same after a turn."""
+    x, y = np.meshgrid(np.linspace(0, 1, 700), np.linspace(0, 1, 500))
+    channels = [255 * x, 255 * y, 255 * x * y, 255 - 128 * x * x]
+    if mode in ("I;16", "I"):
+        return Image.fromarray((257 * channels[2]).astype("u2" if mode == "I;16" else "i4"))
+    image = Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+    return image.convert("RGB").convert(mode) if mode in ("P", "L") else image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
+@pytest.mark.parametrize("turn", [1, 6])
+def test_a_large_image_is_the_same_and_never_copied_as_a_whole(tmp_path, monkeypatch, mode, turn):
+    """Its bands are converted one by one, as four copies of 13,000 x 13,000 pixels take 2.7 GB."""
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
+    smooth(mode).save(path, exif=exif, **({"transparency": 0} if mode == "P" else {}))
+    expected = read_image(path, 16).astype(int)
+    sizes, convert = [], Image.Image.convert
+    monkeypatch.setattr(
+        Image.Image, "convert", lambda im, mode: (sizes.append(im.size), convert(im, mode))[1]
+    )
+    monkeypatch.setattr(folders, "LARGE", 700 * 500 - 1)
+    assert np.abs(read_image(path, 16) - expected).max() <= 6  # of 255
+    assert sizes and all(width * height <= 700 * 500 / 40 for width, height in sizes)
 
 
 def test_transparency_is_laid_over_white(tmp_path):
