@@ -1,6 +1,6 @@
 """VAE, VQ-VAE, VQGAN and a transformer over their tokens in plain PyTorch: one concept per file."""
 
-__version__ = "0.1.0"  # before the imports: checkpoint.py writes it
+__version__ = "0.2.0"  # before the imports: checkpoint.py writes it
 
 from vqgan.pretrained import load_model, load_pipeline
 from vqgan.quantizer import EMAVectorQuantizer, VectorQuantizer
