@@ -116,12 +116,21 @@ def test_half_precision_logits_are_drawn_from_in_float32():
 
 
 def test_uniform_numbers_leave_out_zero_and_have_one():
-    zeros = mock.Mock(return_value=torch.zeros(2, 3))
+    zeros = mock.Mock(return_value=torch.zeros(3, 2))
     with mock.patch("vqgan.sampling.torch.rand", zeros):
         assert (uniform_numbers(2, 3, seeded()) == 1).all()
     uniform = uniform_numbers(1000, 100, seeded())
     assert uniform.min() > 0 and uniform.max() <= 1
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.005)
+
+
+def test_the_first_sequences_have_the_same_numbers_for_any_count_and_in_chunks():
+    whole, generator = uniform_numbers(N, 8, seeded()), seeded()
+    assert whole.shape == (N, 8)
+    for count in (1, 4):
+        assert torch.equal(uniform_numbers(N, count, seeded()), whole[:, :count])
+    chunks = [uniform_numbers(N, count, generator) for count in (3, 4, 1)]
+    assert torch.equal(torch.cat(chunks, dim=1), whole)
 
 
 def test_greedy_by_temperature_top_k_and_top_p():

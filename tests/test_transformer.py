@@ -245,6 +245,22 @@ def test_what_is_given_does_not_shift_what_is_drawn():
     assert torch.equal(model.sample(condition, given=top, generator=seeded()), plain)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_seed_gives_the_same_first_sequences_for_any_count_and_in_chunks(which, guidance):
+    """In double precision, since sums over another batch may be rounded otherwise."""
+    model, (condition, _) = make(), data(B=8)
+
+    def sample(condition, generator):
+        return samplers(model, condition)[which](generator=generator, guidance=guidance)
+
+    whole, generator = sample(condition, seeded()), seeded()
+    for count in (1, 4):
+        assert torch.equal(sample(condition[:count], seeded()), whole[:count])
+    chunks = [sample(chunk, generator) for chunk in condition.split(3)]
+    assert torch.equal(torch.cat(chunks), whole)
+
+
 def test_guidance_1_is_none_and_0_leaves_the_condition_out():
     model, (condition, _) = make(3), data(3)
     nothing = torch.full_like(condition, model.null_token)

@@ -7,7 +7,7 @@ import os
 # torch is imported, so scripts import this package first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-__version__ = "0.1.0"  # before the imports: checkpoint.py writes it
+__version__ = "0.2.0"  # before the imports: checkpoint.py writes it
 
 from vqgan.pretrained import load_model, load_pipeline
 from vqgan.quantizer import EMAVectorQuantizer, VectorQuantizer

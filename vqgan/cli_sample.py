@@ -1,6 +1,7 @@
 """The commands that generate images: `vqgan sample` and `vqgan complete`."""
 
 import argparse
+import zlib
 
 import torch
 from torch import Tensor
@@ -66,7 +67,8 @@ def complete_flags(add) -> None:
 def sample(args: argparse.Namespace) -> None:
     """Generate new images with a trained transformer, in one PNG.
 
-    There are --count images of each requested class or caption, one after the other.
+    There are --count images of each requested class or caption, one after the other. A larger count
+    adds images to those of a smaller one, and a class has the same images whatever is beside it.
     """
     out = output_path(args.out, SAMPLES, [args.image] if args.image else [])
     pipeline, setting, device = _open(args)
@@ -84,11 +86,14 @@ def sample(args: argparse.Namespace) -> None:
         prompts = {"samples": pipeline.tokenizer.tokens(transformed)}
     pixels = 2**pipeline.tokenizer.num_downsamples
     chunk_size = min(MAX_CHUNK_SIZE, eval_batch_size(height * pixels))
-    generator = torch.Generator().manual_seed(args.seed)
     total = len(prompts) * args.count * height * width
     with progress_bar(desc="sampling", total=total, unit="token", unit_scale=True) as progress:
-        options = setting | {"generator": generator, "progress": progress.update}
         for label, prompt in prompts.items():
+            # Each label has its own generator, so its images are the same without the others. (And
+            # not by hash(), which differs from process to process.)
+            seed = zlib.crc32(f"{args.seed} {label}".encode())
+            generator = torch.Generator().manual_seed(seed)
+            options = setting | {"generator": generator, "progress": progress.update}
             images = []
             for part in prompt.to(device).expand(args.count, -1).split(chunk_size):
                 if (height, width) == (h, w):

@@ -137,8 +137,8 @@ def evaluate_samples(
 ) -> tuple[list[dict], dict[str, float]]:
     """Measure samples of each setting against the test images; return `reference_frechet` too.
 
-    The samples have the conditions of the test images, in their order. Without an evaluation
-    classifier there is nothing to measure them with.
+    The samples have the conditions of the test images, in their order, and do not depend on the
+    size of the chunks. Without an evaluation classifier there is nothing to measure them with.
 
     Args:
         settings: keyword arguments of `GPT.sample`, which the results repeat.

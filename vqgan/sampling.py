@@ -88,13 +88,15 @@ def uniform_numbers(
 ) -> Tensor:
     """Draw all numbers that sequences are sampled with, (seq_len, B) in (0, 1].
 
-    They are drawn at the start, so that given tokens or filters do not shift the others.
+    They are drawn at the start, so that given tokens or filters do not shift the others, and one
+    sequence after the other, so that the first of B get the same numbers for any B. (That takes a
+    generator on the CPU, whose numbers do not depend on how many are drawn at once.)
     """
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    uniform = torch.rand(seq_len, batch_size, generator=generator, device=generator.device)
-    return (1 - uniform).to(device)
+    uniform = torch.rand(batch_size, seq_len, generator=generator, device=generator.device)
+    return (1 - uniform).T.to(device)
 
 
 @contextmanager

@@ -233,8 +233,10 @@ class GPT(nn.Module):
             guidance: the scale of classifier-free guidance (`sampling.classifier_free_guidance`). 1
                 is none, 0 leaves the condition out, and more strengthens it. It takes a model that
                 was trained with some of its conditions dropped, and twice the work.
-            generator: the source of random numbers, on any device. None takes a new one, seeded by
-                the operating system. The global random state is not touched.
+            generator: the source of random numbers, on any device. One on the CPU gives the same
+                first sequences for any B, and the same ones if they are sampled in chunks. None
+                takes a new one, seeded by the operating system. The global random state is not
+                touched.
             progress: called after every position with the number of tokens generated, B.
 
         Returns:

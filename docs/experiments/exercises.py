@@ -300,6 +300,7 @@ def few_images() -> dict:
     return {"few-images": result}
 
 
+@torch.enable_grad()  # it may have to be trained, where all else only samples
 def load_eval_classifier_of_shapes() -> Classifier:
     """That of docs/results/shapes-tokenizer, or the same trained again."""
     folder = Path("runs/shapes-tokenizer")
@@ -423,11 +424,11 @@ def main(args: argparse.Namespace) -> None:
         print(f"--- {name}", flush=True)
         with patch("vqgan.data.render_shapes", drawn_once):
             models = exercise()
+        models = {key: {"versions": versions()} | result for key, result in models.items()}
         content = read_results()  # again: another process may have done another exercise
         content = {
             "command": "python docs/experiments/exercises.py",
             "device": describe_device(CPU, choose_precision("auto", CPU)),
-            "versions": versions(),
             "finished": content["finished"] | {name: list(models)},
             "models": content["models"] | models,
         }
