@@ -1,6 +1,7 @@
 """`vqgan reconstruct`, `encode` and `decode`."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -32,7 +33,12 @@ def test_reconstruct_writes_originals_over_reconstructions(tmp_path, images, kin
     pixels = np.asarray(Image.open(tmp_path / "out.png").convert("L"))
     assert pixels.std() > 10
     text = capsys.readouterr().out
-    assert text.count("PSNR") == 3 and "32x32" in text and "out.png" in text
+    assert (
+        text.count(": PSNR") == 3
+        and "3 images, mean PSNR" in text
+        and "32x32" in text
+        and "out.png" in text
+    )
     assert ("bits per image" in text) == (kind is not VAE)
 
 
@@ -57,7 +63,8 @@ def test_another_size_on_request(tmp_path, images, capsys):
     [
         (["gone.pt", "0.png"], "there is no checkpoint gone.pt"),
         ([".", "0.png"], ". is a folder, and a checkpoint was expected: name run/checkpoint.pt"),
-        (["c.pt", "0.png", "--config", "empty.json"], "resolution"),
+        (["c.pt", "0.png", "--config", "empty.json"], "leave the config out"),
+        (["theirs.ckpt", "0.png", "--config", "empty.json"], "resolution"),
         (["c.pt", "0.png", "--config", "theirs.json"], "leave the config out"),
         (["c.pt", "gone.png"], "gone.png cannot be read"),
         (["c.pt", "c.pt"], "c.pt cannot be read as an image"),
@@ -117,7 +124,8 @@ def test_decoded_are_the_models_reconstructions(tmp_path, pairs, images, name):
     shutil.copy(images[1], tmp_path / "more" / images[0].name)  # another picture, the same name
     paths = [*images, tmp_path / "more" / images[0].name]
     codes = encoded(pairs, tmp_path / "indices.npz", *paths, name=name)
-    main("decode", codes, "--out", tmp_path / "decoded")
+    checkpoint = pairs / name
+    main("decode", codes, "--out", tmp_path / "decoded", "--checkpoint", checkpoint)
     decoded = sorted((tmp_path / "decoded").iterdir())
     assert [path.name for path in decoded] == ["1-0.png", "2-1.png", "3-2.png", "4-0.png"]
     model = load_model(pairs / "class" / "tokenizer.pt")
@@ -144,12 +152,15 @@ def test_codes_of_a_codebook_of_any_size_come_back(tmp_path, images, K, monkeypa
     monkeypatch.setattr(
         VQVAE, "decode_indices", lambda self, codes: seen.append(codes) or decode(self, codes)
     )
-    main("encode", tmp_path / "c.pt", *images[:2], "--out", tmp_path / "indices.npz")
-    main("decode", tmp_path / "indices.npz", "--out", tmp_path / "decoded")
+    monkeypatch.chdir(tmp_path)
+    main("encode", "c.pt", *images[:2])
+    main("decode", "indices.npz")
+    assert len([*(tmp_path / "decoded").iterdir()]) == 2
     assert torch.equal(seen[0], indices)
     bits = {1: 1, 2: 1, 3: 2, 16: 4, 24: 5, 512: 9}[K]
     with np.load(tmp_path / "indices.npz") as file:
-        assert file["indices"].shape == (2, -(-9 * bits // 8))
+        assert file["packed"].shape == (2, -(-9 * bits // 8))
+        assert file["indices"].dtype == np.int32 and (file["indices"] == indices.numpy()).all()
 
 
 def test_encode_says_what_codes_and_other_formats_take(tmp_path, pairs, images, capsys):
@@ -166,7 +177,8 @@ def test_encode_says_what_codes_and_other_formats_take(tmp_path, pairs, images, 
 
 def test_another_size_is_encoded_on_request(tmp_path, pairs, images):
     encoded(pairs, tmp_path / "indices.npz", images[0], "--image-size", 64)
-    main("decode", tmp_path / "indices.npz", "--out", tmp_path / "decoded")
+    checkpoint = ["--checkpoint", pairs / "class" / "checkpoint.pt"]
+    main("decode", tmp_path / "indices.npz", "--out", tmp_path / "decoded", *checkpoint)
     assert Image.open(tmp_path / "decoded" / "1-0.png").size == (64, 64)
 
 
@@ -215,7 +227,21 @@ def break_codes(path, how):
     elif how == "no fingerprint":
         with_content(path, fingerprint=None)
     elif how == "floats":
-        with_content(path, indices=np.zeros((1, 10)))
+        with_content(path, packed=np.zeros((1, 10)))
+    elif how == "three dimensions":
+        with_content(path, packed=np.zeros((1, 10, 1), dtype=np.uint8))
+    elif how == "names in two dimensions":
+        with_content(path, names=np.array([["a"]]))
+    elif how == "numbers for names":
+        with_content(path, names=np.array([1]))
+    elif how == "bytes for names":
+        with_content(path, names=np.array([b"a"]))
+    elif how == "a number for a path":
+        with_content(path, checkpoint=np.array(1))
+    elif how == "compressed":
+        with np.load(path) as file:
+            content = {name: file[name] for name in file.files}
+        np.savez_compressed(path, **content)
     elif how == "grid":
         with_content(path, grid_size=np.array([5, 7]))
     elif how == "names":
@@ -223,11 +249,13 @@ def break_codes(path, how):
     elif how == "K":
         with_content(path, num_embeddings=np.array(512))
     elif how == "too high":
-        with_content(path, indices=np.full((1, 10), 255, dtype=np.uint8))
+        with_content(path, packed=np.full((1, 10), 255, dtype=np.uint8))
 
 
 BREAKAGES = ["cut", "flipped", "text", "empty", "array", "pickle", "foreign", "objects"]
-BREAKAGES += ["no fingerprint", "floats", "grid", "names", "K", "too high"]
+BREAKAGES += ["no fingerprint", "floats", "grid", "names", "K", "too high", "three dimensions"]
+BREAKAGES += ["names in two dimensions", "numbers for names", "bytes for names", "compressed"]
+BREAKAGES += ["a number for a path"]
 
 
 @pytest.mark.parametrize("how", BREAKAGES)
@@ -237,17 +265,67 @@ def test_damaged_and_foreign_codes_are_one_line_and_never_run(
     monkeypatch.chdir(tmp_path)
     codes = encoded(pairs, tmp_path / "indices.npz", images[0])
     break_codes(codes, how)
-    message = error_of("decode", codes, "--out", tmp_path / "decoded")
-    assert "indices.npz is not a file of `encode`" in message
+    checkpoint = ["--checkpoint", pairs / "class" / "checkpoint.pt"]
+    message = error_of("decode", codes, "--out", tmp_path / "decoded", *checkpoint)
+    damaged = "it has an index 31 of 24" if how == "too high" else "is not a file of `encode`"
+    assert "indices.npz" in message and damaged in message
     assert "allow_pickle" not in message  # numpy's advice, and unsafe
     assert not (tmp_path / "executed").exists() and not (tmp_path / "decoded").exists()
 
 
+def test_a_file_of_indices_does_not_choose_which_file_is_opened(
+    tmp_path, pairs, images, monkeypatch
+):
+    """A stranger's may name a pipe, a device, or on Windows another computer."""
+    os.mkfifo(tmp_path / "pipe")
+    shutil.copy(pairs / "class" / "tokenizer.pt", tmp_path / "tokenizer.pt")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path)
+    codes = encoded(pairs, tmp_path / "indices.npz", images[0])
+    for path in ("pipe", str(tmp_path / "tokenizer.pt"), "below/../tokenizer.pt", "gone.pt"):
+        with_content(codes, checkpoint=np.array(path))
+        assert f"give --checkpoint {path}" in error_of("decode", codes)
+    with_content(codes, checkpoint=np.array("tokenizer.pt"))
+    main("decode", codes)
+
+
+def test_folders_are_encoded_and_reconstructed(tmp_path, pairs, images, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "photos"
+    (folder / ".hidden").mkdir(parents=True)
+    for name in ("b.png", "a.png", ".hidden/c.png"):
+        shutil.copy(images[0], folder / name)
+    main("encode", pairs / "class" / "checkpoint.pt", folder, images[1])
+    with np.load("indices.npz") as file:
+        assert file["names"].tolist() == ["a", "b", images[1].stem]
+        assert file["indices"].shape == (3, 4, 4)
+    main("reconstruct", pairs / "class" / "checkpoint.pt", folder)
+    assert capsys.readouterr().out.count("photos/") == 4
+    main("encode", pairs / "class" / "checkpoint.pt", folder)  # replaces nothing
+    assert (tmp_path / "indices-2.npz").exists() and Path("reconstructions.png").exists()
+
+
+def test_an_image_that_ends_like_indices_is_not_overwritten(tmp_path, pairs, images):
+    shutil.copy(images[0], tmp_path / "a.npz")
+    before = (tmp_path / "a.npz").read_bytes()
+    flags = [tmp_path / "a.npz", "--out", tmp_path / "a.npz"]
+    assert "overwritten" in error_of("encode", pairs / "class" / "checkpoint.pt", *flags)
+    assert (tmp_path / "a.npz").read_bytes() == before
+
+
 def test_decode_writes_nowhere_but_into_its_folder(tmp_path, pairs, images):
     codes = encoded(pairs, tmp_path / "indices.npz", images[0])
-    with_content(codes, names=np.array(["../../../escaped"]))
-    main("decode", codes, "--out", tmp_path / "a" / "decoded")
-    assert [path.name for path in (tmp_path / "a" / "decoded").iterdir()] == ["1-escaped.png"]
+    checkpoint = ["--checkpoint", pairs / "class" / "checkpoint.pt"]
+    for number, (name, expected) in enumerate(
+        {
+            "../../../escaped": "escaped", "/tmp/escaped": "escaped", "a\\b": "a_b",
+            "nul\0l": "nul_l", "\udce9t": "_t", 100 * "猫": 60 * "猫", "..": "",
+        }.items()
+    ):  # fmt: skip
+        with_content(codes, names=np.array([name]))
+        out = tmp_path / "a" / f"decoded{number}"
+        main("decode", codes, "--out", out, *checkpoint)
+        assert [path.name for path in out.iterdir()] == [f"1-{expected or '..'}.png"]
     assert not list(tmp_path.glob("escaped*")) and not list((tmp_path / "a").glob("escaped*"))
 
 

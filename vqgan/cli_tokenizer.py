@@ -3,7 +3,7 @@
 import argparse
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +77,15 @@ def reconstruct(args: argparse.Namespace) -> None:
     size = _size(model, args.image_size)
     rows: list[tuple[str, Tensor]] = []
     psnr: list[float] = []
-    for pixels in _read_chunks(paths, size):
+    for chunk, pixels in _read_chunks(paths, size):
         x = from_uint8(pixels).to(device)
         originals, reconstructions = to_unit(x).cpu(), to_unit(model(x).reconstruction).cpu()
-        psnr += metrics.psnr(originals, reconstructions).tolist()
+        values = metrics.psnr(originals, reconstructions).tolist()
+        psnr += values
+        for path, value in zip(chunk, values, strict=True):
+            print(f"{path}: PSNR {value:.2f} dB")
         for part in zip(originals.split(COLUMNS), reconstructions.split(COLUMNS), strict=True):
             rows += zip(("original", "reconstruction"), part, strict=True)
-    for path, value in zip(paths, psnr, strict=True):
-        print(f"{path}: PSNR {value:.2f} dB")
     title = f"{type(model).__name__}, {size}x{size} pixels"
     if not isinstance(model, VAE):
         h, w = model.encode(x[:1]).indices.shape[1:]
@@ -106,12 +107,14 @@ def encode(args: argparse.Namespace) -> None:
     model = _tokenizer(args.checkpoint).to(device)
     size, parts = _size(model, args.image_size), []
     bits = _bits(model.num_embeddings)
-    for pixels in _read_chunks(paths, size):
+    for chunk, pixels in _read_chunks(paths, size):
         parts.append(model.encode(from_uint8(pixels).to(device)).indices.cpu().int())
         num_bytes = -(-parts[0][0].numel() * bits // 8)  # rounded up
-        for original in pixels if len(paths) <= MAX_LINES else ():
+        for path, original in zip(chunk, pixels, strict=True):
+            if len(paths) > MAX_LINES:
+                break
             print(
-                f"{num_bytes} bytes as indices; the same {size}x{size} pixels are "
+                f"{path}: {num_bytes} bytes as indices; the same {size}x{size} pixels are "
                 f"{len(_image_file(original, 'JPEG'))} bytes as JPEG (quality 75), "
                 f"{len(_image_file(original, 'PNG'))} as PNG"
             )
@@ -169,11 +172,11 @@ def decode(args: argparse.Namespace) -> None:
     print(f"{len(packed)} images, {packed.shape[1]} bytes each: written to {out}")
 
 
-def _read_chunks(paths: Sequence[Path], size: int) -> Iterator[Tensor]:
-    """The images in chunks, uint8 (n, 3, size, size), so that a large folder fits in memory."""
-    n = eval_batch_size(size)
-    for start in range(0, len(paths), n):
-        yield read_images(paths[start : start + n], size)
+def _read_chunks(paths: list[Path], size: int) -> Iterator[tuple[list[Path], Tensor]]:
+    """Chunks of paths, and their images uint8 (n, 3, size, size): a large folder fits in memory."""
+    for start in range(0, len(paths), eval_batch_size(size)):
+        chunk = paths[start : start + eval_batch_size(size)]
+        yield chunk, read_images(chunk, size)
 
 
 def _tokenizer(checkpoint: str) -> VQAutoencoder:
