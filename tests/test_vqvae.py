@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from vqgan.vqgan import VQGAN
 from vqgan.vqvae import VQVAE, ResidualBlock
 
 QUANTIZERS = pytest.mark.parametrize("quantizer", ["ema", "gradient"])
@@ -104,3 +105,30 @@ def test_bad_arguments_are_named(x):
         VQVAE(num_downsamples=0)
     with pytest.raises(ValueError, match="30x32.* 4"):
         small()(x[:, :, :30])
+
+
+# --- elsewhere: what is true of the VQGAN too --------------------------------------------------
+
+
+def small_vqgan(**kwargs):
+    return VQGAN(channels=8, latent_channels=8, embedding_dim=4, num_embeddings=16, **kwargs)
+
+
+def initialized(build, x, **kwargs):
+    """A model in eval mode whose codes are vectors of x."""
+    model = build(**kwargs)
+    model(x)
+    return model.eval().requires_grad_(False)
+
+
+MODELS = pytest.mark.parametrize("build", [small, small_vqgan])
+
+
+@MODELS
+def test_weights_as_plain_tensors_are_the_whole_model(x, build):
+    """What other file formats, and averages over state dicts, take for granted."""
+    model = initialized(build, x)
+    loaded = build()
+    loaded.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    assert loaded.quantizer.initialized
+    assert torch.allclose(loaded.eval()(x).reconstruction, model(x).reconstruction, atol=1e-4)
