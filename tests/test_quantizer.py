@@ -64,6 +64,21 @@ def test_half_precision_input_is_searched_in_float32(kind):
     assert z_q.dtype == loss.dtype == torch.float32
 
 
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_searched_in_float32_too(kind, dtype):
+    """These codes are exact in all precisions, their squared distances in float32 only."""
+    codebook = 1 + torch.arange(128.0).view(64, 2) / 128
+    quantizer = make(kind, K=64, D=2).eval()
+    with torch.no_grad():
+        quantizer.codebook.copy_(codebook)
+    z_e = codebook.T.reshape(1, 2, 8, 8).to(dtype)
+    z_q, indices, loss = quantizer.to(dtype)(z_e)
+    assert torch.equal(indices.flatten(), torch.arange(64))
+    assert z_q.dtype == quantizer.lookup(indices).dtype == dtype and loss.dtype == torch.float32
+    assert torch.allclose(z_q, quantizer.lookup(indices), atol=1e-2) and loss < 1e-6
+
+
 LOWER_PRECISION = """
 import torch
 from vqgan.quantizer import nearest_indices

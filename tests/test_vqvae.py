@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -122,6 +124,20 @@ def initialized(build, x, **kwargs):
 
 
 MODELS = pytest.mark.parametrize("build", [small, small_vqgan])
+
+
+@MODELS
+@QUANTIZERS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision_sees_and_gives_the_same(x, build, quantizer, dtype):
+    model = initialized(build, x, quantizer=quantizer)
+    other = copy.deepcopy(model).to(dtype)
+    reconstruction, indices, _ = other(x.to(dtype))
+    decoded = other.decode_indices(indices)
+    assert reconstruction.dtype == decoded.dtype == dtype
+    assert (indices == model(x).indices).float().mean() > 0.9
+    for expected in (reconstruction, model.decode_indices(indices)):
+        assert (decoded.float() - expected.float()).abs().mean() < 1e-2
 
 
 @MODELS

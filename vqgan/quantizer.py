@@ -178,7 +178,7 @@ class VectorQuantizer(Quantizer):
         self.codebook = nn.Parameter(embeddings.uniform_(-1 / num_embeddings, 1 / num_embeddings))
 
     def forward(self, z_e: Tensor) -> Quantized:
-        """Quantize z_e (B, D, h, w) of any float type, in float32 also under autocast."""
+        """Quantize z_e (B, D, h, w) of any float type, in float32; z_q has the codebook's type."""
         # Distances in half precision choose wrong codes, so autocast is switched off here.
         with torch.autocast(device_type=z_e.device.type, enabled=False):
             z_e = z_e.float()
@@ -186,8 +186,9 @@ class VectorQuantizer(Quantizer):
             B, D, h, w = z_e.shape
             if self.training and not self.initialized:
                 self.init_from_batch(vectors)
-            indices = nearest_indices(vectors, self.codebook)  # (N,)                   eq. 1, 2
-            quantized = F.embedding(indices, self.codebook)  # (N, D)
+            codebook = self.codebook.float()  # the same tensor, unless the model is .half()
+            indices = nearest_indices(vectors, codebook)  # (N,)                        eq. 1, 2
+            quantized = F.embedding(indices, codebook)  # (N, D)
 
             # Eq. 3, of the codes themselves. What the straight-through step returns has the same
             # value but no gradient for the codes, which would then never move.
@@ -195,8 +196,8 @@ class VectorQuantizer(Quantizer):
             commitment = F.mse_loss(vectors, quantized.detach())
             loss = codebook_loss + self.beta * commitment
 
-            z_q = quantized.view(B, h, w, D).permute(0, 3, 1, 2)  # (B, D, h, w)
-            return Quantized(straight_through(z_e, z_q), indices.view(B, h, w), loss)
+            z_q = straight_through(z_e, quantized.view(B, h, w, D).permute(0, 3, 1, 2))
+            return Quantized(z_q.to(self.codebook.dtype), indices.view(B, h, w), loss)
 
     @torch.no_grad()
     def init_from_batch(self, vectors: Tensor) -> None:
@@ -259,7 +260,7 @@ class EMAVectorQuantizer(Quantizer):
         self.register_buffer("ema_sums", embeddings.clone())
 
     def forward(self, z_e: Tensor) -> Quantized:
-        """Quantize z_e (B, D, h, w) of any float type, in float32 also under autocast."""
+        """Quantize z_e (B, D, h, w) of any float type, in float32; z_q has the codebook's type."""
         # Distances in half precision choose wrong codes, so autocast is switched off here.
         with torch.autocast(device_type=z_e.device.type, enabled=False):
             z_e = z_e.float()
@@ -267,8 +268,9 @@ class EMAVectorQuantizer(Quantizer):
             B, D, h, w = z_e.shape
             if self.training and not self.initialized:
                 self.init_from_batch(vectors)
-            indices = nearest_indices(vectors, self.codebook)  # (N,)                   eq. 1, 2
-            quantized = F.embedding(indices, self.codebook)  # (N, D)
+            codebook = self.codebook.float()  # the same tensor, unless the model is .half()
+            indices = nearest_indices(vectors, codebook)  # (N,)                        eq. 1, 2
+            quantized = F.embedding(indices, codebook)  # (N, D)
 
             # The commitment alone, because averages move the codes and no gradient does.
             loss = self.beta * F.mse_loss(vectors, quantized)
@@ -288,8 +290,8 @@ class EMAVectorQuantizer(Quantizer):
                         self._restart_dead_codes(vectors)
                     self.codebook.copy_(self.ema_sums / self._smoothed_counts()[:, None])  # eq. 8
 
-            z_q = quantized.view(B, h, w, D).permute(0, 3, 1, 2)  # (B, D, h, w)
-            return Quantized(straight_through(z_e, z_q), indices.view(B, h, w), loss)
+            z_q = straight_through(z_e, quantized.view(B, h, w, D).permute(0, 3, 1, 2))
+            return Quantized(z_q.to(self.codebook.dtype), indices.view(B, h, w), loss)
 
     def _smoothed_counts(self) -> Tensor:
         """N_i of eq. 8, (K,). It is a temporary: written back, the counts would drift."""
