@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from vqgan.vqgan import VQGAN
 from vqgan.vqvae import VQVAE, ResidualBlock
@@ -138,6 +139,32 @@ def test_a_model_of_another_precision_sees_and_gives_the_same(x, build, quantize
     assert (indices == model(x).indices).float().mean() > 0.9
     for expected in (reconstruction, model.decode_indices(indices)):
         assert (decoded.float() - expected.float()).abs().mean() < 1e-2
+
+
+class Method(nn.Module):
+    """One method of a model as a module, which torch.export takes."""
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, argument):
+        return getattr(self.model, self.name)(argument)
+
+
+@MODELS
+@pytest.mark.parametrize("is_free", [False, True])
+def test_both_halves_can_be_exported_for_one_batch_size_or_any(x, build, is_free):
+    model = initialized(build, x)
+    indices = model.encode(x).indices
+    sizes = ({0: torch.export.Dim("batch")},) if is_free else None
+    n = 7 if is_free else 4  # another one than below
+    encode = torch.export.export(Method(model, "encode"), (x[:4],), dynamic_shapes=sizes)
+    assert (encode.module()(x[:n])[1] == indices[:n]).float().mean() > 0.99
+    decode = Method(model, "decode_indices")
+    decode = torch.export.export(decode, (indices[:4],), dynamic_shapes=sizes)
+    expected = model.decode_indices(indices[:n])
+    assert torch.allclose(decode.module()(indices[:n]), expected, atol=1e-3)
 
 
 @MODELS

@@ -69,9 +69,11 @@ def nearest_indices(vectors: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat(indices)
 
 
+# torch.compile and torch.export trace a model with tensors that have a shape but no values, where
+# this stands in for the search. (`len` would fix the number of vectors, `shape` leaves it free.)
 @nearest_indices.register_fake
 def _(vectors: Tensor, codebook: Tensor) -> Tensor:
-    return vectors.new_empty(len(vectors), dtype=torch.int64)  # what torch.compile has to know
+    return vectors.new_empty(vectors.shape[0], dtype=torch.int64)
 
 
 def straight_through(z_e: Tensor, z_q: Tensor) -> Tensor:
@@ -127,9 +129,10 @@ class Quantizer(nn.Module):
         Raises:
             ValueError: an index is outside 0 to K - 1.
         """
-        low, high, K = indices.min().item(), indices.max().item(), self.num_embeddings
-        if low < 0 or high >= K:
-            raise ValueError(f"indices must lie in 0 to {K - 1}, but reach {low} to {high}")
+        if not torch.compiler.is_compiling():  # then indices have no values yet
+            low, high, K = indices.min().item(), indices.max().item(), self.num_embeddings
+            if low < 0 or high >= K:
+                raise ValueError(f"indices must lie in 0 to {K - 1}, but reach {low} to {high}")
         return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
 
     def get_extra_state(self) -> Tensor:
