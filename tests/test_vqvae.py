@@ -108,6 +108,8 @@ def test_bad_arguments_are_named(x):
         VQVAE(num_downsamples=0)
     with pytest.raises(ValueError, match="30x32.* 4"):
         small()(x[:, :, :30])
+    with pytest.raises(ValueError, match="in_channels.*0"):
+        VQVAE(in_channels=0)
 
 
 # --- elsewhere: what is true of the VQGAN too --------------------------------------------------
@@ -175,3 +177,22 @@ def test_weights_as_plain_tensors_are_the_whole_model(x, build):
     loaded.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
     assert loaded.quantizer.initialized
     assert torch.allclose(loaded.eval()(x).reconstruction, model(x).reconstruction, atol=1e-4)
+
+
+@MODELS
+@pytest.mark.parametrize("in_channels", [1, 5])
+def test_images_of_other_channels(build, in_channels):
+    model, x = build(in_channels=in_channels), torch.randn(4, in_channels, 32, 32)
+    reconstruction, indices, _ = model(x)
+    assert reconstruction.shape == x.shape and indices.shape == (4, 8, 8)
+    assert model.decode_tokens(model.tokens(x)).shape == x.shape
+    with pytest.raises(ValueError, match=rf"\(B, {in_channels}, H, W\).*\(4, 3, 32, 32\)"):
+        model(torch.randn(4, 3, 32, 32))
+
+
+@MODELS
+def test_gray_images_for_a_model_of_three_channels_get_a_remedy(x, build):
+    model = initialized(build, x)
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\).*\(16, 1, 32, 32\); x\.expand"):
+        model(x[:, :1])
+    assert model(x[:, :1].expand(-1, 3, -1, -1)).reconstruction.shape == x.shape

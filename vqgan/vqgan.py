@@ -182,6 +182,7 @@ class VQGAN(VQAutoencoder):
         norm_groups: the groups of every GroupNorm. None takes channels / 4, which is 32 at the
             paper's width of 128. (With their 32 groups at width 32, each group would be a single
             channel. That is instance normalization, which erases brightness and contrast.)
+        in_channels: C, the channels of an image: 3 for RGB, 1 for gray.
 
     Raises:
         ValueError: sizes do not fit each other.
@@ -200,8 +201,9 @@ class VQGAN(VQAutoencoder):
         quantizer: str = "ema",
         beta: float = 0.25,
         norm_groups: int | None = None,
+        in_channels: int = 3,
     ):
-        super().__init__(resolution, num_downsamples=len(channel_multipliers) - 1)
+        super().__init__(resolution, len(channel_multipliers) - 1, in_channels)
         sides = [resolution // 2**level for level in range(len(channel_multipliers))]
         if attention_resolutions is None:
             attention_resolutions = tuple(sides[-1:])
@@ -213,7 +215,7 @@ class VQGAN(VQAutoencoder):
         groups = norm_groups or max(1, channels // 4)
         widths = [channels * multiplier for multiplier in channel_multipliers]
 
-        layers: list[nn.Module] = [nn.Conv2d(3, channels, kernel_size=3, padding=1)]
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, kernel_size=3, padding=1)]
         width = channels
         for next_width, side in zip(widths, sides, strict=True):
             attention = side in attention_resolutions
@@ -246,7 +248,7 @@ class VQGAN(VQAutoencoder):
             *layers,
             group_norm(width, groups),
             nn.SiLU(),
-            nn.Conv2d(width, 3, kernel_size=3, padding=1),
+            nn.Conv2d(width, in_channels, kernel_size=3, padding=1),
         )
 
     @property
