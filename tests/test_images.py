@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from vqgan.images import from_uint8, to_uint8, to_unit
+from vqgan.images import check_channels, from_uint8, to_uint8, to_unit
 
 
 def test_ranges_and_their_inverse():
@@ -16,3 +17,14 @@ def test_what_decoders_put_out_beyond_the_range_is_clamped():
     assert to_unit(x).tolist() == [0, 1]
     assert to_uint8(x).tolist() == [0, 255]
     assert to_unit(x.bfloat16()).dtype == torch.float32
+
+
+def test_images_of_other_shapes_are_named_and_gray_ones_get_a_remedy():
+    check_channels(torch.zeros(2, 3, 4, 4), 3)
+    check_channels(torch.zeros(2, 1, 4, 4), 1)
+    with pytest.raises(ValueError, match=r"3, H, W.*not \(2, 1, 4, 4\); x.expand\(-1, 3, -1, -1\)"):
+        check_channels(torch.zeros(2, 1, 4, 4), 3)
+    for shape, in_channels in (((3, 4, 4), 3), ((2, 4, 4, 3), 3), ((2, 3, 4, 4), 1)):
+        with pytest.raises(ValueError, match=f"{in_channels}, H, W") as error:
+            check_channels(torch.zeros(shape), in_channels)
+        assert str(shape) in str(error.value) and "expand" not in str(error.value)

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from vector_quantize_pytorch import VectorQuantize
 
 from vqgan import quantizer as quantizer_module
@@ -61,6 +62,21 @@ def test_half_precision_input_is_searched_in_float32(kind):
         z_q, indices, loss = quantizer(z_e)
     assert torch.equal(indices.flatten(), torch.arange(64))
     assert z_q.dtype == loss.dtype == torch.float32
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision_are_searched_in_float32_too(kind, dtype):
+    """These codes are exact in all precisions, their squared distances in float32 only."""
+    codebook = 1 + torch.arange(128.0).view(64, 2) / 128
+    quantizer = make(kind, K=64, D=2).eval()
+    with torch.no_grad():
+        quantizer.codebook.copy_(codebook)
+    z_e = codebook.T.reshape(1, 2, 8, 8).to(dtype)
+    z_q, indices, loss = quantizer.to(dtype)(z_e)
+    assert torch.equal(indices.flatten(), torch.arange(64))
+    assert z_q.dtype == quantizer.lookup(indices).dtype == dtype and loss.dtype == torch.float32
+    assert torch.allclose(z_q, quantizer.lookup(indices), atol=1e-2) and loss < 1e-6
 
 
 LOWER_PRECISION = """
@@ -267,6 +283,71 @@ def test_the_start_happens_once_and_is_part_of_the_state(kind):
     far = 1000 + torch.randn(2, 4, 5, 5)
     resumed(far)
     assert resumed.codebook.max() < far.min()  # moved at most: a new start would be on the data
+
+
+def is_initialized_again(quantizer):
+    """Whether a training batch takes the codes' place: it is far away, where no average gets to."""
+    far = 1000 + torch.randn(2, 4, 5, 5)
+    return quantizer.train()(far) and quantizer.codebook.max() >= far.min()
+
+
+@BOTH
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_codebook_that_is_loaded_is_never_initialized_again(kind, strict):
+    """Not even if the file says nothing about it, as one that somebody else wrote."""
+    weights = make(kind).state_dict()
+    del weights["_extra_state"]
+    loaded = kind(16, 4)
+    loaded.load_state_dict(weights, strict=strict)
+    assert "_extra_state" not in weights  # the caller's own
+    assert torch.equal(loaded.codebook, weights["codebook"])
+    assert not is_initialized_again(loaded)
+    inside = nn.ModuleDict({"quantizer": kind(16, 4)})
+    weights = {f"quantizer.{name}": value for name, value in weights.items()}
+    inside.load_state_dict(weights, strict=strict)
+    assert not is_initialized_again(inside["quantizer"])
+
+
+@BOTH
+def test_without_a_codebook_or_with_one_that_waits_for_data_it_is_still_initialized(kind):
+    weights = kind(16, 4).state_dict()
+    for part in (weights, {}, {"ema_counts": torch.ones(16)}):
+        loaded = kind(16, 4)
+        loaded.load_state_dict(part, strict=False)
+        assert is_initialized_again(loaded)
+
+
+@BOTH
+def test_earlier_files_say_in_a_dict_whether_the_codes_are_initialized(kind):
+    for initialized in (True, False):
+        loaded = kind(16, 4, data_init=initialized)
+        weights = kind(16, 4).state_dict() | {"_extra_state": {"initialized": initialized}}
+        loaded.load_state_dict(weights)
+        assert loaded.initialized is initialized
+
+
+@BOTH
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_state_consists_of_tensors_and_needs_no_waiting_for_the_device(kind, device):
+    with torch.device(device):
+        state = kind(16, 4).state_dict()
+        assert all(torch.is_tensor(value) for value in state.values())
+        assert state["_extra_state"].device.type == "cpu"
+    assert state["codebook"].device.type == device
+
+
+def test_a_codebook_that_comes_without_averages_stays_where_it_is():
+    """As from a quantizer without them. Old averages would put the old codes back."""
+    weights = make(VectorQuantizer).state_dict()
+    loaded = EMAVectorQuantizer(16, 4, restart_dead_codes=False)
+    with pytest.raises(RuntimeError, match="ema_sums"):
+        loaded.load_state_dict(weights)
+    loaded = EMAVectorQuantizer(16, 4, restart_dead_codes=False)
+    loaded.load_state_dict(weights, strict=False)
+    indices = loaded(100 + torch.randn(2, 4, 5, 5)).indices
+    unchosen = [k for k in range(16) if k not in indices]
+    assert len(unchosen) > 10
+    assert torch.allclose(loaded.codebook[unchosen], weights["codebook"][unchosen], rtol=1e-3)
 
 
 def test_dead_codes_restart_with_count_and_sum():

@@ -138,6 +138,60 @@ def test_interpolation_ends_at_the_reconstructions(x):
     assert torch.allclose(images[:, -1], model(x[2:4]).reconstruction, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.half, 1e-3), (torch.bfloat16, 1e-2), (torch.double, 1e-6)]
+)
+def test_weights_of_another_precision_give_about_the_same_in_float32(
+    x, likelihood, dtype, tolerance
+):
+    model = VAE(likelihood=likelihood).eval()
+    z = torch.randn(4, 128)
+    expected, images = model(x), model.decode(z)
+    model.to(dtype)
+    output = model(x.to(dtype))
+    assert {value.dtype for value in output} == {torch.float32}
+    error = (output.reconstruction - expected.reconstruction).abs().max()
+    assert error < tolerance and (model.decode(z) - images).abs().max() < tolerance
+    nll = output.negative_log_likelihood
+    assert nll.item() == pytest.approx(expected.negative_log_likelihood.item(), rel=tolerance)
+    assert torch.allclose(output.kl, expected.kl, rtol=10 * tolerance, atol=tolerance)
+    assert model.sample(2).dtype == model.interpolate(*x.to(dtype)[:2, None], 3).dtype
+
+
+def test_a_learned_scale_of_half_precision_keeps_a_finite_likelihood():
+    """Of images whose M log s is no number of half precision, which ends at 65,504."""
+    model, x = VAE(likelihood="learned"), torch.zeros(1, 3, 128, 128)
+    model.log_scale.data.fill_(-4)
+    expected = model.negative_log_likelihood(x, x).item()
+    assert expected < -65504
+    assert model.half().negative_log_likelihood(x, x).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_images_of_other_channels(x):
+    model = VAE(in_channels=1).eval()
+    gray = x.mean(dim=1, keepdim=True)
+    output = model(gray)
+    assert output.reconstruction.shape == gray.shape
+    assert model.sample(2).shape == (2, 1, 32, 32)
+    expected = -Independent(Normal(output.reconstruction, 1.0), 3).log_prob(gray).mean()
+    nll = vae.gaussian_nll(gray, output.reconstruction, torch.zeros(()))
+    assert torch.allclose(nll, expected, rtol=1e-5)
+
+
+def test_images_that_do_not_fit_are_named(x):
+    model = VAE()
+    for size in (64, 28, 40):
+        with pytest.raises(ValueError, match=f"{size}x32 pixels: .*image_size=32 only"):
+            model.encode(torch.zeros(2, 3, size, 32))
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\) .*\(16, 1, 32, 32\); x.expand"):
+        model(x[:, :1])
+    assert model(x[:, :1].expand(-1, 3, -1, -1)).reconstruction.shape == x.shape
+    with pytest.raises(ValueError, match=r"\(B, 1, H, W\) .*\(16, 3, 32, 32\)$"):
+        VAE(in_channels=1)(x)
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="multiple of 16"):
         VAE(image_size=40)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -137,6 +139,10 @@ def test_group_norm_computes_in_float32_and_gives_back_what_it_took():
     assert half.dtype == torch.bfloat16
     exact = nn.functional.group_norm(x.bfloat16().float(), 2, eps=1e-6)
     assert torch.allclose(half.float(), exact, atol=2e-2)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):  # weights of another type, too
+        other = copy.deepcopy(norm).to(dtype)(x.to(dtype))
+        expected = nn.functional.group_norm(x.to(dtype).float(), 2, eps=1e-6)
+        assert other.dtype == dtype and torch.allclose(other.float(), expected, atol=2e-2)
 
 
 def test_any_side_that_the_levels_divide_goes_through():

@@ -1,6 +1,10 @@
+import copy
+
 import pytest
 import torch
+from torch import nn
 
+from vqgan.vqgan import VQGAN
 from vqgan.vqvae import VQVAE, ResidualBlock
 
 QUANTIZERS = pytest.mark.parametrize("quantizer", ["ema", "gradient"])
@@ -104,3 +108,91 @@ def test_bad_arguments_are_named(x):
         VQVAE(num_downsamples=0)
     with pytest.raises(ValueError, match="30x32.* 4"):
         small()(x[:, :, :30])
+    with pytest.raises(ValueError, match="in_channels.*0"):
+        VQVAE(in_channels=0)
+
+
+# --- elsewhere: what is true of the VQGAN too --------------------------------------------------
+
+
+def small_vqgan(**kwargs):
+    return VQGAN(channels=8, latent_channels=8, embedding_dim=4, num_embeddings=16, **kwargs)
+
+
+def initialized(build, x, **kwargs):
+    """A model in eval mode whose codes are vectors of x."""
+    model = build(**kwargs)
+    model(x)
+    return model.eval().requires_grad_(False)
+
+
+MODELS = pytest.mark.parametrize("build", [small, small_vqgan])
+
+
+@MODELS
+@QUANTIZERS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision_sees_and_gives_the_same(x, build, quantizer, dtype):
+    model = initialized(build, x, quantizer=quantizer)
+    other = copy.deepcopy(model).to(dtype)
+    reconstruction, indices, _ = other(x.to(dtype))
+    decoded = other.decode_indices(indices)
+    assert reconstruction.dtype == decoded.dtype == dtype
+    assert (indices == model(x).indices).float().mean() > 0.9
+    for expected in (reconstruction, model.decode_indices(indices)):
+        assert (decoded.float() - expected.float()).abs().mean() < 1e-2
+
+
+class Method(nn.Module):
+    """One method of a model as a module, which torch.export takes."""
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, argument):
+        return getattr(self.model, self.name)(argument)
+
+
+@MODELS
+@pytest.mark.parametrize("is_free", [False, True])
+def test_both_halves_can_be_exported_for_one_batch_size_or_any(x, build, is_free):
+    model = initialized(build, x)
+    indices = model.encode(x).indices
+    sizes = ({0: torch.export.Dim("batch")},) if is_free else None
+    n = 7 if is_free else 4  # another one than below
+    encode = torch.export.export(Method(model, "encode"), (x[:4],), dynamic_shapes=sizes)
+    assert (encode.module()(x[:n])[1] == indices[:n]).float().mean() > 0.99
+    decode = Method(model, "decode_indices")
+    decode = torch.export.export(decode, (indices[:4],), dynamic_shapes=sizes)
+    expected = model.decode_indices(indices[:n])
+    assert torch.allclose(decode.module()(indices[:n]), expected, atol=1e-3)
+
+
+@MODELS
+def test_weights_as_plain_tensors_are_the_whole_model(x, build):
+    """What other file formats, and averages over state dicts, take for granted."""
+    model = initialized(build, x)
+    loaded = build()
+    loaded.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    assert loaded.quantizer.initialized
+    assert torch.allclose(loaded.eval()(x).reconstruction, model(x).reconstruction, atol=1e-4)
+
+
+@MODELS
+@pytest.mark.parametrize("in_channels", [1, 5])
+def test_images_of_other_channels(build, in_channels):
+    model, x = build(in_channels=in_channels), torch.randn(4, in_channels, 32, 32)
+    reconstruction, indices, _ = model(x)
+    assert reconstruction.shape == x.shape and indices.shape == (4, 8, 8)
+    assert model.decode_tokens(model.tokens(x)).shape == x.shape
+    with pytest.raises(ValueError, match=rf"\(B, {in_channels}, H, W\).*\(4, 3, 32, 32\)"):
+        model(torch.randn(4, 3, 32, 32))
+
+
+@MODELS
+def test_gray_images_for_a_model_of_three_channels_get_a_remedy(x, build):
+    model = initialized(build, x)
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\).*\(16, 1, 32, 32\); x\.expand"):
+        model(x[:, :1])
+    assert model(x[:, :1].expand(-1, 3, -1, -1)).reconstruction.shape == x.shape

@@ -23,3 +23,12 @@ def to_uint8(x: Tensor) -> Tensor:
 def to_unit(x: Tensor) -> Tensor:
     """Float, about [-1, 1] (decoders are unbounded) -> float32 in [0, 1], clamped, same shape."""
     return ((x.float() + 1) / 2).clamp(0, 1)
+
+
+def check_channels(x: Tensor, in_channels: int) -> None:
+    """Raise `ValueError` unless x is a batch of images (B, in_channels, H, W)."""
+    if x.dim() != 4 or x.shape[1] != in_channels:
+        is_gray = x.dim() == 4 and (x.shape[1], in_channels) == (1, 3)
+        remedy = "; x.expand(-1, 3, -1, -1) makes gray images RGB" if is_gray else ""
+        shape = tuple(x.shape)
+        raise ValueError(f"images (B, {in_channels}, H, W) were expected, not {shape}{remedy}")

@@ -69,22 +69,20 @@ def nearest_indices(vectors: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat(indices)
 
 
+# torch.compile and torch.export trace a model with tensors that have a shape but no values, where
+# this stands in for the search. (`len` would fix the number of vectors, `shape` leaves it free.)
 @nearest_indices.register_fake
 def _(vectors: Tensor, codebook: Tensor) -> Tensor:
-    return vectors.new_empty(len(vectors), dtype=torch.int64)  # what torch.compile has to know
+    return vectors.new_empty(vectors.shape[0], dtype=torch.int64)
 
 
 def straight_through(z_e: Tensor, z_q: Tensor) -> Tensor:
-    """Forward z_q, backward to z_e: its value is z_q, its gradient is the identity on z_e."""
+    """The value of z_q, but the gradient of z_e: the decoder's gradient reaches the encoder.
+
+    The detached difference is a constant for the gradient. What remains is z_e plus a constant,
+    whose derivative with respect to z_e is one; nothing reaches the codes.
+    """
     return z_e + (z_q - z_e).detach()
-
-
-def check_size(num_embeddings: int, embedding_dim: int) -> None:
-    """Raise `ValueError` unless there is at least one code of one dimension."""
-    if num_embeddings < 1 or embedding_dim < 1:
-        raise ValueError(
-            f"num_embeddings={num_embeddings}, embedding_dim={embedding_dim}: give 1 or more"
-        )
 
 
 def as_vectors(z_e: Tensor, embedding_dim: int) -> Tensor:
@@ -110,15 +108,57 @@ def init_vectors(vectors: Tensor, num_embeddings: int) -> Tensor:
     return chosen + noise * torch.randn_like(chosen)
 
 
-def lookup(indices: Tensor, codebook: Tensor) -> Tensor:
-    """Look up a grid of codes: indices (B, h, w) int64, codebook (K, D) -> z_q (B, D, h, w)."""
-    low, high, K = indices.min().item(), indices.max().item(), len(codebook)
-    if low < 0 or high >= K:
-        raise ValueError(f"indices must lie in 0 to {K - 1}, but reach from {low} to {high}")
-    return F.embedding(indices, codebook).permute(0, 3, 1, 2)
+class Quantizer(nn.Module):
+    """What both quantizers share: the sizes, the lookup, and whether the codes are initialized."""
+
+    codebook: Tensor  # (K, D)
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, beta: float, data_init: bool):
+        super().__init__()
+        if num_embeddings < 1 or embedding_dim < 1:
+            raise ValueError(
+                f"num_embeddings={num_embeddings}, embedding_dim={embedding_dim}: give 1 or more"
+            )
+        self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
+        # A Python bool, so that no step has to wait for the GPU to read it.
+        self.initialized = not data_init
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Look up a grid of codes: indices (B, h, w) int64, 0 to K - 1 -> z_q (B, D, h, w).
+
+        Raises:
+            ValueError: an index is outside 0 to K - 1.
+        """
+        if not torch.compiler.is_compiling():  # then indices have no values yet
+            low, high, K = indices.min().item(), indices.max().item(), self.num_embeddings
+            if low < 0 or high >= K:
+                raise ValueError(f"indices must lie in 0 to {K - 1}, but reach {low} to {high}")
+        return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
+
+    def get_extra_state(self) -> Tensor:
+        """Put `initialized` into the state dict, or a resumed run would initialize again.
+
+        It is a tensor because other programs expect nothing else there, and on the CPU because
+        reading it must not wait for the GPU.
+        """
+        return torch.tensor(self.initialized, device="cpu")
+
+    def set_extra_state(self, state: Tensor | dict) -> None:
+        """Restore `initialized`, which earlier versions saved in a dict."""
+        self.initialized = bool(state["initialized"] if isinstance(state, dict) else state)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """A codebook that is loaded is initialized, even if its file lacks the entry that says so.
+
+        Otherwise the first training batch would replace all codes. (torch gives each module a
+        state dict of its own, so the caller's is not changed.)
+        """
+        if prefix + "codebook" in state_dict:
+            state_dict.setdefault(prefix + "_extra_state", torch.tensor(True))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(Quantizer):
     """A codebook that the gradient of the codebook term moves (eq. 3 of the paper).
 
     The codes move at the optimizer's learning rate. An encoder that moves faster leaves codes
@@ -135,16 +175,13 @@ class VectorQuantizer(nn.Module):
     def __init__(
         self, num_embeddings: int, embedding_dim: int, beta: float = 0.25, data_init: bool = True
     ):
-        super().__init__()
-        check_size(num_embeddings, embedding_dim)
-        self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
-        # A Python bool, so that no step has to wait for the GPU to read it.
-        self.initialized = not data_init
-        embeddings = torch.empty(num_embeddings, embedding_dim)  # small, as in their example
+        super().__init__(num_embeddings, embedding_dim, beta=beta, data_init=data_init)
+        embeddings = torch.empty(num_embeddings, embedding_dim)
+        # The range of zalandoresearch/pytorch-vq-vae; `init_from_batch` soon replaces these.
         self.codebook = nn.Parameter(embeddings.uniform_(-1 / num_embeddings, 1 / num_embeddings))
 
     def forward(self, z_e: Tensor) -> Quantized:
-        """Quantize z_e (B, D, h, w) of any float type, in float32 also under autocast."""
+        """Quantize z_e (B, D, h, w) of any float type, in float32; z_q has the codebook's type."""
         # Distances in half precision choose wrong codes, so autocast is switched off here.
         with torch.autocast(device_type=z_e.device.type, enabled=False):
             z_e = z_e.float()
@@ -152,16 +189,18 @@ class VectorQuantizer(nn.Module):
             B, D, h, w = z_e.shape
             if self.training and not self.initialized:
                 self.init_from_batch(vectors)
-            indices = nearest_indices(vectors, self.codebook)  # (N,)                   eq. 1, 2
-            quantized = F.embedding(indices, self.codebook)  # (N, D)
+            codebook = self.codebook.float()  # the same tensor, unless the model is .half()
+            indices = nearest_indices(vectors, codebook)  # (N,)                        eq. 1, 2
+            quantized = F.embedding(indices, codebook)  # (N, D)
 
-            # Eq. 3, before the straight-through step, which would cut one of the two gradients.
+            # Eq. 3, of the codes themselves. What the straight-through step returns has the same
+            # value but no gradient for the codes, which would then never move.
             codebook_loss = F.mse_loss(quantized, vectors.detach())
             commitment = F.mse_loss(vectors, quantized.detach())
             loss = codebook_loss + self.beta * commitment
 
-            z_q = quantized.view(B, h, w, D).permute(0, 3, 1, 2)  # (B, D, h, w)
-            return Quantized(straight_through(z_e, z_q), indices.view(B, h, w), loss)
+            z_q = straight_through(z_e, quantized.view(B, h, w, D).permute(0, 3, 1, 2))
+            return Quantized(z_q.to(self.codebook.dtype), indices.view(B, h, w), loss)
 
     @torch.no_grad()
     def init_from_batch(self, vectors: Tensor) -> None:
@@ -169,20 +208,8 @@ class VectorQuantizer(nn.Module):
         self.codebook.copy_(init_vectors(vectors, self.num_embeddings))
         self.initialized = True
 
-    def lookup(self, indices: Tensor) -> Tensor:
-        """indices (B, h, w) int64 -> z_q (B, D, h, w). Raises `ValueError` outside 0 to K - 1."""
-        return lookup(indices, self.codebook)
 
-    def get_extra_state(self) -> dict:
-        """Put `initialized` into the state dict, or a resumed run would initialize again."""
-        return {"initialized": self.initialized}
-
-    def set_extra_state(self, state: dict) -> None:
-        """Restore `initialized`."""
-        self.initialized = state["initialized"]
-
-
-class EMAVectorQuantizer(nn.Module):
+class EMAVectorQuantizer(Quantizer):
     """A codebook whose codes follow the mean of the vectors that chose them (appendix A.1).
 
     With gamma the decay, and n_i the number of vectors that choose code i in a batch:
@@ -195,6 +222,9 @@ class EMAVectorQuantizer(nn.Module):
 
         (N_i + epsilon) / (S + K epsilon) * S,   S = sum of all N_i
 
+    Every forward pass in training mode updates the averages. Gradient checkpointing, which runs a
+    pass twice, is therefore for the encoder and the decoder, and not for the quantizer.
+
     Args:
         num_embeddings: K, the number of codes.
         embedding_dim: D, the dimensions of a code.
@@ -206,10 +236,10 @@ class EMAVectorQuantizer(nn.Module):
             the current batch.
     """
 
-    codebook: Tensor
     ema_counts: Tensor
     ema_sums: Tensor
-    # Of the average count. At decay 0.99 a code falls below it 230 steps after its last choice.
+    # A fraction of the average count, low because a rare code is not dead. At a decay of 0.99, an
+    # average code that is never chosen again falls below it after 230 steps: 0.99^230 = 0.1.
     dead_code_threshold = 0.1
 
     def __init__(
@@ -222,13 +252,10 @@ class EMAVectorQuantizer(nn.Module):
         data_init: bool = True,
         restart_dead_codes: bool = True,
     ):
-        super().__init__()
-        check_size(num_embeddings, embedding_dim)
-        self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
+        super().__init__(num_embeddings, embedding_dim, beta=beta, data_init=data_init)
         self.decay, self.epsilon, self.restart_dead_codes = decay, epsilon, restart_dead_codes
-        self.initialized = not data_init  # a Python bool, so that no step waits for the GPU
         # These are buffers and not parameters, because no optimizer may move them.
-        embeddings = torch.randn(num_embeddings, embedding_dim)  # as in the authors' example
+        embeddings = torch.randn(num_embeddings, embedding_dim)  # as in the paper's authors' code
         self.register_buffer("codebook", embeddings)
         # Counts start at one and sums at the codes, so that m / N is the code from the first step.
         # With counts that start at zero, these sums would be divided by almost nothing.
@@ -236,7 +263,7 @@ class EMAVectorQuantizer(nn.Module):
         self.register_buffer("ema_sums", embeddings.clone())
 
     def forward(self, z_e: Tensor) -> Quantized:
-        """Quantize z_e (B, D, h, w) of any float type, in float32 also under autocast."""
+        """Quantize z_e (B, D, h, w) of any float type, in float32; z_q has the codebook's type."""
         # Distances in half precision choose wrong codes, so autocast is switched off here.
         with torch.autocast(device_type=z_e.device.type, enabled=False):
             z_e = z_e.float()
@@ -244,8 +271,9 @@ class EMAVectorQuantizer(nn.Module):
             B, D, h, w = z_e.shape
             if self.training and not self.initialized:
                 self.init_from_batch(vectors)
-            indices = nearest_indices(vectors, self.codebook)  # (N,)                   eq. 1, 2
-            quantized = F.embedding(indices, self.codebook)  # (N, D)
+            codebook = self.codebook.float()  # the same tensor, unless the model is .half()
+            indices = nearest_indices(vectors, codebook)  # (N,)                        eq. 1, 2
+            quantized = F.embedding(indices, codebook)  # (N, D)
 
             # The commitment alone, because averages move the codes and no gradient does.
             loss = self.beta * F.mse_loss(vectors, quantized)
@@ -265,8 +293,8 @@ class EMAVectorQuantizer(nn.Module):
                         self._restart_dead_codes(vectors)
                     self.codebook.copy_(self.ema_sums / self._smoothed_counts()[:, None])  # eq. 8
 
-            z_q = quantized.view(B, h, w, D).permute(0, 3, 1, 2)  # (B, D, h, w)
-            return Quantized(straight_through(z_e, z_q), indices.view(B, h, w), loss)
+            z_q = straight_through(z_e, quantized.view(B, h, w, D).permute(0, 3, 1, 2))
+            return Quantized(z_q.to(self.codebook.dtype), indices.view(B, h, w), loss)
 
     def _smoothed_counts(self) -> Tensor:
         """N_i of eq. 8, (K,). It is a temporary: written back, the counts would drift."""
@@ -292,9 +320,10 @@ class EMAVectorQuantizer(nn.Module):
     def init_from_batch(self, vectors: Tensor) -> None:
         """Initialize codes and averages from the first batch's vectors (N, D).
 
-        The averages then hold a single batch with its usual weight of (1 - gamma). Averages with so
-        little weight let the codes keep up with an encoder that moves far in its first steps, and a
-        code that no vector chooses soon falls below the threshold and is restarted.
+        Counts and sums are set as if each code had been chosen N / K times in one batch, and never
+        before: N_i = (1 - gamma) N / K by eq. 6, a hundredth of what it grows to. With so little
+        behind them the codes keep up with an encoder that moves far in its first steps, and after
+        about ten steps a code that no vector chooses falls below the threshold and is restarted.
         """
         self.codebook.copy_(init_vectors(vectors, self.num_embeddings))
         one_batch = (1 - self.decay) * len(vectors) / self.num_embeddings
@@ -302,20 +331,15 @@ class EMAVectorQuantizer(nn.Module):
         self.ema_sums.copy_(self.codebook * one_batch)
         self.initialized = True
 
-    def lookup(self, indices: Tensor) -> Tensor:
-        """indices (B, h, w) int64 -> z_q (B, D, h, w). Raises `ValueError` outside 0 to K - 1."""
-        return lookup(indices, self.codebook)
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """A codebook that comes without averages gets those of a new one, or a step would undo it.
 
-    def get_extra_state(self) -> dict:
-        """Put `initialized` into the state dict, or a resumed run would initialize again."""
-        return {"initialized": self.initialized}
-
-    def set_extra_state(self, state: dict) -> None:
-        """Restore `initialized`."""
-        self.initialized = state["initialized"]
-
-
-Quantizer = VectorQuantizer | EMAVectorQuantizer
+        It may come from a `VectorQuantizer`, with strict=False.
+        """
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + "codebook" in state_dict and prefix + "ema_sums" not in state_dict:
+            self.ema_counts.fill_(1.0)
+            self.ema_sums.copy_(self.codebook)
 
 
 def make_quantizer(
@@ -346,7 +370,7 @@ def exact_float32_matmul() -> Iterator[None]:
     backends: Any = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
-        backend.fp32_precision = "ieee"
+        backend.fp32_precision = "ieee"  # float32 as IEEE 754 defines it, unrounded
     try:
         yield
     finally:

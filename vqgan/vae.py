@@ -8,22 +8,22 @@ training minimizes the negative bound on log p(x) (eq. 2 and 3):
 
 in nats (bits times ln 2). Both terms are summed over pixels or latent dimensions and averaged over
 the batch, as the bound demands. An average over pixels would change the weight of the KL by a
-factor of 3,072.
+factor of 3,072, for RGB images of 32 pixels.
 
 Data flow:
 
-    x (B, 3, H, W) -> encoder -> mean, log_var (B, 128) -> z (B, 128)
-    z -> decoder -> reconstruction (B, 3, H, W)
+    x (B, C, H, W) -> encoder -> mean, log_var (B, 128) -> z (B, 128)
+    z -> decoder -> reconstruction (B, C, H, W)
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgan.images import to_unit
+from vqgan.images import check_channels, to_unit
 
 LIKELIHOODS = ("optimal", "learned", "fixed", "bernoulli")
 
@@ -35,7 +35,7 @@ MIN_SCALE = 2 / 255 / math.sqrt(12)
 class VAEOutput(NamedTuple):
     """What the VAE returns: loss = negative_log_likelihood + kl_weight * mean of kl."""
 
-    reconstruction: Tensor  # (B, 3, H, W), about [-1, 1]: the mean of p(x|z)
+    reconstruction: Tensor  # (B, C, H, W) float32, about [-1, 1]: the mean of p(x|z)
     loss: Tensor  # (), nats per image: the negative bound, if z was sampled (in training)
     negative_log_likelihood: Tensor  # (), nats per image; below 0 where the density is above 1
     kl: Tensor  # (B,), nats
@@ -60,7 +60,7 @@ def reparameterize(mean: Tensor, log_var: Tensor, noise: Tensor | None = None) -
 def gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """-log N(x; mean, s^2) in nats, summed over pixels, averaged over the batch: ().
 
-    With one scale s for all M = 3HW values of an image, log_scale = log s:
+    With one scale s for all M = CHW values of an image, log_scale = log s:
 
         |x - mean|^2 / (2 s^2) + M log s + M/2 log 2 pi
     """
@@ -90,6 +90,7 @@ class VAE(nn.Module):
             "bernoulli": the cross-entropy with each pixel in [0, 1] taken as a probability. It is
                 widely used, but no density of gray values, so its nats compare with no others.
         kl_weight: beta of a beta-VAE; 1 gives the bound.
+        in_channels: C, the channels of an image: 3 for RGB, 1 for gray.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class VAE(nn.Module):
         num_hiddens: int = 32,
         likelihood: str = "optimal",
         kl_weight: float = 1.0,
+        in_channels: int = 3,
     ):
         super().__init__()
         if image_size % 16:
@@ -106,12 +108,12 @@ class VAE(nn.Module):
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood must be one of {LIKELIHOODS}, not {likelihood!r}")
         self.latent_dim, self.likelihood, self.kl_weight = latent_dim, likelihood, kl_weight
-        self.image_size = image_size
+        self.image_size, self.in_channels = image_size, in_channels
         widths = [num_hiddens, 2 * num_hiddens, 4 * num_hiddens, 8 * num_hiddens]
         side = image_size // 16  # of the grid after four halvings
         features = widths[-1] * side**2
 
-        layers, channels = [], 3
+        layers, channels = [], in_channels
         for width in widths:
             layers += [nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1), nn.ReLU()]
             channels = width
@@ -123,19 +125,31 @@ class VAE(nn.Module):
             double = nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1)
             layers += [double, nn.ReLU()]
             channels = width
-        last = nn.ConvTranspose2d(channels, 3, kernel_size=4, stride=2, padding=1)
-        self.decoder = nn.Sequential(*layers, last)
+        last = nn.ConvTranspose2d(channels, in_channels, kernel_size=4, stride=2, padding=1)
+        self.decoder: Any = nn.Sequential(*layers, last)
         if likelihood == "learned":
             self.log_scale = nn.Parameter(torch.zeros(()))  # s = 1 at first
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, 3, H, W) in [-1, 1] -> mean, log_var of q(z|x), each (B, Z) float32."""
+        """x (B, C, H, W) in [-1, 1] -> mean, log_var of q(z|x), each (B, Z) float32.
+
+        Raises `ValueError` for another number of channels than `in_channels`, and for another side
+        than `image_size`, from which the sizes of the linear layers follow.
+        """
+        check_channels(x, self.in_channels)
+        H, W = x.shape[2:]
+        if (H, W) != (self.image_size, self.image_size):
+            raise ValueError(f"{H}x{W} pixels: this VAE takes image_size={self.image_size} only")
         mean, log_var = self.encoder(x).float().chunk(2, dim=1)
         return mean, log_var
 
     def decode(self, z: Tensor) -> Tensor:
-        """z (B, Z) -> images (B, 3, H, W), about [-1, 1]: the mean of p(x|z)."""
-        return self._mean(self.decoder(z).float())
+        """z (B, Z) -> images (B, C, H, W), about [-1, 1]: the mean of p(x|z)."""
+        return self._mean(self._decode_raw(z))
+
+    def _decode_raw(self, z: Tensor) -> Tensor:
+        """The decoder's output in float32. The weights, and so z, may be of half precision."""
+        return self.decoder(z.to(self.decoder[0].weight.dtype)).float()
 
     def _mean(self, decoded: Tensor) -> Tensor:
         """Map the decoder's output to an image.
@@ -146,7 +160,7 @@ class VAE(nn.Module):
         return torch.tanh(decoded / 2) if self.likelihood == "bernoulli" else decoded
 
     def negative_log_likelihood(self, x: Tensor, decoded: Tensor) -> Tensor:
-        """-log p(x|z) in nats: x and the decoder's raw output, both (B, 3, H, W) -> ()."""
+        """-log p(x|z) in nats: x and the decoder's raw output, both (B, C, H, W) -> ()."""
         if self.likelihood == "bernoulli":
             return F.binary_cross_entropy_with_logits(decoded, to_unit(x), reduction="sum") / len(x)
         if self.likelihood == "optimal":
@@ -155,26 +169,26 @@ class VAE(nn.Module):
             mse = F.mse_loss(decoded.detach(), x)
             log_scale = 0.5 * mse.clamp(min=MIN_SCALE**2).log()
         elif self.likelihood == "learned":
-            log_scale = self.log_scale.clamp(min=math.log(MIN_SCALE))
+            log_scale = self.log_scale.float().clamp(min=math.log(MIN_SCALE))
         else:
             log_scale = x.new_full((), 0.5 * math.log(2))  # s = sqrt(2)
         return gaussian_nll(x, decoded, log_scale)
 
     def forward(self, x: Tensor) -> VAEOutput:
-        """x (B, 3, H, W) in [-1, 1] -> reconstruction and the terms of the bound.
+        """x (B, C, H, W) in [-1, 1] -> reconstruction and the terms of the bound.
 
         In training z is sampled. In evaluation it is the mean, which gives the smallest error.
         """
         mean, log_var = self.encode(x)
         z = reparameterize(mean, log_var) if self.training else mean
-        decoded = self.decoder(z).float()
-        nll = self.negative_log_likelihood(x, decoded)
+        decoded = self._decode_raw(z)
+        nll = self.negative_log_likelihood(x.float(), decoded)
         kl = kl_divergence(mean, log_var)
         return VAEOutput(self._mean(decoded), nll + self.kl_weight * kl.mean(), nll, kl)
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Sample n images (n, 3, H, W), about [-1, 1]: z ~ N(0, I), decoded.
+        """Sample n images (n, C, H, W), about [-1, 1]: z ~ N(0, I), decoded.
 
         The generator is one of the CPU, so that a seed gives the same z on every device.
         """
@@ -183,7 +197,7 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def interpolate(self, x0: Tensor, x1: Tensor, steps: int) -> Tensor:
-        """Decode along the line between two latents: (B, 3, H, W) twice -> (B, steps, 3, H, W).
+        """Decode along the line between two latents: (B, C, H, W) twice -> (B, steps, C, H, W).
 
         The first and the last images are the reconstructions of x0 and x1.
         """

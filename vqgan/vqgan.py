@@ -44,13 +44,14 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm in float32 also under autocast, as on CUDA; the output has the type of the input.
+    """GroupNorm in float32, also under autocast as on CUDA; the output has the type of the input.
 
     (On a CPU this is faster too, because torch's bfloat16 kernel is slow with channels last.)
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
 
 
 def group_norm(channels: int, num_groups: int) -> GroupNorm:
@@ -181,6 +182,7 @@ class VQGAN(VQAutoencoder):
         norm_groups: the groups of every GroupNorm. None takes channels / 4, which is 32 at the
             paper's width of 128. (With their 32 groups at width 32, each group would be a single
             channel. That is instance normalization, which erases brightness and contrast.)
+        in_channels: C, the channels of an image: 3 for RGB, 1 for gray.
 
     Raises:
         ValueError: sizes do not fit each other.
@@ -199,8 +201,9 @@ class VQGAN(VQAutoencoder):
         quantizer: str = "ema",
         beta: float = 0.25,
         norm_groups: int | None = None,
+        in_channels: int = 3,
     ):
-        super().__init__(resolution, num_downsamples=len(channel_multipliers) - 1)
+        super().__init__(resolution, len(channel_multipliers) - 1, in_channels)
         sides = [resolution // 2**level for level in range(len(channel_multipliers))]
         if attention_resolutions is None:
             attention_resolutions = tuple(sides[-1:])
@@ -212,7 +215,7 @@ class VQGAN(VQAutoencoder):
         groups = norm_groups or max(1, channels // 4)
         widths = [channels * multiplier for multiplier in channel_multipliers]
 
-        layers: list[nn.Module] = [nn.Conv2d(3, channels, kernel_size=3, padding=1)]
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, kernel_size=3, padding=1)]
         width = channels
         for next_width, side in zip(widths, sides, strict=True):
             attention = side in attention_resolutions
@@ -245,7 +248,7 @@ class VQGAN(VQAutoencoder):
             *layers,
             group_norm(width, groups),
             nn.SiLU(),
-            nn.Conv2d(width, 3, kernel_size=3, padding=1),
+            nn.Conv2d(width, in_channels, kernel_size=3, padding=1),
         )
 
     @property

@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqgan.images import check_channels
 from vqgan.quantizer import Quantized, Quantizer, make_quantizer
 
 
 class AutoencoderOutput(NamedTuple):
-    """What a VQ-VAE or a VQGAN returns for images (B, 3, H, W)."""
+    """What a VQ-VAE or a VQGAN returns for images (B, C, H, W)."""
 
-    reconstruction: Tensor  # (B, 3, H, W), about [-1, 1]
+    reconstruction: Tensor  # (B, C, H, W), about [-1, 1]
     indices: Tensor  # (B, h, w) int64
     loss: Tensor  # (), of the quantizer: every term but the reconstruction
 
@@ -40,15 +41,19 @@ class VQAutoencoder(nn.Module):
         image_size: the side in pixels of the images that a sequence of tokens stands for. (The
             networks are convolutional, so `encode` and `decode` take any size that halves evenly.)
         num_downsamples: how often the encoder halves the side.
+        in_channels: C, the channels of an image.
     """
 
     encoder: nn.Module
     quantizer: Quantizer
     decoder: Any  # a Sequential
 
-    def __init__(self, image_size: int, num_downsamples: int):
+    def __init__(self, image_size: int, num_downsamples: int, in_channels: int):
         super().__init__()
+        if in_channels < 1:
+            raise ValueError(f"in_channels must be at least 1, not {in_channels}")
         self.image_size, self.num_downsamples = image_size, num_downsamples
+        self.in_channels = in_channels
         self.check_resolution(image_size, image_size)
 
     def check_resolution(self, height: int, width: int) -> None:
@@ -58,20 +63,24 @@ class VQAutoencoder(nn.Module):
             raise ValueError(f"{height}x{width} pixels: give multiples of {factor}")
 
     def encode(self, x: Tensor) -> Quantized:
-        """x (B, 3, H, W) in [-1, 1] -> z_q (B, D, h, w), indices (B, h, w), loss ()."""
+        """x (B, C, H, W) in [-1, 1] -> z_q (B, D, h, w), indices (B, h, w), loss ().
+
+        Raises `ValueError` for another number of channels, and for sides that do not halve evenly.
+        """
+        check_channels(x, self.in_channels)
         self.check_resolution(*x.shape[-2:])
         return self.quantizer(self.encoder(x))
 
     def decode(self, z_q: Tensor) -> Tensor:
-        """z_q (B, D, h, w) -> images (B, 3, H, W), about [-1, 1]."""
+        """z_q (B, D, h, w) -> images (B, C, H, W), about [-1, 1]."""
         return self.decoder(z_q)
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """indices (B, h, w) int64, 0 to K - 1 -> images (B, 3, H, W), about [-1, 1]."""
+        """indices (B, h, w) int64, 0 to K - 1 -> images (B, C, H, W), about [-1, 1]."""
         return self.decode(self.quantizer.lookup(indices))
 
     def forward(self, x: Tensor) -> AutoencoderOutput:
-        """x (B, 3, H, W) in [-1, 1] -> reconstruction, indices, quantizer's loss."""
+        """x (B, C, H, W) in [-1, 1] -> reconstruction, indices, quantizer's loss."""
         z_q, indices, loss = self.encode(x)
         return AutoencoderOutput(self.decode(z_q), indices, loss)
 
@@ -89,11 +98,11 @@ class VQAutoencoder(nn.Module):
         return [(side, side)]
 
     def tokens(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] -> tokens (B, N) int64, N = h w."""
+        """x (B, C, H, W) in [-1, 1] -> tokens (B, N) int64, N = h w."""
         return self.encode(x).indices.flatten(1)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """tokens (B, N) int64, 0 to K - 1 -> images (B, 3, H, W), about [-1, 1]."""
+        """tokens (B, N) int64, 0 to K - 1 -> images (B, C, H, W), about [-1, 1]."""
         return self.decode_indices(tokens.unflatten(1, self.grids[0]))
 
 
@@ -139,6 +148,7 @@ class VQVAE(VQAutoencoder):
         beta: the weight of the commitment.
         data_init, restart_dead_codes: the two guards against collapse, see `quantizer.py`. Only
             the EMA quantizer has the second.
+        in_channels: C, the channels of an image: 3 for RGB, 1 for gray.
     """
 
     def __init__(
@@ -154,15 +164,16 @@ class VQVAE(VQAutoencoder):
         beta: float = 0.25,
         data_init: bool = True,
         restart_dead_codes: bool = True,
+        in_channels: int = 3,
     ):
         if num_downsamples < 1:
             raise ValueError(f"num_downsamples must be at least 1, not {num_downsamples}")
-        super().__init__(image_size, num_downsamples)
+        super().__init__(image_size, num_downsamples, in_channels)
         # Channels after each downsampling: half the width first, as in the authors' example.
         widths = [num_hiddens // 2] + [num_hiddens] * (num_downsamples - 1)
 
         # Each strided convolution halves the side: kernel 4, stride 2, padding 1.
-        layers, channels = [], 3
+        layers, channels = [], in_channels
         for width in widths:
             layers += [nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1), nn.ReLU()]
             channels = width
@@ -187,5 +198,5 @@ class VQVAE(VQAutoencoder):
             nn.Conv2d(embedding_dim, num_hiddens, kernel_size=3, padding=1),
             residual_stack(num_hiddens, num_residual_hiddens, num_residual_layers),
             *layers,
-            nn.ConvTranspose2d(channels, 3, kernel_size=4, stride=2, padding=1),
+            nn.ConvTranspose2d(channels, in_channels, kernel_size=4, stride=2, padding=1),
         )
