@@ -212,7 +212,7 @@ class VQGAN(VQAutoencoder):
                 raise ValueError(f"attention_resolutions={side} never occurs: choose from {sides}")
         self.resolution, self.attention_resolutions = resolution, tuple(attention_resolutions)
         self.num_residual_blocks = num_residual_blocks
-        groups = norm_groups or max(1, channels // 4)
+        self.norm_groups = groups = norm_groups or max(1, channels // 4)
         widths = [channels * multiplier for multiplier in channel_multipliers]
 
         layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, kernel_size=3, padding=1)]
