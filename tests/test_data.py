@@ -1,8 +1,22 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 
-from vqgan.data import TrainLoader, eval_batch_size, eval_batches, load_dataset, pixel_variance
+from vqgan import data
+from vqgan.data import (
+    TrainLoader,
+    eval_batch_size,
+    eval_batches,
+    images_fingerprint,
+    load_dataset,
+    pixel_variance,
+)
 from vqgan.errors import InputError
 from vqgan.image_folder import ImageFiles
 from vqgan.images import from_uint8
@@ -73,6 +87,77 @@ def test_batches_of_another_set_are_refused():
     batches = TrainLoader(numbered(21), 5)
     with pytest.raises(InputError, match="20 training images.*21"):
         batches.load_state_dict(TrainLoader(numbered(20), 5).state_dict())
+
+
+def test_batches_of_other_images_are_refused_however_many():
+    state = TrainLoader(numbered(20), 5).state_dict()
+    others = TrainLoader(numbered(20).flip(0), 5)
+    with pytest.raises(InputError, match="other training images: give the same"):
+        others.load_state_dict(state)
+    del state["images"]  # as in checkpoints of earlier versions
+    others.load_state_dict(state)
+
+
+def test_images_are_fingerprinted_once_and_not_before_the_first_checkpoint():
+    with mock.patch.object(data, "images_fingerprint", wraps=images_fingerprint) as fingerprint:
+        batches = TrainLoader(numbered(20), 5)
+        list(batches)
+        assert fingerprint.call_count == 0
+        assert batches.state_dict()["images"] == batches.state_dict()["images"]
+        assert fingerprint.call_count == 1
+
+
+def test_a_fingerprint_is_of_every_pixel():
+    images = numbered(20)
+    before = images_fingerprint(images)
+    assert before == images_fingerprint(images.expand(2, *images.shape)[1].clone())
+    assert before == images_fingerprint(images.mT.contiguous().mT)  # of another layout in memory
+    images[19, 2, 3, 3] += 1
+    assert images_fingerprint(images) != before
+
+
+def test_a_fingerprint_of_files_stays_when_their_folder_moves(image_folder, tmp_path):
+    def fingerprint(folder, image_size=16, names=("cats", "dogs")):
+        paths = [path for name in names for path in sorted((folder / name).iterdir())]
+        return images_fingerprint(ImageFiles(paths, image_size))
+
+    before, cats = fingerprint(image_folder), fingerprint(image_folder, names=["cats"])
+    moved = image_folder.rename(tmp_path / "moved")
+    assert fingerprint(moved) == before and fingerprint(moved, names=["cats"]) == cats != before
+    assert fingerprint(moved, image_size=32) != before
+    (moved / "cats").rename(moved / "lynxes")
+    assert fingerprint(moved, names=["lynxes", "dogs"]) != before
+    (moved / "lynxes").rename(moved / "cats")
+    assert fingerprint(moved) == before
+    with open(moved / "dogs" / "19.png", "ab") as file:
+        file.write(b" ")
+    assert fingerprint(moved) != before
+
+
+STREAM = """
+import os, signal, sys
+from pathlib import Path
+from vqgan.data import TrainLoader
+from vqgan.image_folder import ImageFiles
+
+try:
+    for x in TrainLoader(ImageFiles(sorted(Path(sys.argv[1]).rglob("*.png")), 32), 8):
+        os.killpg(0, signal.SIGINT)
+        signal.pause()
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are sent in another way")
+def test_ctrl_c_stops_a_streamed_folder_without_tracebacks_of_its_workers(image_folder):
+    """Ctrl-C reaches every process of the group."""
+    done = subprocess.run(
+        [sys.executable, "-c", STREAM, str(image_folder)],
+        capture_output=True, text=True, start_new_session=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert done.stdout == "stopped\n" and "KeyboardInterrupt" not in done.stderr, done.stderr
 
 
 def test_batches_leave_the_global_generator_alone(image_folder):

@@ -1,3 +1,6 @@
+import os
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -101,3 +104,42 @@ def test_images_out_of_range_are_refused(tmp_path, bad):
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         figures.image_rows(tmp_path / "a.png", [("x", bad)], title="")
     assert not (tmp_path / "a.png").exists()
+
+
+# --- files and fonts ---------------------------------------------------------------------------
+
+
+def test_a_figure_is_whole_or_not_there(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+
+    def no_space(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        figures.image_rows(path, [("", torch.zeros(1, 3, 8, 8))], title="title")
+    assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
+
+
+def test_labels_in_an_alphabet_that_no_font_has_are_one_line(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(figures, "FONTS", ("No Such Font", "DejaVu Sans"))
+    rows = [(label, torch.zeros(1, 3, 8, 8)) for label in ("猫", "犬", "Ä hund")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures.image_rows(tmp_path / "a.png", rows, title="title")
+    text = capsys.readouterr().out
+    assert text.count("\n") == 1 and "a.png: no font here has all of its letters" in text
+    assert not caplog.records  # matplotlib would log that a font was not found
+    figures.image_rows(tmp_path / "a.png", rows[2:], title="title")
+    assert capsys.readouterr().out == ""
+
+
+def test_every_label_is_drawn_by_the_first_font_that_has_it(tmp_path, monkeypatch):
+    """DejaVu Sans is first, so other fonts on a machine change no figure."""
+    drawn = []
+    for fonts in (("DejaVu Sans",), figures.FONTS, ("DejaVu Serif", "DejaVu Sans")):
+        monkeypatch.setattr(figures, "FONTS", fonts)
+        figures.image_rows(tmp_path / "a.png", [("label", torch.zeros(1, 3, 8, 8))], title="t")
+        drawn.append((tmp_path / "a.png").read_bytes())
+    assert drawn[0] == drawn[1] != drawn[2]

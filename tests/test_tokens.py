@@ -112,11 +112,16 @@ def test_a_damaged_file_is_made_again(once, tokenizer, how):
 
 
 def test_images_of_a_streamed_folder_are_told_apart_by_name_and_size(once, tokenizer, image_folder):
+    """The folder itself may move."""
     paths = sorted(image_folder.rglob("*.png"))
     files = ImageFiles(paths, 32)
     once.data = ImageDataset(files[:20], files[20:], None, None, ())
     first = once(tokenizer)
     assert once.times == 2 and first.train.shape == (20, 2, 1 + N)
+    folder = image_folder.rename(image_folder.with_name("moved"))
+    paths = sorted(folder.rglob("*.png"))
+    files = ImageFiles(paths, 32)
+    once.data = ImageDataset(files[:20], files[20:], None, None, ())
     once(tokenizer)
     assert once.times == 0
     paths[3].write_bytes(paths[3].read_bytes() + b" ")
@@ -216,6 +221,9 @@ def test_batches_go_on_where_they_were():
     other.load_state_dict(state)
     again = [*other, *other]
     assert len(rest) == 3 + 5
+    of_others = TokenLoader(DATASET._replace(train=ROWS + 1), 8, device=CPU, seed=0, flip=True)
+    with pytest.raises(InputError, match="other training images"):
+        of_others.load_state_dict(state)
     assert all(torch.equal(a[1], b[1]) for a, b in zip(rest, again, strict=True))
 
 

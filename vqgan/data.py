@@ -6,10 +6,13 @@ operation, without workers or Python per image. A larger folder streams through 
     uint8 (N, 3, H, W) -> shuffled rows of a batch -> float (B, 3, H, W) in [-1, 1], some mirrored
 """
 
+import hashlib
 import math
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -179,17 +182,36 @@ class TrainLoader:
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
         return x if self.labels is None else (x, self.labels[row.to(self.device)])
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the images; computed when it is first needed, because 150 MB take a moment."""
+        return images_fingerprint(self.images)
+
     def state_dict(self) -> dict:
-        """The epoch and the position in it, for a checkpoint."""
+        """The epoch and the position in it, and which images they are, for a checkpoint."""
         state = {"epoch_start": self.epoch_start, "position": self.position}
-        return state | {"num_images": len(self.images)}
+        return state | {"num_images": len(self.images), "images": self.fingerprint}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from a state. Raises InputError if the number of images differs from then."""
+        """Continue from a state. Raises InputError if the images are others than then."""
         if state["num_images"] != len(self.images):
             given, had = len(self.images), state["num_images"]
             raise InputError(f"the run had {had} training images, not {given}: give the same")
+        if "images" in state and state["images"] != self.fingerprint:  # older states lack it
+            raise InputError("the run had as many other training images: give the same")
         self.epoch_start, self.position = state["epoch_start"].cpu(), state["position"]
+
+
+def images_fingerprint(images: Tensor | ImageFiles) -> str:
+    """SHA-256 of the pixels of a tensor, or of the names and sizes of files, which is faster.
+
+    Names begin below the folder that all files are in, so a folder may move or be renamed.
+    """
+    if isinstance(images, Tensor):
+        return hashlib.sha256(images.cpu().contiguous().numpy().data).hexdigest()
+    folder = os.path.commonpath([path.parent for path in images.paths])
+    names = [f"{p.relative_to(folder).as_posix()} {p.stat().st_size}\n" for p in images.paths]
+    return hashlib.sha256("".join([f"{images.image_size}\n", *names]).encode()).hexdigest()
 
 
 def eval_batches(
@@ -220,6 +242,7 @@ def _fetch(images, indices, device: torch.device) -> Iterator[Tensor]:
             num_workers=min(4, os.cpu_count() or 1),
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # or it would advance the global one
+            worker_init_fn=_ignore_interrupt,
         )
         try:
             for batch in loader:
@@ -227,6 +250,11 @@ def _fetch(images, indices, device: torch.device) -> Iterator[Tensor]:
         except InputError as error:  # a worker adds its traceback before our line
             line = str(error).strip().splitlines()[-1]
             raise InputError(line.removeprefix(f"{InputError.__module__}.InputError: ")) from None
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which stops its workers: each would print a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def eval_batch_size(image_size: int) -> int:

@@ -3,19 +3,34 @@
 Each function writes one PNG. The colors are Okabe and Ito's, which color-blind readers tell apart.
 """
 
+import io
 import itertools
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
+from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
 from torch import Tensor
 
+from vqgan.files import write_atomically
+
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# The first font that has a letter draws it; those behind the first are for Chinese and the like.
+FONTS: tuple[str, ...] = (
+    "DejaVu Sans",
+    "Noto Sans CJK JP",
+    "Noto Sans CJK SC",
+    "Microsoft YaHei",
+    "PingFang SC",
+)
+FONTS += ("Hiragino Sans", "WenQuanYi Micro Hei", "Arial Unicode MS")
 DOTS_PER_INCH = 110  # sharp enough on a page, and small enough to commit
 ROWS_FONT_SIZE = 13  # points; rows are 10 inches wide or more, and a page shrinks them to about 7
 
@@ -28,9 +43,17 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write the PNG, and create its folder."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+    """Write the PNG whole or not at all, with labels in any alphabet that the fonts have."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}  # others cause warnings
+    for text in figure.findobj(Text):
+        text.set_fontfamily([family for family in FONTS if family in installed])
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
+    if any("missing from font" in str(warning.message) for warning in caught):
+        print(f"{path}: no font here has all of its letters; Noto Sans CJK would, once installed")
+    write_atomically(Path(path), buffer.getvalue())
 
 
 def _check_images(images: Tensor) -> None:

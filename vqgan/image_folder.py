@@ -18,8 +18,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
+from vqgan.console import progress_bar
 from vqgan.errors import InputError
 
 TEST_FRACTION = 0.1  # of the images in a folder without train/ and test/
@@ -228,7 +228,9 @@ def _read_all(paths: list[Path], image_size: int) -> tuple["Tensor | ImageFiles"
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes in parallel
         work = pool.map(read, range(len(paths)))
-        faults = list(tqdm(work, total=len(paths), desc="reading", unit="file", leave=False))
+        faults = list(
+            progress_bar(work, total=len(paths), desc="reading", unit="file", leave=False)
+        )
     broken = [i for i, fault in enumerate(faults) if fault is not None]
     for i in broken[:MAX_NAMED]:
         print(f"skipped {paths[i]}: {faults[i]}")

@@ -5,7 +5,6 @@ condition (C,) and tokens (N,), concatenated -> a row of `TokenDataset`
 rows -> `TokenLoader` -> condition (B, C), tokens (B, N)
 """
 
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from vqgan import conditions
 from vqgan.checkpoint import fingerprint
 from vqgan.conditions import Condition
 from vqgan.console import progress_bar
-from vqgan.data import ImageDataset, TrainLoader, eval_batch_size, eval_batches
+from vqgan.data import ImageDataset, TrainLoader, eval_batch_size, eval_batches, images_fingerprint
 from vqgan.errors import InputError
 from vqgan.files import load_plain, save_plain
 from vqgan.image_folder import ImageFiles
@@ -99,18 +98,11 @@ def load_tokens(run: Run, tokenizer: VQAutoencoder, condition: Condition) -> Tok
     (Encoding takes a while; the file is reused for the same images, tokenizer, flip, transform.)
     """
     data, path = run.data, run.out / "tokens.pt"
-    key = hashlib.sha256()
-    for part in (fingerprint(tokenizer), str(run.flip), condition.transform):
-        key.update(part.encode())
-    for images in (data.train_images, data.test_images):
-        if isinstance(images, ImageFiles):  # by name and size, since to read them all takes a while
-            for file in images.paths:
-                key.update(f"{file} {file.stat().st_size} {images.image_size}\n".encode())
-        else:
-            key.update(images.contiguous().numpy().data)
+    key = [fingerprint(tokenizer), str(run.flip), condition.transform]
+    key += [images_fingerprint(images) for images in (data.train_images, data.test_images)]
     try:
         cached = load_plain(path, remedy="remove it")
-        is_current = cached["key"] == key.hexdigest()
+        is_current = cached["key"] == key
     except Exception:  # no file, a damaged one, or another one
         is_current = False
     if not is_current:
@@ -118,7 +110,7 @@ def load_tokens(run: Run, tokenizer: VQAutoencoder, condition: Condition) -> Tok
         shared: dict[str, Any] = {"transform": transform, "device": run.device}
         train = tokenize(data.train_images, tokenizer, flip=run.flip, **shared)
         test = tokenize(data.test_images, tokenizer, flip=False, **shared)
-        cached = {"key": key.hexdigest(), "train": train, "test": test}
+        cached = {"key": key, "train": train, "test": test}
         save_plain(path, cached)
     train, test = cached["train"], cached["test"]
     if condition.kind != "image":  # images were prepended by `tokenize`
