@@ -340,5 +340,5 @@ class Stopwatch:
 
 def versions() -> dict[str, str]:
     """The versions that results may depend on, for metrics.json."""
-    ours = {"vqgan": vqgan.__version__, "torch": torch.__version__}
-    return ours | {"torchvision": torchvision.__version__, "python": platform.python_version()}
+    numbers = {"vqgan": vqgan.__version__, "torch": torch.__version__}
+    return numbers | {"torchvision": torchvision.__version__, "python": platform.python_version()}
