@@ -222,10 +222,7 @@ def _decoder_layers(model: VQGAN) -> Iterator[str]:
 
 def _their_transformer_names(model: GPT) -> dict[str, list[str]]:
     """Their name for each of our weights, or their names for the parts to concatenate."""
-    renamed = {
-        "attention.proj": "attn.proj", "norm1": "ln1", "norm2": "ln2", "norm.": "ln_f.",
-        "tok_emb": "tok_emb", "pos_emb": "pos_emb",
-    }  # fmt: skip
+    renamed = {"attention.proj": "attn.proj", "norm1": "ln1", "norm2": "ln2", "norm.": "ln_f."}
     names = {}
     for our_name in model.state_dict():
         if our_name == "cond_emb.weight":
