@@ -32,13 +32,11 @@ MAY_CHANGE_ON_RESUME = {"device", "compile", "checkpoint_every", "epochs", "data
 MAY_CHANGE_ON_RESUME |= {"temperature", "top_k", "top_p", "guidance", "num_samples"}
 
 
-MAX_NUMBER = 10**9  # of any flag; more than a machine could hold or finish
+def _number(kind: type, is_valid: Callable, expected: str, highest: int = 10**9) -> Callable:
+    """An argparse type for valid numbers, whose error says what was `expected`.
 
-
-def _number(
-    kind: type, is_valid: Callable, expected: str, highest: int = MAX_NUMBER
-) -> Callable[[str], float]:
-    """An argparse type for valid numbers, whose error says what was `expected`."""
+    By default no number is higher than what a machine could hold or finish.
+    """
 
     def parse(text: str):
         try:
@@ -79,14 +77,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return text or ""
 
 
+# Of each parser. An abbreviation could mean another flag as soon as one is added.
+PARSER_OPTIONS: dict[str, Any] = {"formatter_class": HelpFormatter, "allow_abbrev": False}
+
+
 def common_parser(
     description: str, *, out: str, epochs: int, lr: float, required: str = ""
 ) -> argparse.ArgumentParser:
     """A parser of the flags that mean the same in every script."""
     usage = f"%(prog)s {required}[flags]   (--help lists them)"
-    parser = argparse.ArgumentParser(
-        description=description, usage=usage, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=description, usage=usage, **PARSER_OPTIONS)
     add = parser.add_argument
     sources = "cifar10, shapes, textures, or a folder of images"
     add("--data", type=path_text, default="cifar10", help=sources)
@@ -247,6 +247,28 @@ def sampling_settings(args: argparse.Namespace, num_embeddings: int) -> list[dic
     if set(args.guidance) != {1.0} and (args.condition == "none" or args.condition_drop == 0):
         raise InputError("--guidance needs a --condition, and a --condition-drop above 0")
     return settings
+
+
+def sampling_flags(add, *, count: int, out: str) -> None:
+    """The flags of a command that generates images."""
+    add("checkpoint", metavar="CHECKPOINT", help="checkpoint of train_transformer.py")
+    add("--class", dest="classes", nargs="+", metavar="NAME", help="classes to generate")
+    add("--caption", nargs="+", metavar="TEXT", help='captions, as in "small red star on blue"')
+    add("--count", type=small_int, default=count, help="images per class or caption")
+    add("--temperature", type=non_negative_float, default=1.0, help="temperature; 0 is greedy")
+    add("--top-k", type=int, help="sample from the k most likely tokens only")
+    add("--top-p", type=positive_float, help="sample from the top tokens of this total probability")
+    add("--guidance", type=non_negative_float, default=1.0, help="guidance scale; 1 is no guidance")
+    add("--seed", type=seed_int, default=0, help="random seed; another one gives other images")
+    tokenizer = "tokenizer (default: tokenizer.pt next to CHECKPOINT)"
+    add("--tokenizer", type=path_text, metavar="FILE", help=tokenizer)
+    output_flags(add, "PNG to write", default=out)
+
+
+def output_flags(add, what: str, *, default: str) -> None:
+    """The flags of a command that runs a model, and writes to `default` or its next unused name."""
+    add("--out", type=path_text, help=f"{what} (default: {default}, or its next unused name)")
+    add("--device", default="auto", help="device to compute on: auto, cpu, cuda, cuda:1 or mps")
 
 
 def output_path(out: str | None, default: str, images: Sequence[str | Path] = ()) -> Path:

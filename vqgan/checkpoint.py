@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import vqgan
-from vqgan.errors import InputError
+from vqgan.errors import InputError, file_input
 from vqgan.files import load_plain, save_plain
 from vqgan.images import MAX_IMAGE_SIZE
 
@@ -170,18 +170,16 @@ def check_state(state: dict, path: Path) -> None:
             raise InputError(f"{path} is damaged: its {name} is {value!r:.40}; name another file")
     size = metadata.get("image_size", 1)
     if not 1 <= size <= MAX_IMAGE_SIZE:
-        given = f"{size}"[:9]
-        raise InputError(f"{path} has images of {given} pixels, and not 1 to {MAX_IMAGE_SIZE}")
+        raise InputError(f"{path} has images of {size!s:.9} pixels, and not 1 to {MAX_IMAGE_SIZE}")
 
 
-def check_model_args(
-    model_class: type[nn.Module], model_args: dict, *, num_tensors: int, num_bytes: int
-) -> None:
+def check_model_args(model_class: type, model_args: dict, weights: dict, path: str | Path) -> None:
     """Raise `ValueError` for a model larger than its file, before it is built and fills the memory.
 
     No number of channels or codes can exceed the file's bytes, and no number of layers its tensors.
     """
     parameters = inspect.signature(model_class).parameters
+    num_tensors, num_bytes = len(weights), Path(path).stat().st_size
     for name, value in model_args.items():
         default = parameters[name].default if name in parameters else None
         kind = int | float if isinstance(default, int | float) else str
@@ -191,6 +189,17 @@ def check_model_args(
         numbers = value if isinstance(value, list | tuple) else [value]
         if len(numbers) > num_tensors or any(isinstance(n, int) and n > most for n in numbers):
             raise ValueError(f"{name} is larger than the file allows")
+
+
+def load_weights(model: nn.Module, weights: dict) -> None:
+    """Load a file's weights into a model that torch built on its "meta" device, without memory.
+
+    Raises:
+        RuntimeError, ValueError: they do not fit, or hold NaN or infinity.
+    """
+    model.load_state_dict(weights, assign=True)
+    if name := not_finite(weights):
+        raise ValueError(f"{name} is not finite")
 
 
 def _call(model_args: dict) -> str:
@@ -206,7 +215,8 @@ def restore(
     extra_state: dict | None = None,
 ) -> None:
     """Load a checkpoint's state into the objects that `save_checkpoint` took it from."""
-    try:
+    advice = ": put the right file back, or start in another folder"
+    with file_input("the checkpoint does not fit this run", advice):
         model.load_state_dict(state["weights"])
         for name, part in (extra_state or {}).items():
             part.load_state_dict(state["extra_state"][name])
@@ -214,12 +224,6 @@ def restore(
             optimizer.load_state_dict(state["optimizers"][name])
         batches.load_state_dict(state["batches"])
         set_random_state(state["random"])
-    except InputError:  # other images than those of the run
-        raise
-    except Exception as error:  # a damaged state raises many types
-        reason = " ".join(str(error).split())[:200]
-        advice = "put the right file back, or start in another folder"
-        raise InputError(f"the checkpoint does not fit this run ({reason}): {advice}") from error
     if state["threads"] != torch.get_num_threads():
         print(
             f"warning: this run had {state['threads']} threads, now {torch.get_num_threads()}: sums"

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgan.checkpoint import not_finite
+from vqgan.checkpoint import load_weights
 from vqgan.console import progress_bar
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
 from vqgan.errors import InputError
@@ -58,13 +58,11 @@ class Classifier(nn.Module):
     def __init__(self, num_classes: int, width: int = 16):
         super().__init__()
         self.stem = nn.Conv2d(3, width, kernel_size=3, padding=1)
+        # Channels before and after a stage, and the stride of its first block.
+        sizes = ((width, width, 1), (width, 2 * width, 2), (2 * width, 4 * width, 2))
         self.stages = nn.ModuleList(
             nn.Sequential(ResidualBlock(before, after, stride), ResidualBlock(after, after, 1))
-            for before, after, stride in (
-                (width, width, 1),
-                (width, 2 * width, 2),
-                (2 * width, 4 * width, 2),
-            )
+            for before, after, stride in sizes
         )
         self.head = nn.Linear(4 * width, num_classes)
 
@@ -148,10 +146,8 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float
     try:
         with torch.device("meta"):
             model = Classifier(state["num_classes"], state["width"])
-        model.load_state_dict(state["weights"], assign=True)
+        load_weights(model, state["weights"])
         accuracy = float(state["accuracy"])
-        if name := not_finite(state["weights"]):
-            raise ValueError(f"{name} is not finite")
     except Exception as error:  # another file's state raises many types
         raise InputError(f"{path} is not a classifier of this package: {remedy}") from error
     model = prepare_model(model, device, compile=False)

@@ -15,7 +15,7 @@ import argparse
 import json
 
 from vqgan import cli_sample, cli_tokenizer, pretrained
-from vqgan.arguments import HelpFormatter, output_path, path_text
+from vqgan.arguments import PARSER_OPTIONS, output_path, path_text
 from vqgan.checkpoint import fingerprint, save_model
 from vqgan.errors import InputError
 from vqgan.files import read_json
@@ -87,8 +87,8 @@ def export(args: argparse.Namespace) -> None:
     tokenizer_state = pretrained.read_checkpoint(path.with_name("tokenizer.pt"))
     save_model(out / "tokenizer.pt", tokenizer_state, half=True)
     tokenizer, _ = pretrained.load_tokenizer(out / "tokenizer.pt")  # rounded: another fingerprint
-    state["metadata"] |= {"tokenizer_fingerprint": fingerprint(tokenizer)}
-    state["metadata"] |= {"result": _result(args.checkpoint, state)}
+    result = _result(args.checkpoint, state)
+    state["metadata"] |= {"tokenizer_fingerprint": fingerprint(tokenizer), "result": result}
     save_model(out / "checkpoint.pt", state, half=True)
     size = sum((out / name).stat().st_size for name in ("tokenizer.pt", "checkpoint.pt"))
     print(f"{type(pipeline.tokenizer).__name__} and transformer, {size / 1e6:.1f} MB: {out}")
@@ -118,9 +118,7 @@ def parse() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for function, add_flags in COMMANDS.items():
         name, help = function.__name__, (function.__doc__ or "").splitlines()[0].rstrip(".")
-        subparser = commands.add_parser(
-            name, help=help, description=help, formatter_class=HelpFormatter, allow_abbrev=False
-        )
+        subparser = commands.add_parser(name, help=help, description=help, **PARSER_OPTIONS)
         add_flags(subparser.add_argument)
         subparser.set_defaults(function=function)
     return parser.parse_args()

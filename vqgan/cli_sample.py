@@ -7,14 +7,7 @@ import torch
 from torch import Tensor
 
 from vqgan import figures
-from vqgan.arguments import (
-    non_negative_float,
-    output_path,
-    path_text,
-    positive_float,
-    seed_int,
-    small_int,
-)
+from vqgan.arguments import output_path, sampling_flags, small_int
 from vqgan.conditions import TRANSFORMS
 from vqgan.console import progress_bar
 from vqgan.data import eval_batch_size
@@ -29,23 +22,6 @@ from vqgan.sampling import check_sampling, describe_sampling, sample_sliding_win
 SAMPLES, COMPLETED = "samples.png", "completed.png"  # --out
 COLUMNS = 8  # images per row
 MAX_CHUNK_SIZE = 64  # images that are generated at once
-
-
-def sampling_flags(add, *, count: int, out: str) -> None:
-    """The flags that both commands have."""
-    add("checkpoint", metavar="CHECKPOINT", help="checkpoint of train_transformer.py")
-    add("--class", dest="classes", nargs="+", metavar="NAME", help="classes to generate")
-    add("--caption", nargs="+", metavar="TEXT", help='captions, as in "small red star on blue"')
-    add("--count", type=small_int, default=count, help="images per class or caption")
-    add("--temperature", type=non_negative_float, default=1.0, help="temperature; 0 is greedy")
-    add("--top-k", type=int, help="sample from the k most likely tokens only")
-    add("--top-p", type=positive_float, help="sample from the top tokens of this total probability")
-    add("--guidance", type=non_negative_float, default=1.0, help="guidance scale; 1 is no guidance")
-    add("--seed", type=seed_int, default=0, help="random seed; another one gives other images")
-    tokenizer = "tokenizer (default: tokenizer.pt next to CHECKPOINT)"
-    add("--tokenizer", type=path_text, metavar="FILE", help=tokenizer)
-    add("--out", type=path_text, help=f"PNG to write (default: {out}, or its next unused name)")
-    add("--device", default="auto", help="device to compute on: auto, cpu, cuda, cuda:1 or mps")
 
 
 def sample_flags(add) -> None:
@@ -74,12 +50,11 @@ def sample(args: argparse.Namespace) -> None:
     pipeline, setting, device = _open(args)
     if args.as_is and args.image is None:
         raise InputError("--as-is is about an --image, and none was given: leave it out")
-    size, (h, w) = pipeline.tokenizer.image_size, pipeline.tokenizer.grids[0]
     height, width = _grid_size(args, pipeline)
     prompts = _prompts(args, pipeline)
     rows = []
     if args.image is not None:
-        x = from_uint8(read_images([args.image], size)).to(device)
+        x = from_uint8(read_images([args.image], pipeline.tokenizer.image_size)).to(device)
         transformed = x if args.as_is else TRANSFORMS[pipeline.condition.transform](x)
         rows = [("original", to_unit(x).cpu())] if not args.as_is else []
         rows.append((pipeline.condition.transform, to_unit(transformed).cpu()))
@@ -87,16 +62,16 @@ def sample(args: argparse.Namespace) -> None:
     pixels = 2**pipeline.tokenizer.num_downsamples
     chunk_size = min(MAX_CHUNK_SIZE, eval_batch_size(height * pixels))
     total = len(prompts) * args.count * height * width
-    with progress_bar(desc="sampling", total=total, unit="token", unit_scale=True) as progress:
+    with progress_bar(desc="sampling", total=total, unit="token", unit_scale=True) as bar:
         for label, prompt in prompts.items():
             # Each label has its own generator, so its images are the same without the others. (And
             # not by hash(), which differs from process to process.)
             seed = zlib.crc32(f"{args.seed} {label}".encode())
             generator = torch.Generator().manual_seed(seed)
-            options = setting | {"generator": generator, "progress": progress.update}
+            options = setting | {"generator": generator, "progress": bar.update}
             images = []
             for part in prompt.to(device).expand(args.count, -1).split(chunk_size):
-                if (height, width) == (h, w):
+                if (height, width) == pipeline.tokenizer.grids[0]:
                     tokens = pipeline.transformer.sample(part, **options)
                     x = pipeline.tokenizer.decode_tokens(tokens)
                 else:
@@ -121,26 +96,23 @@ def complete(args: argparse.Namespace) -> None:
     x = from_uint8(images).to(device)  # (1, 3, H, W)
     tokens = pipeline.tokenizer.tokens(x)  # (1, N)
     mask = _mask(args.keep, pipeline)  # (h, w)
-    if args.classes is not None or args.caption is not None:
+    kind = pipeline.condition.kind
+    if kind == "none" or args.classes is not None or args.caption is not None:
         (condition, *others) = _prompts(args, pipeline).values()
         if others:
             raise InputError("a completion has one class or caption: give one")
-    elif pipeline.condition.kind == "image":
+    elif kind == "image":
         condition = pipeline.tokenizer.tokens(TRANSFORMS[pipeline.condition.transform](x))
-    elif pipeline.condition.kind == "none":
-        condition = pipeline.condition.start_tokens(1)
     elif not pipeline.supports_guidance:
-        raise InputError(f"this model needs a condition: give --{pipeline.condition.kind}")
+        raise InputError(f"this model needs a condition: give --{kind}")
     elif args.guidance != 1:
         raise InputError("--guidance strengthens a condition, and none was given: leave it out")
     else:  # the condition is dropped
         condition = torch.full((1, pipeline.condition.length), pipeline.transformer.null_token)
     given = torch.where(mask.to(device).flatten(), tokens, -1).expand(args.count, -1)
-    with progress_bar(
-        desc="sampling", total=given.numel(), unit="token", unit_scale=True
-    ) as progress:
+    with progress_bar(desc="sampling", total=given.numel(), unit="token", unit_scale=True) as bar:
         generator = torch.Generator().manual_seed(args.seed)
-        options = setting | {"generator": generator, "progress": progress.update}
+        options = setting | {"generator": generator, "progress": bar.update}
         prompt = condition.to(device).expand(args.count, -1)
         samples = pipeline.transformer.sample(prompt, given=given, **options)
     completed = to_unit(decode_tokens(pipeline.tokenizer, samples))

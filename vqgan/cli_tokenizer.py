@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqgan import figures, metrics
-from vqgan.arguments import output_path, path_text, small_int
+from vqgan.arguments import output_flags, output_path, path_text, small_int
 from vqgan.checkpoint import fingerprint
 from vqgan.compvis import read_config
 from vqgan.data import eval_batch_size
@@ -40,8 +40,7 @@ def image_flags(add, *, model: str, out: str) -> None:
     images = "images, in any format that Pillow opens, or folders of them"
     add("images", metavar="IMAGE", nargs="+", type=path_text, help=images)
     add("--image-size", type=small_int, help="side of images in pixels (default: the model's)")
-    add("--out", type=path_text, help=f"file to write (default: {out}, or its next unused name)")
-    add("--device", default="auto", help="device to compute on: auto, cpu, cuda, cuda:1 or mps")
+    output_flags(add, "file to write", default=out)
 
 
 def reconstruct_flags(add) -> None:
@@ -59,9 +58,7 @@ def decode_flags(add) -> None:
     """The flags of `vqgan decode`."""
     add("indices", metavar="INDICES", help="file that `vqgan encode` wrote")
     add("--checkpoint", metavar="CHECKPOINT", help="model that encoded INDICES, if it was moved")
-    out = f"folder for PNG files (default: {DECODED}, or its next unused name)"
-    add("--out", type=path_text, help=out)
-    add("--device", default="auto", help="device to compute on: auto, cpu, cuda, cuda:1 or mps")
+    output_flags(add, "folder for PNG files", default=DECODED)
 
 
 @torch.no_grad()

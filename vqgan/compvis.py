@@ -16,15 +16,14 @@ import importlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
 
-from vqgan.checkpoint import MODEL_KEYS, check_model_args, not_finite
-from vqgan.errors import InputError
+from vqgan.checkpoint import MODEL_KEYS, check_model_args, load_weights
+from vqgan.errors import InputError, file_input
 from vqgan.files import load_plain, load_tensors
 from vqgan.transformer import GPT
 from vqgan.vqgan import VQGAN
@@ -61,14 +60,13 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
     """
     theirs = read_weights(path)
     _ignore(theirs, "of the training loss", "loss.")
-    with _fitting(path):
+    with file_input(f"{path} does not fit its config", ": give its own"):
         config = _innermost(config, "model", "params")
         if "ddconfig" in config:  # next to it their YAML describes more than the network
             outer = {key: config[key] for key in ("embed_dim", "n_embed") if key in config}
             config = config["ddconfig"] | outer
         model_args = _arguments(config, VQGAN_ARGUMENTS, VQGAN_ONLY_VALUES)
-        num_bytes = Path(path).stat().st_size
-        check_model_args(VQGAN, model_args, num_tensors=len(theirs), num_bytes=num_bytes)
+        check_model_args(VQGAN, model_args, theirs, path)
         levels = range(len(model_args["channel_multipliers"]))
         resolutions = {model_args["resolution"] // 2**level for level in levels}
         # Resolutions that never occur have no effect in their code.
@@ -76,7 +74,6 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
         with torch.device("meta"):  # names and shapes only
             model = VQGAN(**model_args, quantizer="gradient", norm_groups=32)  # as published
         _load(model, theirs, {ours: [name] for ours, name in _their_names(model).items()})
-    model.quantizer.initialized = True
     return model.eval()
 
 
@@ -102,11 +99,10 @@ def load_compvis_transformer(
     """
     theirs = {k: w for k, w in read_weights(path).items() if not k.endswith(".attn.mask")}
     _ignore(theirs, "outside the transformer", "first_stage_model.", "cond_stage_model.")
-    with _fitting(path):
+    with file_input(f"{path} does not fit its config", ": give its own"):
         config = _innermost(config, "model", "params", "transformer_config", "params")
         model_args = _arguments(config, GPT_ARGUMENTS, GPT_ONLY_VALUES)
-        num_bytes = Path(path).stat().st_size
-        check_model_args(GPT, model_args, num_tensors=len(theirs), num_bytes=num_bytes)
+        check_model_args(GPT, model_args, theirs, path)
         block_size = model_args.pop("block_size")
         seq_len = block_size if seq_len is None else seq_len
         length = block_size - seq_len + 1 if condition_length is None else condition_length
@@ -128,17 +124,15 @@ def load_compvis_transformer(
 
 def read_config(path: str | Path) -> dict:
     """Read a file with their config. Raises InputError unless it is YAML or JSON of an object."""
+    is_yaml = Path(path).suffix in (".yaml", ".yml")
     try:
-        is_yaml = Path(path).suffix in (".yaml", ".yml")
         parse = importlib.import_module("yaml").safe_load if is_yaml else json.loads
+    except ModuleNotFoundError as error:
+        raise InputError(f"{path} is YAML: add the extra 'yaml', or give JSON") from error
+    with file_input(f"{path} cannot be read as a config in JSON or YAML"):
         config = parse(Path(path).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"an object {{...}} was expected, not {config!r:.40}")
-    except ModuleNotFoundError as error:
-        raise InputError(f"{path} is YAML: add the extra 'yaml', or give JSON") from error
-    except Exception as error:  # a YAMLError is not a ValueError
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} cannot be read as a config in JSON or YAML ({reason})") from error
     return config
 
 
@@ -171,28 +165,12 @@ def _ignore(weights: dict, what: str, *prefixes: str) -> None:
         print(f"ignored {len(ignored)} weights {what}: {', '.join(modules)}")
 
 
-@contextmanager
-def _fitting(path: str | Path) -> Iterator[None]:
-    """Report a network that cannot be built, or does not fit the weights, as a wrong config."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # a config may hold anything
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{path} does not fit its config ({reason}): give its own") from error
-
-
 def _load(model: nn.Module, theirs: dict, names: dict[str, list[str]]) -> None:
     """Load weights strictly: ours are concatenations of theirs, and none of theirs is left."""
-    state = model.state_dict()
-    for ours, parts in names.items():
-        state[ours] = torch.cat([theirs.pop(name).float() for name in parts])
+    state = {our: torch.cat([theirs.pop(n).float() for n in parts]) for our, parts in names.items()}
     if theirs:
         raise KeyError(f"{min(theirs)} is not a weight of this network")
-    model.load_state_dict(state, assign=True)
-    if name := not_finite(state):
-        raise ValueError(f"{name} is not finite")
+    load_weights(model, state)
 
 
 # --- names -------------------------------------------------------------------------------------
@@ -244,10 +222,7 @@ def _decoder_layers(model: VQGAN) -> Iterator[str]:
 
 def _their_transformer_names(model: GPT) -> dict[str, list[str]]:
     """Their name for each of our weights, or their names for the parts to concatenate."""
-    renamed = {
-        "attention.proj": "attn.proj", "norm1": "ln1", "norm2": "ln2", "norm.": "ln_f.",
-        "tok_emb": "tok_emb", "pos_emb": "pos_emb",
-    }  # fmt: skip
+    renamed = {"attention.proj": "attn.proj", "norm1": "ln1", "norm2": "ln2", "norm.": "ln_f."}
     names = {}
     for our_name in model.state_dict():
         if our_name == "cond_emb.weight":

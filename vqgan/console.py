@@ -1,6 +1,6 @@
 """What a user sees: text of any alphabet, in a terminal, a file or a pipe, and progress bars.
 
-`arguments.run_script` puts a `Console` in front of both output streams, so all prints pass here.
+`script.run_script` puts a `Console` in front of both output streams, so all prints pass here.
 """
 
 import os

@@ -75,8 +75,7 @@ class PatchDiscriminator(nn.Module):
         if norm not in NORMS:
             raise ValueError(f"the discriminator's norm is one of {', '.join(NORMS)}, not {norm!r}")
         depth = choose_depth(image_size)
-        if image_size < receptive_field(depth):
-            smallest = receptive_field(depth)
+        if image_size < (smallest := receptive_field(depth)):
             raise ValueError(f"image_size must be {smallest} or more, not {image_size}")
 
         def conv(in_channels: int, out_channels: int, stride: int) -> nn.Module:

@@ -61,9 +61,7 @@ def load_tensors(path: str | Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_plain(
-    path: str | Path, *, remedy: str, load: Callable[[str | Path], Any] = load_tensors
-) -> Any:
+def load_plain(path: str | Path, *, remedy: str, load: Callable = load_tensors) -> Any:
     """Read what `save_plain` or another torch.save wrote.
 
     Args:

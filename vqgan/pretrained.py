@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from vqgan.checkpoint import check_model_args, fingerprint, is_float, load_checkpoint, not_finite
+from vqgan.checkpoint import check_model_args, fingerprint, is_float, load_checkpoint, load_weights
 from vqgan.compvis import load_compvis_vqgan, read_config
 from vqgan.conditions import Condition
-from vqgan.errors import InputError
+from vqgan.errors import InputError, file_input
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
 from vqgan.vqgan import VQGAN
@@ -48,19 +48,12 @@ def read_checkpoint(path: str | Path) -> dict:
 def build_model(state: dict, path: str | Path) -> VAE | VQVAE | VQGAN | GPT:
     """The model of a checkpoint that was read; errors name it by its `path`."""
     weights, model_args, model_class = state["weights"], state["model_args"], MODELS[state["model"]]
-    limits = {"num_tensors": len(weights), "num_bytes": checkpoint_path(path).stat().st_size}
-    try:
-        check_model_args(model_class, model_args, **limits)
+    with file_input(f"{path} does not fit {state['model']}", ": damaged?"):
+        check_model_args(model_class, model_args, weights, checkpoint_path(path))
         with torch.device("meta"):  # names and shapes only: no memory, no random numbers
             model = model_class(**model_args)
         # Shipped weights are in half precision.
-        weights = {name: w.float() if is_float(w) else w for name, w in weights.items()}
-        model.load_state_dict(weights, assign=True)
-        if name := not_finite(weights):
-            raise ValueError(f"{name} is not finite")
-    except Exception as error:  # a damaged or a stranger's file raises many types
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} does not fit {state['model']} ({reason}): damaged?") from error
+        load_weights(model, {name: w.float() if is_float(w) else w for name, w in weights.items()})
     return model.eval().requires_grad_(False)
 
 
@@ -74,16 +67,12 @@ def init_weights(model: nn.Module, path: str | Path, config: str | None = None) 
         InputError: the file is of another model, or of other sizes.
     """
     source = load_model(path, config=None if config is None else read_config(config))
-    try:
+    with file_input(f"{path} is a {type(source).__name__} of other sizes or kind"):
         for name in ("n_head", "norm_groups"):  # which no shape of a weight tells
             ours, theirs = (getattr(m, name, None) for m in (model, source))
             if ours != theirs:
-                raise RuntimeError(f"{name} is {theirs}, not {ours}")
+                raise ValueError(f"{name} is {theirs}, not {ours}")
         model.load_state_dict(source.state_dict())
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        name = type(source).__name__
-        raise InputError(f"{path} is a {name} of other sizes or kind ({reason})") from error
 
 
 def checkpoint_path(path: str | Path) -> Path:
@@ -138,10 +127,8 @@ def load_tokenizer(path: str | Path) -> tuple[VQAutoencoder, dict]:
 
 def load_condition(state: dict, path: str | Path) -> Condition:
     """The condition of a transformer's checkpoint that was read; errors name it by its `path`."""
-    try:
+    with file_input(f"{path} has a damaged condition", ": name another file"):
         return Condition.from_dict(state["metadata"]["condition"])
-    except Exception as error:  # a damaged or a stranger's file raises many types
-        raise InputError(f"{path} has a damaged condition ({error}): name another file") from error
 
 
 def load_pipeline(path: str | Path, *, tokenizer: str | Path | None = None) -> Pipeline:
@@ -165,13 +152,11 @@ def load_pipeline(path: str | Path, *, tokenizer: str | Path | None = None) -> P
         raise InputError(f"{file} is not the tokenizer of {path}: name a copy of {source}")
     size = metadata["image_size"]  # that the transformer was trained on
     condition = load_condition(state, path)
-    try:
+    with file_input(f"{path} has damaged metadata", ": name another file"):
         model.check_resolution(size, size)
         model.image_size = size
         expected = (condition.vocabulary, condition.length, math.prod(model.grids[0]))
         found = (transformer.condition_vocabulary, transformer.condition_length)
         if expected != (*found, transformer.seq_len):
             raise ValueError("the condition or the grid is of another model")
-    except ValueError as error:
-        raise InputError(f"{path} has damaged metadata ({error}): name another file") from error
     return Pipeline(transformer, model, condition, supports_guidance=metadata["condition_drop"] > 0)

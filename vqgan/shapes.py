@@ -23,6 +23,7 @@ COLORS = {
     "white": (240, 240, 240),
     "black": (25, 25, 25),
 }
+PALETTE = np.array(list(COLORS.values()), dtype=np.float32)  # (8, 3)
 GRAY = 110.0  # the middle of the palette; a texture mixes the background's color with it
 SIZE_IN_PIXELS = 32
 MIN_AREA = 20  # every shape has at least this many pixels
@@ -68,11 +69,10 @@ def render_shapes(
             coverage[chunk] = _mean_of_blocks(_is_inside(name, x, y))
 
     # The texture mixes two shades of the background, and the shape covers them.
-    palette = np.array(list(COLORS.values()), dtype=np.float32)
-    jitter = rng.uniform(-18.0, 18.0, size=(2, num_images, 3)).astype(np.float32)
-    foreground = palette[color] + jitter[0]
-    light = palette[background] + jitter[1]
-    contrast = rng.uniform(0.3, 0.6, size=(num_images, 1)).astype(np.float32)
+    jitter = rng.uniform(-18.0, 18.0, size=(2, num_images, 3, 1, 1)).astype(np.float32)
+    foreground = PALETTE[color, :, None, None] + jitter[0]  # (N, 3, 1, 1)
+    light = PALETTE[background, :, None, None] + jitter[1]
+    contrast = rng.uniform(0.3, 0.6, size=(num_images, 1, 1, 1)).astype(np.float32)
     # The second shade lies between the color and gray.
     dark = light * (1 - contrast) + np.float32(GRAY) * contrast
     texture, _ = _texture(rng, num_images)
@@ -80,9 +80,8 @@ def render_shapes(
     for start in range(0, num_images, CHUNK_SIZE):
         part = slice(start, start + CHUNK_SIZE)
         shape, shade = coverage[part, None], texture[part, None]  # (n, 1, 32, 32)
-        light_, dark_, foreground_ = (c[part, :, None, None] for c in (light, dark, foreground))
-        pixels = light_ * (1 - shade) + dark_ * shade
-        pixels += shape * (foreground_ - pixels)  # (n, 3, 32, 32)
+        pixels = light[part] * (1 - shade) + dark[part] * shade  # (n, 3, 32, 32)
+        pixels += shape * (foreground[part] - pixels)
         images[part] = np.clip(pixels + np.float32(0.5), 0, 255)
 
     names = list(COLORS)
@@ -107,14 +106,13 @@ def render_textures(
     rng = np.random.default_rng(seed)
     first = rng.integers(len(COLORS), size=num_images)
     second = (first + rng.integers(1, len(COLORS), size=num_images)) % len(COLORS)
+    light, dark = PALETTE[first, :, None, None], PALETTE[second, :, None, None]  # (N, 3, 1, 1)
     texture, kind = _texture(rng, num_images)
-    palette = np.array(list(COLORS.values()), dtype=np.float32)[..., None, None]  # (8, 3, 1, 1)
     images = np.empty((num_images, 3, SIZE_IN_PIXELS, SIZE_IN_PIXELS), dtype=np.uint8)
     for start in range(0, num_images, CHUNK_SIZE):
         part = slice(start, start + CHUNK_SIZE)
         shade = texture[part, None]  # (n, 1, 32, 32)
-        pixels = palette[first[part]] * (1 - shade) + palette[second[part]] * shade
-        images[part] = pixels + np.float32(0.5)
+        images[part] = light[part] * (1 - shade) + dark[part] * shade + np.float32(0.5)
     return images, kind.astype(np.int64), None, TEXTURES
 
 
@@ -176,8 +174,7 @@ def detect_colors(images: np.ndarray) -> list[tuple[str, str]]:
     Args:
         images: uint8 (N, 3, 32, 32).
     """
-    names, palette = list(COLORS), np.array(list(COLORS.values()), dtype=np.float32)
-    rays = palette - GRAY  # (8, 3), from gray to each color
+    rays = PALETTE - GRAY  # (8, 3), from gray to each color
     lengths = np.linalg.norm(rays, axis=1)
     rays = rays / lengths[:, None]
     pixels = images.transpose(0, 2, 3, 1).astype(np.float32)  # (N, 32, 32, 3)
@@ -197,9 +194,10 @@ def detect_colors(images: np.ndarray) -> list[tuple[str, str]]:
     farthest = np.argsort(-from_background, axis=1)[:, :MIN_AREA]
     flat = pixels.reshape(len(pixels), -1, 3)
     mean = np.take_along_axis(flat, farthest[..., None], axis=1).mean(axis=1)  # (N, 3)
-    to_palette = np.linalg.norm(mean[:, None] - palette, axis=2)  # (N, 8)
+    to_palette = np.linalg.norm(mean[:, None] - PALETTE, axis=2)  # (N, 8)
     to_palette[np.arange(len(mean)), background] = np.inf  # a shape has another color
     shape = to_palette.argmin(axis=1)
+    names = list(COLORS)
     return [(names[s], names[b]) for s, b in zip(shape, background, strict=True)]
 
 

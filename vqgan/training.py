@@ -34,14 +34,7 @@ import torchvision
 from torch import Tensor, nn
 
 import vqgan
-from vqgan.checkpoint import (
-    DIVERGED,
-    all_model_args,
-    is_float,
-    load_checkpoint,
-    restore,
-    save_checkpoint,
-)
+from vqgan.checkpoint import DIVERGED, all_model_args, load_checkpoint, restore, save_checkpoint
 from vqgan.console import progress_bar
 from vqgan.data import ImageDataset, TrainLoader
 from vqgan.device import describe_device
@@ -163,6 +156,7 @@ class Session:
             restore(saved, model=self.eval_model, **self.parts)
             self.step, self.seconds = saved["step"], saved["seconds"]
         self.log_file = Log(folder / "log.csv", resume_at=self.step)
+        self.rows = self.log_file.rows
         self.bar = progress_bar(
             desc=folder.name, total=self.total_steps * loader.batch_size,
             initial=self.step * loader.batch_size, unit="img", unit_scale=True,
@@ -202,10 +196,8 @@ class Session:
         if not (self.step % LOG_EVERY == 0 or self.save_is_due or end_row):
             return None
         row = self.log_file.write_row(epoch=self.epoch)
-        shown: dict[str, str] = {
-            name: f"{row[name]:.4g}" for name in ("loss", "codes_used") if name in row
-        }
-        self.bar.set_postfix(shown, refresh=False)
+        shown = [name for name in ("loss", "codes_used") if name in row]
+        self.bar.set_postfix({name: f"{row[name]:.4g}" for name in shown}, refresh=False)
         return row
 
     @property
@@ -218,11 +210,6 @@ class Session:
             "model_args": all_model_args(type(self.model), self.metadata["model_args"]),
             "seconds": round(self.seconds, 1),
         }
-
-    @property
-    def rows(self) -> list[dict[str, float]]:
-        """The rows of log.csv."""
-        return self.log_file.rows
 
     @property
     def epoch(self) -> float:
@@ -262,12 +249,12 @@ class ModelEMA:
         # What has no average is copied, such as whether a codebook is initialized. Loading is not
         # strict, because the averaged floats are left out.
         state = model.state_dict()
-        state = {name: value for name, value in state.items() if not is_float(value)}
+        state = {name: value for name, value in state.items() if not value.is_floating_point()}
         self.model.load_state_dict(state, strict=False)
 
 
 def _floats(model: nn.Module) -> list[Tensor]:
-    return [tensor for tensor in model.state_dict().values() if is_float(tensor)]
+    return [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
 
 
 # --- the log -------------------------------------------------------------------------------------
@@ -353,6 +340,5 @@ class Stopwatch:
 
 def versions() -> dict[str, str]:
     """The versions that results may depend on, for metrics.json."""
-    packages = {"vqgan": vqgan, "torch": torch, "torchvision": torchvision}
-    numbers = {name: package.__version__ for name, package in packages.items()}
-    return numbers | {"python": platform.python_version()}
+    numbers = {"vqgan": vqgan.__version__, "torch": torch.__version__}
+    return numbers | {"torchvision": torchvision.__version__, "python": platform.python_version()}
