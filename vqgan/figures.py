@@ -23,14 +23,8 @@ from vqgan.files import write_atomically
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # The first font that has a letter draws it; those behind the first are for Chinese and the like.
-FONTS: tuple[str, ...] = (
-    "DejaVu Sans",
-    "Noto Sans CJK JP",
-    "Noto Sans CJK SC",
-    "Microsoft YaHei",
-    "PingFang SC",
-)
-FONTS += ("Hiragino Sans", "WenQuanYi Micro Hei", "Arial Unicode MS")
+FONTS = ["DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Microsoft YaHei", "PingFang SC"]
+FONTS += ["Hiragino Sans", "WenQuanYi Micro Hei", "Arial Unicode MS"]
 DOTS_PER_INCH = 110  # sharp enough on a page, and small enough to commit
 ROWS_FONT_SIZE = 13  # points; rows are 10 inches wide or more, and a page shrinks them to about 7
 
