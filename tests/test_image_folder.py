@@ -1,4 +1,5 @@
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -175,8 +176,8 @@ def test_any_mode_and_size_becomes_rgb(tmp_path, mode, size):
     "values, problem",
     [
         (np.linspace(0, 1, 64, dtype=np.float32), "mode F has no known range"),
-        (np.arange(-1, 63, dtype=np.int32), "from -1 to 62, not from 0 to 65535"),
-        (np.arange(64, dtype=np.int32) * 1041, "from 0 to 65583, not from 0 to 65535"),
+        (np.arange(-1, 63, dtype=np.int32), "from -1 to 62"),
+        (np.arange(64, dtype=np.int32) * 1041, "from 0 to 65583"),
     ],
 )
 def test_values_of_unknown_range_are_refused(tmp_path, values, problem):
@@ -187,18 +188,18 @@ def test_values_of_unknown_range_are_refused(tmp_path, values, problem):
 
 
 @pytest.mark.parametrize("bits, is_dark", [(8, True), (12, True), (14, False), (16, False)])
-def test_dark_images_of_16_bits_are_counted(image_folder, capsys, bits, is_dark):
+def test_dark_images_of_16_bits_are_warned_of_once(image_folder, bits, is_dark):
     """Many cameras and scanners write 12 bits into 16."""
     ramp = np.tile(np.linspace(0, 2**bits - 1, 64).astype(np.uint16), (64, 1))
     for name in ("b.png", "a.png"):
         Image.fromarray(ramp).save(image_folder / "cats" / name)
     Image.new("L", (32, 32)).save(image_folder / "cats" / "black.png")  # of 8 bits, so it is meant
-    load_dataset(str(image_folder))
-    warning = "warning: 2 images of 16 bits are almost black, a.png for one"
-    printed = capsys.readouterr().out
-    assert (warning in printed) == is_dark and printed.count("warning") == is_dark
-    read_images([image_folder / "cats" / "a.png"], 32)
-    assert ("1 images of 16 bits" in capsys.readouterr().out) == is_dark
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # as a user's Python does
+        load_dataset(str(image_folder))
+    assert [str(w.message) for w in caught] == is_dark * [
+        "images of 16 bits are almost black: are they of 12?"
+    ]
 
 
 def smooth(mode):
@@ -213,8 +214,8 @@ def smooth(mode):
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16", "I"])
 @pytest.mark.parametrize("turn", [1, 6])
-def test_a_large_image_is_the_same_and_never_copied_as_a_whole(tmp_path, monkeypatch, mode, turn):
-    """Its bands are converted one by one, as four copies of 13,000 x 13,000 pixels take 2.7 GB."""
+def test_a_huge_image_is_the_same_and_not_copied_at_its_size(tmp_path, monkeypatch, mode, turn):
+    """At 13,000 x 13,000 pixels with transparency, four copies took 2.6 GB."""
     exif = Image.Exif()
     exif[0x0112] = turn
     path = tmp_path / ("a.tif" if mode in ("CMYK", "I") else "a.png")
@@ -224,9 +225,10 @@ def test_a_large_image_is_the_same_and_never_copied_as_a_whole(tmp_path, monkeyp
     monkeypatch.setattr(
         Image.Image, "convert", lambda im, mode: (sizes.append(im.size), convert(im, mode))[1]
     )
-    monkeypatch.setattr(folders, "LARGE", 700 * 500 - 1)
+    monkeypatch.setattr(folders, "HUGE", 700 * 500 - 1)
     assert np.abs(read_image(path, 16) - expected).max() <= 6  # of 255
-    assert sizes and all(width * height <= 700 * 500 / 40 for width, height in sizes)
+    if mode in folders.REDUCIBLE:
+        assert all(width * height <= 700 * 500 / 40 for width, height in sizes[mode == "RGBA" :])
 
 
 def test_transparency_is_laid_over_white(tmp_path):

@@ -9,13 +9,14 @@ named and left out, before training and not hours into it.
 """
 
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -23,7 +24,8 @@ from vqgan.console import progress_bar
 from vqgan.errors import InputError
 
 TEST_FRACTION = 0.1  # of the images in a folder without train/ and test/
-LARGE = 2**24  # pixels of a file; one that has more is made smaller before it is converted
+HUGE = 2**24  # pixels of a file
+REDUCIBLE = ("L", "LA", "RGB", "RGBA", "CMYK")  # modes whose pixels can be averaged
 MAX_NAMED = 100  # unreadable files to name; the rest are only counted
 MEMORY_LIMIT = 4 * 2**30  # bytes of uint8 images to hold at once; a larger folder streams
 
@@ -133,78 +135,49 @@ def _is_image(path: Path) -> bool:
     return Image.registered_extensions().get(path.suffix.lower()) in Image.OPEN
 
 
-def read_image(path: Path, image_size: int, dark: list[Path] | None = None) -> np.ndarray:
+def read_image(path: Path, image_size: int) -> np.ndarray:
     """One image file of any mode and size -> uint8 (3, image_size, image_size), RGB.
 
     The shorter side is resized to fit, and the center is cropped. Transparent images are laid over
-    white. The path of an image of 16 bits that comes out almost black is appended to `dark`.
-    Raises OSError (or another of Pillow's errors) if the file is not an image, and ValueError if
-    nobody can know which of its values is white.
+    white. Raises OSError (or another of Pillow's errors) if the file is not an image, and
+    ValueError if nobody can know which of its values is white.
     """
     with Image.open(path) as file:
         file.draft("RGB", (image_size, image_size))  # a large JPEG is decoded at a lower scale
         factor = min(file.size) // (4 * image_size)
-        is_large = file.width * file.height > LARGE and factor > 1
-        image = _reduce(file, factor) if is_large else file
-        image = _to_rgb(ImageOps.exif_transpose(image))
+        image: Image.Image = file
+        if file.width * file.height > HUGE and factor > 1 and file.mode in REDUCIBLE:
+            file.load()  # turns a TIFF that was turned, which swaps its width and height
+            image = file.reduce(factor)  # first, because each step below copies the image
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("mode F has no known range: save it as 8 or 16 bits")
+        if image.mode[0] == "I":  # 16 or 32 bits; convert() would clip their 65,536 levels at 255
+            values = np.asarray(image)
+            low, high = values.min(), values.max()
+            if low < 0 or high > 65_535:
+                raise ValueError(f"values from {low} to {high}: save it as 8 or 16 bits")
+            if high < 0.1 * 65_535:
+                warnings.warn("images of 16 bits are almost black: are they of 12?", stacklevel=1)
+            image = Image.fromarray((values >> 8).astype(np.uint8))
+        if "A" in image.mode or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
         if image.size != (image_size, image_size):
             image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-        pixels = np.asarray(image).transpose(2, 0, 1)
-        if dark is not None and file.mode[0] == "I" and pixels.max() < 0.1 * 255:
-            dark.append(path)
-        return pixels
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise ValueError("mode F has no known range: save it as 8 or 16 bits")
-    if image.mode[0] == "I":  # 16 or 32 bits; convert() would clip their 65,536 levels at 255
-        values = np.asarray(image)
-        if values.min() < 0 or values.max() > 65_535:
-            reach = f"{values.min()} to {values.max()}, not from 0 to 65535"
-            raise ValueError(f"its values reach from {reach}: save it as 8 or 16 bits")
-        image = Image.fromarray((values >> 8).astype(np.uint8))
-    if "A" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _reduce(file: Image.Image, factor: int) -> Image.Image:
-    """Average blocks of factor x factor pixels -> RGB.
-
-    One row of blocks after another, because `_to_rgb` copies what it is given up to four times.
-    """
-    bands = []
-    file.load()  # Pillow turns a TIFF that was turned, which swaps its width and height
-    for top in range(0, file.height, factor):
-        band = file.crop((0, top, file.width, min(top + factor, file.height)))
-        bands.append(np.asarray(_to_rgb(band).reduce(factor)))
-    image = Image.fromarray(np.concatenate(bands))
-    orientation = ExifTags.Base.Orientation
-    image.getexif()[orientation] = file.getexif().get(orientation, 1)
-    return image
+        return np.asarray(image).transpose(2, 0, 1)
 
 
 def read_images(paths: Sequence[str | Path], image_size: int) -> Tensor:
     """Files -> uint8 (N, 3, H, W), H = W = image_size. Raises InputError if one is unreadable."""
     images = []
-    dark: list[Path] = []
     for path in paths:
         try:
-            images.append(torch.tensor(read_image(Path(path), image_size, dark)))
+            images.append(torch.tensor(read_image(Path(path), image_size)))
         except Exception as error:  # Pillow raises many types on broken files
             raise InputError(f"{path} cannot be read as an image ({error})") from error
-    _mention(dark)
     return torch.stack(images)
-
-
-def _mention(dark: list[Path]) -> None:
-    if dark:
-        print(
-            f"warning: {len(dark)} images of 16 bits are almost black, {min(dark).name} for one: "
-            "multiply their values by 16 if they are of 12 bits"
-        )
 
 
 def _read_all(paths: list[Path], image_size: int) -> tuple["Tensor | ImageFiles", list[int]]:
@@ -215,11 +188,10 @@ def _read_all(paths: list[Path], image_size: int) -> tuple["Tensor | ImageFiles"
     """
     fits = len(paths) * 3 * image_size**2 <= MEMORY_LIMIT
     images = np.zeros((len(paths) if fits else 0, 3, image_size, image_size), dtype=np.uint8)
-    dark: list[Path] = []
 
     def read(i: int) -> str | None:
         try:
-            image = read_image(paths[i], image_size, dark)
+            image = read_image(paths[i], image_size)
         except Exception as error:  # Pillow raises many types on broken files
             return str(error) or type(error).__name__
         if fits:
@@ -236,7 +208,6 @@ def _read_all(paths: list[Path], image_size: int) -> tuple["Tensor | ImageFiles"
         print(f"skipped {paths[i]}: {faults[i]}")
     if broken:
         print(f"skipped {len(broken)} of {len(paths)} files that cannot be read as an image")
-    _mention(dark)
     readable = [i for i, fault in enumerate(faults) if fault is None]
     return torch.from_numpy(images) if fits else ImageFiles(paths, image_size), readable
 

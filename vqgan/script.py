@@ -8,6 +8,7 @@ import argparse
 import errno
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 
@@ -40,6 +41,7 @@ def run_script(
     `resumable` says whether the script knows --resume.
     """
     flags: set[str] = set()
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a source line
     streams = Console(sys.stdout), Console(sys.stderr, controls="\n\t\r\x1b")
     try:
         with redirect_stdout(streams[0]), redirect_stderr(streams[1]):  # type: ignore[type-var]
