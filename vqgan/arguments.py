@@ -44,8 +44,8 @@ def _number(kind: type, is_valid: Callable, expected: str, highest: int = 10**9)
         except ValueError:
             value = math.nan
         if not (abs(value) <= highest and is_valid(value)):  # false for NaN
-            up_to = f"{expected} (and up to {highest:g})"
-            raise argparse.ArgumentTypeError(f"{up_to} was expected, not {text!r:.40}")
+            wanted = f"a number of at most {highest:,}" if value > highest else expected
+            raise argparse.ArgumentTypeError(f"{wanted} was expected, not {text!r:.40}")
         return value
 
     return parse
