@@ -131,8 +131,7 @@ def train_classifier(
 def save_classifier(path: Path, model: Classifier, accuracy: float) -> None:
     """Write the file that `load_classifier` reads."""
     sizes = {"num_classes": model.head.out_features, "width": model.stem.out_channels}
-    state = sizes | {"weights": model.state_dict(), "accuracy": accuracy}
-    save_plain(path, state)
+    save_plain(path, sizes | {"weights": model.state_dict(), "accuracy": accuracy})
 
 
 def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float]:

@@ -203,7 +203,7 @@ def _bits(num_embeddings: int) -> int:
 
 
 def _pack(indices: np.ndarray, num_embeddings: int) -> np.ndarray:
-    """int64 (N, h, w) -> uint8 (N, bytes), each index in just enough bits, the lowest first."""
+    """int32 (N, h, w) -> uint8 (N, bytes), each index in just enough bits, the lowest first."""
     binary = (indices[..., None] >> np.arange(_bits(num_embeddings))) & 1  # (N, h, w, bits)
     return np.packbits(binary.reshape(len(indices), -1).astype(np.uint8), axis=1)
 

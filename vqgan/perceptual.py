@@ -172,4 +172,5 @@ def _read_published(what: str, url: str, path: Path, sha256: str) -> dict[str, T
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(sha256):
         raise InputError(f"{path} is not the published file: delete it, and get it from {url}")
-    return load_tensors(path)  # its checksum holds; older than zip files
+    # `load_plain` takes zip files only, and torch wrote no zip files when these were published.
+    return load_tensors(path)

@@ -55,7 +55,8 @@ def filter_top_k_top_p(logits: Tensor, top_k: int | None, top_p: float | None) -
     if top_p is not None and top_p < 1:
         probabilities, tokens = logits.softmax(dim=-1).sort(dim=-1, descending=True)
         cumulative = probabilities.cumsum(dim=-1) - probabilities  # of all likelier tokens together
-        remove = (cumulative >= top_p).scatter(-1, tokens, cumulative >= top_p)  # in their order
+        # From the order of their probabilities back to that of the tokens.
+        remove = (cumulative >= top_p).scatter(-1, tokens, cumulative >= top_p)
         logits = logits.masked_fill(remove, -math.inf)
     return logits
 

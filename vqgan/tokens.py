@@ -86,9 +86,9 @@ class TokenLoader(TrainLoader):
 
     def make_batch(self, sequences: Tensor, row: Tensor, mirrored: Tensor) -> tuple[Tensor, Tensor]:
         """Select one augmentation of each sequence (B, augmentations, C + N) by the flips (B,)."""
-        augmentation = mirrored.long()  # all 0 without flips
         images = torch.arange(len(sequences), device=sequences.device)
-        chosen = sequences[images, augmentation].long()  # (B, C + N)
+        # Augmentation 0 is the image as it is, and 1 is mirrored.
+        chosen = sequences[images, mirrored.long()].long()  # (B, C + N)
         return chosen[:, : self.condition_length], chosen[:, self.condition_length :]
 
 

@@ -248,9 +248,8 @@ class ModelEMA:
         torch._foreach_lerp_(_floats(self.model), _floats(model), 1 - decay)  # all in one kernel
         # What has no average is copied, such as whether a codebook is initialized. Loading is not
         # strict, because the averaged floats are left out.
-        state = model.state_dict()
-        state = {name: value for name, value in state.items() if not value.is_floating_point()}
-        self.model.load_state_dict(state, strict=False)
+        others = {n: v for n, v in model.state_dict().items() if not v.is_floating_point()}
+        self.model.load_state_dict(others, strict=False)
 
 
 def _floats(model: nn.Module) -> list[Tensor]:
