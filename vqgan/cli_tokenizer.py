@@ -82,13 +82,14 @@ def reconstruct(args: argparse.Namespace) -> None:
         for path, value in zip(chunk, values, strict=True):
             print(f"{path}: PSNR {value:.2f} dB")
         for part in zip(originals.split(COLUMNS), reconstructions.split(COLUMNS), strict=True):
-            rows += zip(("original", "reconstruction"), part, strict=True)
+            if len(rows) < MAX_ROWS:
+                rows += zip(("original", "reconstruction"), part, strict=True)
     title = f"{type(model).__name__}, {size}x{size} pixels"
     if not isinstance(model, VAE):
         h, w = model.encode(x[:1]).indices.shape[1:]
         K = model.num_embeddings
         title += f": {h}x{w} codes of {K}, {metrics.fixed_length_bits(h * w, K):.0f} bits per image"
-    figures.image_rows(out, rows[:MAX_ROWS], title=title)
+    figures.image_rows(out, rows, title=title)
     print(f"{title}; {len(paths)} images, mean PSNR {np.mean(psnr):.2f} dB; written to {out}")
 
 
