@@ -21,7 +21,7 @@ from vqgan.errors import InputError, user_input
 from vqgan.image_folder import read_images
 from vqgan.images import from_uint8, to_uint8, to_unit
 from vqgan.pretrained import load_model, load_pipeline, load_tokenizer, read_checkpoint
-from vqgan.vae import VAE
+from vqgan.vae import GaussianAutoencoder
 from vqgan.vqvae import VQAutoencoder
 
 
@@ -58,10 +58,10 @@ def reconstruct(args: argparse.Namespace) -> None:
     """Draw images above their reconstructions in one PNG, and print the PSNR of each."""
     out, device = png_path(args.out, args.images), choose_device(args.device)
     config = _read_config(args.config)
-    if config is not None or read_checkpoint(args.checkpoint)["model"] == "VAE":
-        model: Any = load_model(args.checkpoint, config=config).to(device)
+    if config is None and read_checkpoint(args.checkpoint)["model"] == "GPT":
+        model: Any = load_pipeline(args.checkpoint).tokenizer.to(device)
     else:
-        model = _tokenizer(args.checkpoint).to(device)
+        model = load_model(args.checkpoint, config=config).to(device)
     size = _size(model, args.image_size)
     x = from_uint8(read_images(args.images, size)).to(device)  # (N, 3, size, size)
     parts = x.split(eval_batch_size(size))
@@ -70,7 +70,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     for path, value in zip(args.images, metrics.psnr(originals, reconstructions), strict=True):
         print(f"{path}: PSNR {value:.2f} dB")
     title = f"{type(model).__name__}, {size}x{size} pixels"
-    if not isinstance(model, VAE):
+    if isinstance(model, VQAutoencoder):
         h, w = model.encode(x[:1]).indices.shape[1:]
         K = model.num_embeddings
         title += f": {h}x{w} codes of {K}, {metrics.fixed_length_bits(h * w, K):.0f} bits per image"
@@ -151,14 +151,11 @@ def _tokenizer(checkpoint: str) -> VQAutoencoder:
     return load_tokenizer(checkpoint)[0]
 
 
-def _size(model: VAE | VQAutoencoder, size: int | None) -> int:
+def _size(model: GaussianAutoencoder | VQAutoencoder, size: int | None) -> int:
     """--image-size, or the model's own size; raises InputError if the model cannot take it."""
     size = size or model.image_size
-    if isinstance(model, VQAutoencoder):
-        with user_input():
-            model.check_resolution(size, size)
-    elif size != model.image_size:
-        raise InputError(f"--image-size {size}: this VAE takes {model.image_size} pixels only")
+    with user_input():
+        model.check_resolution(size, size)
     return size
 
 
