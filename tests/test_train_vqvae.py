@@ -22,6 +22,7 @@ from scripts import (
 )
 
 import train_vqvae
+from vqgan import figures
 from vqgan.device import choose_precision
 from vqgan.training import read_log
 from vqgan.vae import VAE, SpatialVAE
@@ -260,7 +261,12 @@ def test_a_model_trains_the_same_alone(finished, tmp_path):
 
 def test_a_sweep_draws_its_figure_and_gives_each_run_a_folder(tmp_path):
     flags = ["--models", "vae-spatial", "vqvae", "--batch-sizes", 16, 32, "--epochs", 1]
-    out = run(tmp_path / "sweep", *SMALL, *flags)
+    draw = figures.metric_by_batch_size
+    with mock.patch.object(figures, "metric_by_batch_size", wraps=draw) as drawn:
+        out = run(tmp_path / "sweep", *SMALL, *flags)
+    lines_drawn = drawn.call_args.args[1]
+    assert lines_drawn.keys() == {"spatial VAE", "VQ-VAE"}
+    assert all(line.keys() == {16, 32} for line in lines_drawn.values())
     models = json.loads((out / "metrics.json").read_text())["models"]
     names = ("vae-spatial", "vqvae")
     assert set(models) == {f"{name}-batch{size}" for name in names for size in (16, 32)}
