@@ -1,8 +1,9 @@
-"""The study: a VAE and a VQ-VAE are trained on the same images and compared.
+"""The study: VAEs and a VQ-VAE are trained on the same images and compared.
 
     python train_vqvae.py                                    CIFAR-10, 40 epochs of both
     python train_vqvae.py --data shapes --epochs 6           rendered shapes, minutes on a CPU
     python train_vqvae.py --batch-sizes 16 32 64 128 256     a sweep over batch sizes
+    python train_vqvae.py --models vae-spatial vqvae         of one network, two bottlenecks
     python train_vqvae.py --resume                           continue after an interruption
 
 The setting is that of Zhao, Xie, Tang, "VQ-VAE for image generation on CIFAR-10" (UC Davis): both
@@ -31,14 +32,16 @@ from vqgan.errors import InputError
 from vqgan.evaluation import evaluate_autoencoder
 from vqgan.script import run_script
 from vqgan.training import Run, Session
-from vqgan.vae import LIKELIHOODS, VAE
+from vqgan.vae import LIKELIHOODS, VAE, GaussianAutoencoder, SpatialVAE
 from vqgan.vqvae import VQVAE
 
 
-def training_losses(model: VAE | VQVAE, x: Tensor, variance: float) -> dict[str, Tensor]:
+def training_losses(
+    model: GaussianAutoencoder | VQVAE, x: Tensor, variance: float
+) -> dict[str, Tensor]:
     """The loss and its terms, each (), for x (B, 3, H, W) in [-1, 1]."""
     output = model(x)
-    if isinstance(model, VAE):
+    if isinstance(model, GaussianAutoencoder):
         # Each term is summed over pixels or latent dimensions and averaged over the batch: nats
         # per image.
         return {
@@ -57,7 +60,13 @@ def training_losses(model: VAE | VQVAE, x: Tensor, variance: float) -> dict[str,
 
 
 def train(
-    model: VAE | VQVAE, model_args: dict, folder: Path, *, run: Run, batch_size: int, lr: float
+    model: GaussianAutoencoder | VQVAE,
+    model_args: dict,
+    folder: Path,
+    *,
+    run: Run,
+    batch_size: int,
+    lr: float,
 ) -> Session:
     """Train to the last epoch, from the last checkpoint if the run is resumed.
 
@@ -115,7 +124,7 @@ def main(args: argparse.Namespace) -> None:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise InputError before anything is written if flags do not fit each other."""
     downsamples = [4] if "vae" in args.models else []
-    downsamples += [args.num_downsamples] if "vqvae" in args.models else []
+    downsamples += [args.num_downsamples] if {*args.models} - {"vae"} else []
     times = max(downsamples)
     if args.image_size % 2**times or args.image_size < metrics.SSIM_WINDOW:
         raise InputError(
@@ -126,15 +135,18 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--no-restart-dead-codes is for --quantizer ema only: leave it out")
 
 
-def build_model(name: str, args: argparse.Namespace) -> tuple[VAE | VQVAE, dict]:
+def build_model(name: str, args: argparse.Namespace) -> tuple[GaussianAutoencoder | VQVAE, dict]:
     """The model and its constructor arguments, which its checkpoint keeps."""
+    model_args = {
+        "image_size": args.image_size,
+        "likelihood": args.likelihood,
+        "kl_weight": args.kl_weight,
+    }
     if name == "vae":
-        model_args = {
-            "image_size": args.image_size,
-            "likelihood": args.likelihood,
-            "kl_weight": args.kl_weight,
-        }
         return VAE(**model_args), model_args
+    if name == "vae-spatial":
+        model_args["num_downsamples"] = args.num_downsamples
+        return SpatialVAE(**model_args), model_args
     model_args = {
         "image_size": args.image_size,
         "num_embeddings": args.num_embeddings,
@@ -149,14 +161,19 @@ def build_model(name: str, args: argparse.Namespace) -> tuple[VAE | VQVAE, dict]
 def parse() -> argparse.Namespace:
     """Parse the flags; several --batch-sizes or --models are trained one after the other."""
     parser = common_parser(
-        "Train a VAE and a VQ-VAE on the same images and compare them.",
+        "Train VAEs and a VQ-VAE on the same images and compare them.",
         out="runs/study",
         epochs=40,
         lr=5e-4,
     )
     add = parser.add_argument
-    models = ["vae", "vqvae"]
-    add("--models", nargs="+", choices=models, default=models, help="models to train and compare")
+    add(
+        "--models",
+        nargs="+",
+        choices=("vae", "vae-spatial", "vqvae"),
+        default=["vae", "vqvae"],
+        help="models to train and compare; vae-spatial is a VAE with the VQ-VAE's network",
+    )
     add(
         "--batch-sizes",
         "--batch-size",
@@ -165,7 +182,7 @@ def parse() -> argparse.Namespace:
         default=[128],
         help="images per step; given several, each model is trained once with each",
     )
-    vae = parser.add_argument_group("VAE").add_argument
+    vae = parser.add_argument_group("VAEs").add_argument
     vae(
         "--likelihood",
         choices=LIKELIHOODS,
@@ -182,7 +199,8 @@ def parse() -> argparse.Namespace:
     on_off = argparse.BooleanOptionalAction
     vqvae("--quantizer", choices=("ema", "gradient"), default="ema", help="update of the codebook")
     vqvae("--num-embeddings", type=positive_int, default=512, help="K, entries of the codebook")
-    vqvae("--num-downsamples", type=positive_int, default=2, help="2 turns 32x32 pixels into 8x8")
+    help = "2 turns 32x32 pixels into 8x8 (of vae-spatial too)"
+    vqvae("--num-downsamples", type=positive_int, default=2, help=help)
     vqvae("--data-init", action=on_off, default=True, help="initialize codes from the first batch")
     vqvae("--restart-dead-codes", action=on_off, default=True, help="move unused codebook entries")
     return parse_arguments(parser)

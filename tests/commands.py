@@ -14,13 +14,14 @@ from vqgan.checkpoint import fingerprint, load_checkpoint, save_checkpoint, save
 from vqgan.data import TrainLoader
 from vqgan.images import from_uint8
 from vqgan.transformer import GPT
-from vqgan.vae import VAE
+from vqgan.vae import VAE, SpatialVAE
 from vqgan.vqgan import VQGAN
 from vqgan.vqvae import VQVAE
 
 DATA = Path(__file__).parent / "data"
 ARGUMENTS = {
     VAE: {"image_size": 32, "num_hiddens": 8},
+    SpatialVAE: {"num_hiddens": 8, "num_downsamples": 3},
     VQVAE: {"num_hiddens": 8, "num_embeddings": 16},
     VQGAN: {"channels": 8, "num_embeddings": 16},
 }

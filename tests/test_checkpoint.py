@@ -21,7 +21,7 @@ from vqgan.checkpoint import (
 from vqgan.data import TrainLoader
 from vqgan.errors import InputError
 from vqgan.transformer import GPT
-from vqgan.vae import VAE
+from vqgan.vae import VAE, SpatialVAE
 from vqgan.vqgan import VQGAN
 from vqgan.vqvae import VQVAE
 
@@ -155,6 +155,7 @@ def test_a_checkpoint_is_plain_data(tmp_path):
 
 SOME_ARGUMENTS = {
     VAE: {"num_hiddens": 8},
+    SpatialVAE: {"num_hiddens": 8, "latent_channels": 4},
     VQVAE: {"num_hiddens": 8, "num_embeddings": 16},
     VQGAN: {"channels": 8, "num_embeddings": 16},
     GPT: {

@@ -18,7 +18,7 @@ from vqgan.perceptual import ClassifierDistance
 from vqgan.tokens import TokenDataset, load_tokens
 from vqgan.training import Run
 from vqgan.transformer import GPT
-from vqgan.vae import VAE
+from vqgan.vae import VAE, SpatialVAE
 from vqgan.vqvae import VQVAE
 
 CPU = torch.device("cpu")
@@ -103,9 +103,10 @@ def test_a_tokenizer_is_measured_over_the_whole_test_set(run, x, tokenizer, eval
 
 
 @torch.no_grad()
-def test_a_vae_is_measured_at_the_mean_and_at_a_sample(run, x):
+@pytest.mark.parametrize("kind", [VAE, SpatialVAE])
+def test_a_vae_is_measured_at_the_mean_and_at_a_sample(run, x, kind):
     torch.manual_seed(0)
-    model = VAE(num_hiddens=8).eval()
+    model = kind(num_hiddens=8).eval()
     before = torch.get_rng_state()
     result, counts = evaluate_autoencoder(model, run)
     assert torch.equal(torch.get_rng_state(), before)  # its noise is its own
@@ -126,9 +127,10 @@ def test_what_is_not_measured_is_none(run, tokenizer):
     assert "rfid" not in result
 
 
-def test_both_models_have_the_same_keys(run, tokenizer):
-    results = [evaluate_autoencoder(model, run)[0] for model in (tokenizer, VAE(num_hiddens=8))]
-    assert results[0].keys() == results[1].keys()
+def test_all_models_have_the_same_keys(run, tokenizer):
+    models = (tokenizer, VAE(num_hiddens=8), SpatialVAE(num_hiddens=8))
+    results = [evaluate_autoencoder(model, run)[0] for model in models]
+    assert results[0].keys() == results[1].keys() == results[2].keys()
 
 
 def test_rfid_is_of_originals_and_reconstructions_in_unit_range(run, x, tokenizer):

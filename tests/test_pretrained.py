@@ -22,13 +22,14 @@ from vqgan.pretrained import (
     read_checkpoint,
 )
 from vqgan.transformer import GPT
-from vqgan.vae import VAE
+from vqgan.vae import VAE, SpatialVAE
 from vqgan.vqgan import VQGAN
 from vqgan.vqvae import VQVAE
 
 CONDITION = class_condition(("cat", "dog"))
 ARGUMENTS = {
     VAE: {"image_size": 32, "num_hiddens": 8},
+    SpatialVAE: {"num_hiddens": 8, "latent_channels": 4},
     VQVAE: {"num_hiddens": 8, "num_embeddings": 16},
     VQGAN: {"channels": 8, "num_embeddings": 16},
     GPT: {
@@ -79,7 +80,7 @@ def same_weights(a, b):
 # --- models --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [VAE, VQVAE, VQGAN])
+@pytest.mark.parametrize("kind", [VAE, SpatialVAE, VQVAE, VQGAN])
 def test_a_loaded_model_is_the_saved_one(tmp_path, kind, shape_images):
     model = save(tmp_path / "c.pt", kind)
     loaded = load_model(tmp_path / "c.pt")
@@ -325,7 +326,7 @@ def test_a_tokenizer_is_no_transformer(tmp_path):
         load_pipeline(tmp_path / "tokenizer.pt")
 
 
-@pytest.mark.parametrize("kind", [VAE, GPT])
+@pytest.mark.parametrize("kind", [VAE, SpatialVAE, GPT])
 def test_a_model_without_codes_of_pictures_is_no_tokenizer(tmp_path, kind):
     save_pair(tmp_path)
     save(tmp_path / "c.pt", kind)

@@ -26,6 +26,7 @@ def test_every_column_of_a_table_has_a_heading_and_a_format():
 
 def test_titles_of_the_study():
     assert report.study_title("vae") == "VAE"
+    assert report.study_title("vae-spatial-batch16") == "spatial VAE, batch 16"
     assert report.study_title("vqvae-batch16") == "VQ-VAE, batch 16"
 
 

@@ -8,6 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from commands import main as vqgan_command
 from PIL import Image
 from scripts import (
     error_in_process,
@@ -21,9 +22,10 @@ from scripts import (
 )
 
 import train_vqvae
+from vqgan import figures
 from vqgan.device import choose_precision
 from vqgan.training import read_log
-from vqgan.vae import VAE
+from vqgan.vae import VAE, SpatialVAE
 from vqgan.vqvae import VQVAE
 
 # Eight steps an epoch, and a checkpoint every three: neither divides the other. A batch has four
@@ -117,16 +119,75 @@ def test_training_losses_by_hand(shape_images):
     assert torch.allclose(losses["reconstruction"], mse / 0.3)
     assert torch.allclose(losses["loss"], mse / 0.3 + output.loss)
     assert torch.equal(losses["quantizer"], output.loss)
-    model = VAE(kl_weight=2.0).eval()
-    losses = train_vqvae.training_losses(model, x, variance=0.3)
-    bound = losses["negative log-likelihood"] + 2 * losses["KL"]
-    assert torch.allclose(losses["loss"], bound)
+    for model in (VAE(kl_weight=2.0).eval(), SpatialVAE(kl_weight=2.0).eval()):
+        losses = train_vqvae.training_losses(model, x, variance=0.3)
+        bound = losses["negative log-likelihood"] + 2 * losses["KL"]
+        assert torch.allclose(losses["loss"], bound)
 
 
 def test_a_sampled_latent_costs_the_vae_some_error_and_the_vqvae_none(finished):
     models = json.loads((finished[0] / "metrics.json").read_text())["models"]
     assert models["vae"]["nmse_sampled"] != models["vae"]["nmse"]
     assert models["vqvae"]["nmse_sampled"] == models["vqvae"]["nmse"]
+
+
+# --- the spatial VAE ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spatial(tmp_path_factory):
+    """The spatial VAE beside the VQ-VAE, never interrupted, and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "spatial"
+    stdout, stderr = start(out, *SMALL, "--models", "vae-spatial", "vqvae").communicate(timeout=300)
+    assert (out / "metrics.json").exists(), stderr
+    return out, stdout
+
+
+def test_the_spatial_vae_is_measured_as_the_others(spatial, finished):
+    out, stdout = spatial
+    models = json.loads((out / "metrics.json").read_text())["models"]
+    others = json.loads((finished[0] / "metrics.json").read_text())["models"]
+    result = models["vae-spatial"]
+    assert result.keys() == others["vae"].keys() and result["perplexity"] is None
+    assert result["bits_per_image"] > 0 and result["nmse_sampled"] != result["nmse"]
+    (row,) = (line for line in stdout.splitlines() if line.startswith("spatial VAE "))
+    assert f"{result['nmse']:.4f}" in row and f"{result['bits_per_image']:.0f}" in row
+    drawn = {path.name for path in out.glob("vae-spatial_*.png")}
+    assert drawn == {"vae-spatial_samples.png", "vae-spatial_interpolations.png"}
+    # The opponent is that of a run with the flat VAE.
+    assert same_weights(weights(out, "vqvae"), weights(finished[0], "vqvae"))
+
+
+def test_a_spatial_vae_killed_and_resumed_is_the_uninterrupted_one(spatial, tmp_path):
+    whole, out = spatial[0], tmp_path / "killed"
+    process = start(out, *SMALL, "--models", "vae-spatial", "vqvae")
+    wait_for(lambda: lines(model_folder(out, "vae-spatial") / "log.csv") >= 3, process)
+    process.kill()
+    process.communicate()
+    assert not (out / "vqvae").exists()
+    run(out, "--resume")
+    for name in ("vae-spatial", "vqvae"):
+        assert same_weights(weights(out, name), weights(whole, name))
+        log = (out / name / "log.csv").read_bytes()
+        assert log == (whole / name / "log.csv").read_bytes()
+
+
+def test_flags_of_both_vaes_reach_the_spatial_one_and_its_checkpoint_reconstructs(
+    tmp_path, image_folder, capsys
+):
+    flags = ["--likelihood", "learned", "--kl-weight", 2.5, "--num-downsamples", 3, "--epochs", 1]
+    out = run(tmp_path / "run", *SMALL, "--models", "vae-spatial", *flags)
+    checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert checkpoint["model"] == "SpatialVAE"
+    model_args = {"likelihood": "learned", "kl_weight": 2.5, "num_downsamples": 3}
+    assert model_args.items() <= checkpoint["model_args"].items()
+    image, picture = image_folder / "cats" / "00.png", tmp_path / "out.png"
+    vqgan_command("reconstruct", out, image, "--image-size", 64, "--out", picture)
+    text = capsys.readouterr().out
+    assert "SpatialVAE, 64x64 pixels; " in text and "PSNR" in text and picture.exists()
+    vqgan_command("info", out)
+    text = capsys.readouterr().out
+    assert "SpatialVAE, " in text and "kl_weight: 2.5" in text and "nmse_sampled: " in text
 
 
 # --- stop and resume ---------------------------------------------------------------------------
@@ -199,12 +260,19 @@ def test_a_model_trains_the_same_alone(finished, tmp_path):
 
 
 def test_a_sweep_draws_its_figure_and_gives_each_run_a_folder(tmp_path):
-    out = run(tmp_path / "sweep", *SMALL, "--batch-sizes", 16, 32, "--epochs", 1)
+    flags = ["--models", "vae-spatial", "vqvae", "--batch-sizes", 16, 32, "--epochs", 1]
+    draw = figures.metric_by_batch_size
+    with mock.patch.object(figures, "metric_by_batch_size", wraps=draw) as drawn:
+        out = run(tmp_path / "sweep", *SMALL, *flags)
+    lines_drawn = drawn.call_args.args[1]
+    assert lines_drawn.keys() == {"spatial VAE", "VQ-VAE"}
+    assert all(line.keys() == {16, 32} for line in lines_drawn.values())
     models = json.loads((out / "metrics.json").read_text())["models"]
-    assert set(models) == {"vae-batch16", "vae-batch32", "vqvae-batch16", "vqvae-batch32"}
+    names = ("vae-spatial", "vqvae")
+    assert set(models) == {f"{name}-batch{size}" for name in names for size in (16, 32)}
     assert (out / "ssim_by_batch_size.png").exists()
-    assert read_log(out / "vae-batch16" / "log.csv")[-1]["step"] == 4
-    assert read_log(out / "vae-batch32" / "log.csv")[-1]["step"] == 2
+    assert read_log(out / "vae-spatial-batch16" / "log.csv")[-1]["step"] == 4
+    assert read_log(out / "vae-spatial-batch32" / "log.csv")[-1]["step"] == 2
 
 
 FLAGS = {
@@ -336,6 +404,7 @@ def test_help_states_every_default(tmp_path, capsys):
         (["--data", "shapes", "--image-size", "64"], "needs --image-size 32"),
         (["--data", "shapes", "--image-size", "40"], "multiple of 2^4"),
         (["--data", "EMPTY", "--models", "vqvae", "--image-size", "8"], "at least 11"),
+        (["--data", "shapes", "--models", "vae-spatial", "--num-downsamples", "6"], "of 64"),
         (["--data", "shapes", "--quantizer", "gradient", "--no-restart-dead-codes"], "ema"),
         (["--data", "shapes", "--resume"], "no run in"),
     ],

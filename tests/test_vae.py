@@ -6,7 +6,10 @@ import torch
 from torch.distributions import Bernoulli, Independent, Normal, kl_divergence
 
 from vqgan import vae
-from vqgan.vae import LIKELIHOODS, MIN_SCALE, VAE
+from vqgan.vae import LIKELIHOODS, MIN_SCALE, VAE, SpatialVAE
+from vqgan.vqvae import VQVAE
+
+BOTH = pytest.mark.parametrize("kind", [VAE, SpatialVAE])
 
 
 @pytest.fixture
@@ -19,6 +22,17 @@ def test_kl_is_that_of_torch_distributions():
     q = Independent(Normal(mean, (0.5 * log_var).exp()), 1)
     p = Independent(Normal(torch.zeros(5), torch.ones(5)), 1)
     assert torch.allclose(vae.kl_divergence(mean, log_var), kl_divergence(q, p), atol=1e-5)
+
+
+@torch.no_grad()
+def test_kl_of_the_spatial_vae_is_that_of_torch_distributions(x):
+    """All channels and positions of an image count."""
+    model = SpatialVAE(num_hiddens=8, latent_channels=3).eval()
+    mean, log_var = model.encode(x)
+    assert mean.shape == log_var.shape == (16, 3, 8, 8)
+    q = Independent(Normal(mean, (0.5 * log_var).exp()), 3)
+    p = Independent(Normal(torch.zeros(3, 8, 8), torch.ones(3, 8, 8)), 3)
+    assert torch.allclose(model(x).kl, kl_divergence(q, p), rtol=1e-4)
 
 
 def test_reparameterised_samples_have_the_moments_and_the_gradients():
@@ -88,9 +102,10 @@ def test_a_perfect_reconstruction_keeps_a_finite_likelihood(x, likelihood):
     )
 
 
-def test_the_loss_sums_dimensions_and_averages_the_batch(x):
+@BOTH
+def test_the_loss_sums_dimensions_and_averages_the_batch(x, kind):
     """Twice the same images: the same loss. The KL is weighted, and is no mean over dimensions."""
-    model = VAE(likelihood="fixed", kl_weight=3.0).eval()
+    model = kind(likelihood="fixed", kl_weight=3.0).eval()
     once, twice = model(x), model(torch.cat([x, x]))
     assert torch.allclose(once.loss, twice.loss, rtol=1e-5)
     assert torch.allclose(once.loss, once.negative_log_likelihood + 3 * once.kl.mean())
@@ -98,16 +113,18 @@ def test_the_loss_sums_dimensions_and_averages_the_batch(x):
     assert torch.allclose(once.kl, vae.kl_divergence(mean, log_var))
 
 
-def test_training_samples_and_evaluation_takes_the_mean(x):
-    model = VAE()
+@BOTH
+def test_training_samples_and_evaluation_takes_the_mean(x, kind):
+    model = kind()
     assert not torch.equal(model(x).reconstruction, model(x).reconstruction)
     model.eval()
     assert torch.equal(model(x).reconstruction, model.decode(model.encode(x)[0]))
 
 
+@BOTH
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_every_weight_gets_a_gradient(x, likelihood):
-    model = VAE(likelihood=likelihood)
+def test_every_weight_gets_a_gradient(x, likelihood, kind):
+    model = kind(likelihood=likelihood)
     model(x).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
@@ -122,32 +139,70 @@ def test_parameters_counted_by_hand():
     assert count == convolutions + transposed + linear == 1_774_531
 
 
-def test_samples_come_from_the_generator_given():
-    model = VAE().eval()
+@pytest.mark.parametrize("num_downsamples", [1, 2, 3])
+def test_the_spatial_vae_is_the_vqvae_but_for_its_bottleneck(num_downsamples):
+    """Also the encoder's and the decoder's numbers of layers: the names have them."""
+    sizes = {"num_downsamples": num_downsamples, "num_residual_layers": 3, "num_hiddens": 16}
+    model = SpatialVAE(latent_channels=5, likelihood="optimal", **sizes)
+    vqvae = VQVAE(embedding_dim=7, quantizer="gradient", **sizes)
+    shapes, vq_shapes = (
+        {name: tuple(parameter.shape) for name, parameter in m.named_parameters()}
+        for m in (model, vqvae)
+    )
+    assert shapes.keys() == vq_shapes.keys() - {"quantizer.codebook"}
+    first, last = "decoder.0", f"encoder.{len(model.encoder) - 1}"
+    differing = {name for name in shapes if shapes[name] != vq_shapes[name]}
+    assert differing == {f"{last}.weight", f"{last}.bias", f"{first}.weight"}
+    assert shapes[f"{last}.weight"] == (10, 16, 1, 1)  # mean and log-variance of five channels
+    assert shapes[f"{first}.weight"] == (16, 5, 3, 3)
+    assert [type(layer) for layer in model.encoder] == [type(layer) for layer in vqvae.encoder]
+    assert [type(layer) for layer in model.decoder] == [type(layer) for layer in vqvae.decoder]
+
+
+def test_the_spatial_vae_takes_any_size_that_halves_evenly():
+    model = SpatialVAE(image_size=48, num_hiddens=8).eval()
+    assert model.sample(2).shape == (2, 3, 48, 48)
+    x = torch.rand(2, 3, 64, 32)
+    assert model.encode(x)[0].shape == (2, 16, 16, 8)
+    assert model(x).reconstruction.shape == x.shape
+    assert model.interpolate(x[:1], x[1:], 3).shape == (1, 3, 3, 64, 32)
+    with pytest.raises(ValueError, match="30x32 pixels: give multiples of 4"):
+        model(torch.rand(2, 3, 30, 32))
+    with pytest.raises(ValueError, match="30x30 pixels: give multiples of 4"):
+        SpatialVAE(image_size=30)
+
+
+@BOTH
+def test_samples_come_from_the_generator_given(kind):
+    model = kind().eval()
     before = torch.get_rng_state()
     first, again = (model.sample(5, torch.Generator().manual_seed(1)) for _ in range(2))
     assert first.shape == (5, 3, 32, 32) and torch.equal(first, again)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_interpolation_ends_at_the_reconstructions(x):
-    model = VAE().eval()
+@BOTH
+def test_interpolation_ends_at_the_reconstructions(x, kind):
+    model = kind().eval()
     images = model.interpolate(x[:2], x[2:4], steps=5)
     assert images.shape == (2, 5, 3, 32, 32)
     assert torch.allclose(images[:, 0], model(x[:2]).reconstruction, atol=1e-5)
     assert torch.allclose(images[:, -1], model(x[2:4]).reconstruction, atol=1e-5)
+    z0, z1 = model.encode(x[:2])[0], model.encode(x[2:4])[0]
+    assert torch.allclose(images[:, 1], model.decode(0.75 * z0 + 0.25 * z1), atol=1e-5)
 
 
 @torch.no_grad()
+@BOTH
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.half, 1e-3), (torch.bfloat16, 1e-2), (torch.double, 1e-6)]
 )
 def test_weights_of_another_precision_give_about_the_same_in_float32(
-    x, likelihood, dtype, tolerance
+    x, likelihood, dtype, tolerance, kind
 ):
-    model = VAE(likelihood=likelihood).eval()
-    z = torch.randn(4, 128)
+    model = kind(likelihood=likelihood).eval()
+    z = torch.randn(4, *model.latent_shape)
     expected, images = model(x), model.decode(z)
     model.to(dtype)
     output = model(x.to(dtype))
@@ -169,22 +224,23 @@ def test_a_learned_scale_of_half_precision_keeps_a_finite_likelihood():
     assert model.half().negative_log_likelihood(x, x).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_images_of_other_channels(x):
-    model = VAE(in_channels=1).eval()
+@BOTH
+def test_images_of_other_channels(x, kind):
+    model = kind(in_channels=1).eval()
     gray = x.mean(dim=1, keepdim=True)
     output = model(gray)
     assert output.reconstruction.shape == gray.shape
     assert model.sample(2).shape == (2, 1, 32, 32)
-    expected = -Independent(Normal(output.reconstruction, 1.0), 3).log_prob(gray).mean()
-    nll = vae.gaussian_nll(gray, output.reconstruction, torch.zeros(()))
-    assert torch.allclose(nll, expected, rtol=1e-5)
+    scale = (output.reconstruction - gray).square().mean().sqrt()
+    expected = -Independent(Normal(output.reconstruction, scale), 3).log_prob(gray).mean()
+    assert torch.allclose(output.negative_log_likelihood, expected, rtol=1e-5)
 
 
 def test_images_that_do_not_fit_are_named(x):
     model = VAE()
-    for size in (64, 28, 40):
-        with pytest.raises(ValueError, match=f"{size}x32 pixels: .*image_size=32 only"):
-            model.encode(torch.zeros(2, 3, size, 32))
+    for height, width in ((64, 64), (28, 28), (40, 40), (64, 32), (32, 64)):
+        with pytest.raises(ValueError, match=f"{height}x{width} pixels: .*image_size=32 only"):
+            model.encode(torch.zeros(2, 3, height, width))
     with pytest.raises(ValueError, match=r"\(B, 3, H, W\) .*\(16, 1, 32, 32\); x.expand"):
         model(x[:, :1])
     assert model(x[:, :1].expand(-1, 3, -1, -1)).reconstruction.shape == x.shape
@@ -197,3 +253,5 @@ def test_bad_arguments_are_named():
         VAE(image_size=40)
     with pytest.raises(ValueError, match="'poisson'"):
         VAE(likelihood="poisson")
+    with pytest.raises(ValueError, match="num_downsamples must be at least 1, not 0"):
+        SpatialVAE(num_downsamples=0)

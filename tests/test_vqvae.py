@@ -78,6 +78,14 @@ def test_parameters_counted_by_hand():
     assert sum(p.numel() for p in gradient.parameters()) == encoder + decoder + 512 * 64
 
 
+def test_the_decoder_mirrors_the_encoder():
+    model = small(num_downsamples=3)
+    down = [(c.in_channels, c.out_channels) for c in model.encoder[:6:2]]
+    up = [c for c in model.decoder if isinstance(c, torch.nn.ConvTranspose2d)]
+    assert down == [(3, 8), (8, 16), (16, 16)]
+    assert [(c.out_channels, c.in_channels) for c in up] == down[::-1]
+
+
 @QUANTIZERS
 def test_every_weight_gets_a_gradient(x, quantizer):
     model = small(quantizer=quantizer)

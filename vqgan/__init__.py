@@ -12,9 +12,9 @@ __version__ = "0.2.0"  # before the imports: checkpoint.py writes it
 from vqgan.pretrained import load_model, load_pipeline
 from vqgan.quantizer import EMAVectorQuantizer, VectorQuantizer
 from vqgan.transformer import GPT
-from vqgan.vae import VAE
+from vqgan.vae import VAE, SpatialVAE
 from vqgan.vqgan import VQGAN
 from vqgan.vqvae import VQVAE
 
-__all__ = ["VAE", "VQVAE", "VQGAN", "GPT", "VectorQuantizer", "EMAVectorQuantizer"]
+__all__ = ["VAE", "SpatialVAE", "VQVAE", "VQGAN", "GPT", "VectorQuantizer", "EMAVectorQuantizer"]
 __all__ += ["load_model", "load_pipeline", "__version__"]

@@ -23,7 +23,7 @@ from vqgan.files import load_arrays, write_atomically
 from vqgan.image_folder import find_images, read_images
 from vqgan.images import from_uint8, to_uint8, to_unit
 from vqgan.pretrained import PRETRAINED, load_model, load_pipeline, load_tokenizer, read_checkpoint
-from vqgan.vae import VAE
+from vqgan.vae import GaussianAutoencoder
 from vqgan.vqvae import VQAutoencoder
 
 RECONSTRUCTIONS, INDICES, DECODED = "reconstructions.png", "indices.npz", "decoded"  # --out
@@ -67,10 +67,10 @@ def reconstruct(args: argparse.Namespace) -> None:
     paths = find_images(args.images)
     out, device = output_path(args.out, RECONSTRUCTIONS, paths), choose_device(args.device)
     config = None if args.config is None else read_config(args.config)
-    if config is not None or read_checkpoint(args.checkpoint)["model"] == "VAE":
-        model: Any = load_model(args.checkpoint, config=config).to(device)
+    if config is None and read_checkpoint(args.checkpoint)["model"] == "GPT":
+        model: Any = load_pipeline(args.checkpoint).tokenizer.to(device)
     else:
-        model = _tokenizer(args.checkpoint).to(device)
+        model = load_model(args.checkpoint, config=config).to(device)
     size = _size(model, args.image_size)
     rows: list[tuple[str, Tensor]] = []
     psnr: list[float] = []
@@ -85,7 +85,7 @@ def reconstruct(args: argparse.Namespace) -> None:
             if len(rows) < MAX_ROWS:
                 rows += zip(("original", "reconstruction"), part, strict=True)
     title = f"{type(model).__name__}, {size}x{size} pixels"
-    if not isinstance(model, VAE):
+    if isinstance(model, VQAutoencoder):
         h, w = model.encode(x[:1]).indices.shape[1:]
         K = model.num_embeddings
         title += f": {h}x{w} codes of {K}, {metrics.fixed_length_bits(h * w, K):.0f} bits per image"
@@ -184,14 +184,11 @@ def _tokenizer(checkpoint: str) -> VQAutoencoder:
     return load_tokenizer(checkpoint)[0]
 
 
-def _size(model: VAE | VQAutoencoder, size: int | None) -> int:
+def _size(model: GaussianAutoencoder | VQAutoencoder, size: int | None) -> int:
     """--image-size, or the model's own size; raises InputError if the model cannot take it."""
     size = size or model.image_size
-    if isinstance(model, VQAutoencoder):
-        with user_input():
-            model.check_resolution(size, size)
-    elif size != model.image_size:
-        raise InputError(f"--image-size {size}: this VAE takes {model.image_size} pixels only")
+    with user_input():
+        model.check_resolution(size, size)
     return size
 
 

@@ -20,7 +20,7 @@ from vqgan.shapes import detect_colors
 from vqgan.tokens import TokenDataset
 from vqgan.training import Run, Stopwatch
 from vqgan.transformer import GPT
-from vqgan.vae import VAE, reparameterize
+from vqgan.vae import GaussianAutoencoder, reparameterize
 from vqgan.vqvae import VQAutoencoder
 
 MAX_CACHED = 2**28  # numbers in the keys and values of sampling, 1 GiB in float32
@@ -31,7 +31,7 @@ MAX_CACHED = 2**28  # numbers in the keys and values of sampling, 1 GiB in float
 
 @torch.no_grad()
 def evaluate_autoencoder(
-    model: VAE | VQAutoencoder,
+    model: GaussianAutoencoder | VQAutoencoder,
     run: Run,
     *,
     distance: PerceptualDistance | None = None,
@@ -46,13 +46,15 @@ def evaluate_autoencoder(
     """
     model.eval()
     generator = torch.Generator().manual_seed(0)  # the global one belongs to training
-    usage: Any = None if isinstance(model, VAE) else metrics.CodebookUsage(model.num_embeddings)
+    usage: Any = None
+    if isinstance(model, VQAutoencoder):
+        usage = metrics.CodebookUsage(model.num_embeddings)
     per_image, features, features_hat = defaultdict(list), [], []
     for x in eval_batches(run.data.test_images, device=run.device):
         output = model(x)
         x_hat = output.reconstruction
         quality = metrics.reconstruction_quality(x, x_hat, run.variance)
-        if isinstance(model, VAE):
+        if isinstance(model, GaussianAutoencoder):
             quality["kl"] = output.kl
             mean, log_var = model.encode(x)
             noise = torch.randn(mean.shape, generator=generator).to(run.device)
@@ -84,7 +86,7 @@ def evaluate_autoencoder(
         result["rfid"] = inception.compute().item()
         inception.reset()
     result |= {"perplexity": None, "codes_used": None, "entropy_bits_per_image": None}
-    if isinstance(model, VAE):
+    if isinstance(model, GaussianAutoencoder):
         return result | {"bits_per_image": metrics.nats_to_bits(result.pop("kl"))}, None
     seq_len = output.indices[0].numel()
     return result | {

@@ -32,3 +32,9 @@ def check_channels(x: Tensor, in_channels: int) -> None:
         remedy = "; x.expand(-1, 3, -1, -1) makes gray images RGB" if is_gray else ""
         shape = tuple(x.shape)
         raise ValueError(f"images (B, {in_channels}, H, W) were expected, not {shape}{remedy}")
+
+
+def check_multiple(height: int, width: int, factor: int) -> None:
+    """Raise `ValueError` unless `factor` divides both sides, in pixels."""
+    if height < 1 or width < 1 or height % factor or width % factor:
+        raise ValueError(f"{height}x{width} pixels: give multiples of {factor}")

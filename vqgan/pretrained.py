@@ -12,16 +12,17 @@ from vqgan.compvis import load_compvis_vqgan, read_config
 from vqgan.conditions import Condition
 from vqgan.errors import InputError, file_input
 from vqgan.transformer import GPT
-from vqgan.vae import VAE
+from vqgan.vae import VAE, SpatialVAE
 from vqgan.vqgan import VQGAN
 from vqgan.vqvae import VQVAE, VQAutoencoder
 
-MODELS = {"VAE": VAE, "VQVAE": VQVAE, "VQGAN": VQGAN, "GPT": GPT}
+Model = VAE | SpatialVAE | VQVAE | VQGAN | GPT
+MODELS = {model.__name__: model for model in (VAE, SpatialVAE, VQVAE, VQGAN, GPT)}
 # Transformers that come with the package, each with its tokenizer.
 PRETRAINED = {"shapes": Path(__file__).parent / "pretrained" / "shapes" / "checkpoint.pt"}
 
 
-def load_model(path: str | Path, *, config: dict | None = None) -> VAE | VQVAE | VQGAN | GPT:
+def load_model(path: str | Path, *, config: dict | None = None) -> Model:
     """The model of a checkpoint, on the CPU, in eval mode, with frozen parameters.
 
     Args:
@@ -45,7 +46,7 @@ def read_checkpoint(path: str | Path) -> dict:
     return state
 
 
-def build_model(state: dict, path: str | Path) -> VAE | VQVAE | VQGAN | GPT:
+def build_model(state: dict, path: str | Path) -> Model:
     """The model of a checkpoint that was read; errors name it by its `path`."""
     weights, model_args, model_class = state["weights"], state["model_args"], MODELS[state["model"]]
     with file_input(f"{path} does not fit {state['model']}", ": damaged?"):

@@ -17,12 +17,12 @@ from vqgan.sampling import describe_sampling
 from vqgan.tokens import TokenDataset
 from vqgan.training import Run, Session
 from vqgan.transformer import GPT
-from vqgan.vae import VAE
+from vqgan.vae import GaussianAutoencoder
 from vqgan.vqvae import VQAutoencoder
 
 NUM_SHOWN = 12  # test images per row
 SAMPLES_PER_ROW = 8  # of one class or caption
-STUDY_TITLES = {"vae": "VAE", "vqvae": "VQ-VAE"}
+STUDY_TITLES = {"vae": "VAE", "vae-spatial": "spatial VAE", "vqvae": "VQ-VAE"}
 OBJECTIVES = {"mse": "MSE", "perceptual": "L1 + perceptual", "vqgan": "VQGAN"}
 BASELINES = {  # titles of `metrics.token_baselines`
     "uniform": "uniform (ln K)",
@@ -63,7 +63,7 @@ def shown_images(run: Run, device: torch.device | str = "cpu") -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct(model: VAE | VQAutoencoder, x: Tensor) -> Tensor:
+def reconstruct(model: GaussianAutoencoder | VQAutoencoder, x: Tensor) -> Tensor:
     """x (B, 3, H, W) in [-1, 1] -> reconstructions, about [-1, 1], on the CPU, in eval mode."""
     device = next(model.parameters()).device
     return model.eval()(x.to(device)).reconstruction.cpu()
@@ -104,13 +104,13 @@ def save_study_figures(
     for name, session in sessions.items():
         label = f"{titles[name]}\n{results[name]['bits_per_image']:.0f} bits"
         rows.append((label, to_unit(reconstruct(session.eval_model, x))))
-        is_vae = isinstance(session.eval_model, VAE)
+        is_vae = isinstance(session.eval_model, GaussianAutoencoder)
         losses = ({k: v for k, v in row.items() if k != "codes_used"} for row in session.rows)
         logs[titles[name]] = list(losses)
         ylabels[titles[name]] = "nats per image" if is_vae else "mean over all elements"
         if is_vae:
-            _save_prior(run.out, name, session.eval_model, x)
-    title = "Test images and their reconstructions (the VAE decodes the mean)"
+            _save_prior(run.out, name, titles[name], session.eval_model, x)
+    title = "Test images and their reconstructions (a VAE decodes the mean)"
     figures.image_rows(run.out / "reconstructions.png", rows, title=title)
     figures.losses(run.out / "losses.png", logs, ylabels=ylabels, title="Training losses")
     _save_usage(run.out, titles, results, counts)
@@ -123,7 +123,7 @@ def _save_sweep(out: Path, results: Mapping[str, dict]) -> None:
         return
     by_model: dict[str, dict[int, float]] = defaultdict(dict)
     for name, result in results.items():
-        by_model[STUDY_TITLES[name.partition("-")[0]]][result["batch_size"]] = result["ssim"]
+        by_model[STUDY_TITLES[name.partition("-batch")[0]]][result["batch_size"]] = result["ssim"]
     title = f"SSIM by batch size, {result['epochs']} epochs each\n"
     title += "(at equal epochs, small batches take more steps)"
     ylabel = "SSIM on the test set (Wang et al. 2004)"
@@ -131,18 +131,21 @@ def _save_sweep(out: Path, results: Mapping[str, dict]) -> None:
     figures.metric_by_batch_size(path, by_model, ylabel=ylabel, title=title)
 
 
-def _save_prior(out: Path, name: str, model: VAE, x: Tensor) -> None:
+def _save_prior(out: Path, name: str, title: str, model: GaussianAutoencoder, x: Tensor) -> None:
     """Save what a VAE gives without a second model: samples of its prior, and interpolations."""
     samples = to_unit(model.sample(48, generator=torch.Generator().manual_seed(0)))
-    figures.image_grid(out / f"{name}_samples.png", samples, title="Samples from the VAE's prior")
+    path = out / f"{name}_samples.png"
+    figures.image_grid(path, samples, title=f"Samples from the prior of the {title}")
     pairs = len(x) // 2  # the first half of the images on the left, the second on the right
     if pairs:
         x0, x1 = x[:pairs], x[pairs : 2 * pairs]
         between = model.interpolate(x0, x1, steps=8)  # (6, 8, 3, H, W)
         strips = torch.cat([x0[:, None], between, x1[:, None]], dim=1)
         rows = [("", to_unit(strip)) for strip in strips]
-        title = "Interpolations in the VAE's latent space between test images (first, last column)"
-        figures.image_rows(out / f"{name}_interpolations.png", rows, title=title)
+        path = out / f"{name}_interpolations.png"
+        title = f"Interpolations in the latent space of the {title}\n"
+        title += "between test images (first, last column)"
+        figures.image_rows(path, rows, title=title)
 
 
 # --- train_vqgan.py ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The baseline: a variational autoencoder with a Gaussian latent.
+"""The baseline: variational autoencoders, with one Gaussian latent or one at each position.
 
 Kingma, Welling, "Auto-Encoding Variational Bayes", 2014, arXiv 1312.6114. The encoder gives a
 normal distribution q(z|x) for each image, the decoder a distribution p(x|z) for each z, and
@@ -12,7 +12,8 @@ factor of 3,072, for RGB images of 32 pixels.
 
 Data flow:
 
-    x (B, C, H, W) -> encoder -> mean, log_var (B, 128) -> z (B, 128)
+    x (B, C, H, W) -> encoder -> mean, log_var (B, 128) -> z (B, 128)         VAE
+                                 mean, log_var (B, 16, 8, 8) -> z (B, 16, 8, 8)   SpatialVAE
     z -> decoder -> reconstruction (B, C, H, W)
 """
 
@@ -23,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgan.images import check_channels, to_unit
+from vqgan.images import check_channels, check_multiple, to_unit
+from vqgan.vqvae import build_decoder, build_encoder
 
 LIKELIHOODS = ("optimal", "learned", "fixed", "bernoulli")
 
@@ -33,7 +35,7 @@ MIN_SCALE = 2 / 255 / math.sqrt(12)
 
 
 class VAEOutput(NamedTuple):
-    """What the VAE returns: loss = negative_log_likelihood + kl_weight * mean of kl."""
+    """What a VAE returns: loss = negative_log_likelihood + kl_weight * mean of kl."""
 
     reconstruction: Tensor  # (B, C, H, W) float32, about [-1, 1]: the mean of p(x|z)
     loss: Tensor  # (), nats per image: the negative bound, if z was sampled (in training)
@@ -44,11 +46,12 @@ class VAEOutput(NamedTuple):
 def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
     """KL(N(mean, exp(log_var)) || N(0, I)) in nats: (B, Z), (B, Z) -> (B,).
 
-    In closed form, with means m_j and variances s_j^2 (arXiv 1312.6114, appendix B):
+    In closed form, with means m_j and variances s_j^2 (arXiv 1312.6114, appendix B). The sum is
+    over all of Z, also where Z is D, h, w:
 
         -1/2 sum_j (1 + log s_j^2 - m_j^2 - s_j^2)
     """
-    return -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum(dim=1)
+    return -0.5 * (1 + log_var - mean.square() - log_var.exp()).flatten(1).sum(dim=1)
 
 
 def reparameterize(mean: Tensor, log_var: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -70,16 +73,14 @@ def gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     return squared_error / (2 * (2 * log_scale).exp()) + log_normalizer
 
 
-class VAE(nn.Module):
-    """Four strided convolutions, a Gaussian latent, four transposed convolutions.
+class GaussianAutoencoder(nn.Module):
+    """The bound, samples and interpolations that both VAEs share. A subclass builds the networks.
 
-    With the defaults it has 1.8 M parameters. Kernels of 4 with stride 2 halve and double the side
-    exactly. It has no normalization layer, like the VQ-VAE that it is compared with.
+    Below, Z stands for the latent's shape: a number Z for `VAE`, and D, h, w for `SpatialVAE`.
 
     Args:
-        image_size: the side H = W of the images, a multiple of 16.
-        latent_dim: Z, the dimensions of the latent.
-        num_hiddens: the channels after the first convolution; each further one doubles them.
+        image_size: the side H = W of the images.
+        latent_shape: Z, of the latent of an image.
         likelihood: what p(x|z) is, and so how many nats of KL an error in a pixel costs:
             "optimal": a Gaussian whose scale is, for each batch, the one that makes the data most
                 likely, s^2 = MSE (the optimal sigma-VAE of Rybkin et al. 2021, arXiv 2006.13202).
@@ -93,53 +94,38 @@ class VAE(nn.Module):
         in_channels: C, the channels of an image: 3 for RGB, 1 for gray.
     """
 
+    encoder: nn.Module
+    decoder: Any  # a Sequential
+
     def __init__(
         self,
-        image_size: int = 32,
-        latent_dim: int = 128,
-        num_hiddens: int = 32,
-        likelihood: str = "optimal",
-        kl_weight: float = 1.0,
-        in_channels: int = 3,
+        image_size: int,
+        latent_shape: tuple[int, ...],
+        likelihood: str,
+        kl_weight: float,
+        in_channels: int,
     ):
         super().__init__()
-        if image_size % 16:
-            raise ValueError(f"image_size must be a multiple of 16, not {image_size}")
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood must be one of {LIKELIHOODS}, not {likelihood!r}")
-        self.latent_dim, self.likelihood, self.kl_weight = latent_dim, likelihood, kl_weight
-        self.image_size, self.in_channels = image_size, in_channels
-        widths = [num_hiddens, 2 * num_hiddens, 4 * num_hiddens, 8 * num_hiddens]
-        side = image_size // 16  # of the grid after four halvings
-        features = widths[-1] * side**2
-
-        layers, channels = [], in_channels
-        for width in widths:
-            layers += [nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1), nn.ReLU()]
-            channels = width
-        self.encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 2 * latent_dim))
-
-        grid = nn.Unflatten(1, (channels, side, side))
-        layers = [nn.Linear(latent_dim, features), nn.ReLU(), grid]
-        for width in reversed(widths[:-1]):
-            double = nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1)
-            layers += [double, nn.ReLU()]
-            channels = width
-        last = nn.ConvTranspose2d(channels, in_channels, kernel_size=4, stride=2, padding=1)
-        self.decoder: Any = nn.Sequential(*layers, last)
+        self.image_size, self.latent_shape, self.in_channels = image_size, latent_shape, in_channels
+        self.likelihood, self.kl_weight = likelihood, kl_weight
         if likelihood == "learned":
             self.log_scale = nn.Parameter(torch.zeros(()))  # s = 1 at first
+
+    def check_resolution(self, height: int, width: int) -> None:
+        """Raise `ValueError` unless the networks take images of this size; here, `image_size`."""
+        if (height, width) != (self.image_size, self.image_size):
+            size = f"{height}x{width} pixels"
+            raise ValueError(f"{size}: this VAE takes image_size={self.image_size} only")
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, C, H, W) in [-1, 1] -> mean, log_var of q(z|x), each (B, Z) float32.
 
-        Raises `ValueError` for another number of channels than `in_channels`, and for another side
-        than `image_size`, from which the sizes of the linear layers follow.
+        Raises `ValueError` for channels and sizes that the networks do not take.
         """
         check_channels(x, self.in_channels)
-        H, W = x.shape[2:]
-        if (H, W) != (self.image_size, self.image_size):
-            raise ValueError(f"{H}x{W} pixels: this VAE takes image_size={self.image_size} only")
+        self.check_resolution(*x.shape[-2:])
         mean, log_var = self.encoder(x).float().chunk(2, dim=1)
         return mean, log_var
 
@@ -192,7 +178,7 @@ class VAE(nn.Module):
 
         The generator is one of the CPU, so that a seed gives the same z on every device.
         """
-        z = torch.randn(n, self.latent_dim, generator=generator)
+        z = torch.randn(n, *self.latent_shape, generator=generator)  # (n, Z)
         return self.decode(z.to(next(self.parameters()).device))
 
     @torch.no_grad()
@@ -202,6 +188,99 @@ class VAE(nn.Module):
         The first and the last images are the reconstructions of x0 and x1.
         """
         z0, z1 = self.encode(x0)[0], self.encode(x1)[0]  # (B, Z)
-        t = torch.linspace(0, 1, steps, device=z0.device)[None, :, None]
+        t = torch.linspace(0, 1, steps, device=z0.device)
+        t = t.view(steps, *[1] * len(self.latent_shape))  # broadcasts over Z
         z = (1 - t) * z0[:, None] + t * z1[:, None]  # (B, steps, Z)
         return self.decode(z.flatten(0, 1)).unflatten(0, (len(x0), steps))
+
+
+class VAE(GaussianAutoencoder):
+    """Four strided convolutions, a Gaussian latent, four transposed convolutions.
+
+    With the defaults it has 1.8 M parameters. Kernels of 4 with stride 2 halve and double the side
+    exactly. It has no normalization layer, like the VQ-VAE that it is compared with.
+
+    Args:
+        image_size: the side of the images, a multiple of 16. The linear layers take no other.
+        latent_dim: Z, the dimensions of the latent.
+        num_hiddens: the channels after the first convolution; each further one doubles them.
+        likelihood, kl_weight, in_channels: see `GaussianAutoencoder`.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 32,
+        latent_dim: int = 128,
+        num_hiddens: int = 32,
+        likelihood: str = "optimal",
+        kl_weight: float = 1.0,
+        in_channels: int = 3,
+    ):
+        if image_size % 16:
+            raise ValueError(f"image_size must be a multiple of 16, not {image_size}")
+        super().__init__(image_size, (latent_dim,), likelihood, kl_weight, in_channels)
+        widths = [num_hiddens, 2 * num_hiddens, 4 * num_hiddens, 8 * num_hiddens]
+        side = image_size // 16  # of the grid after four halvings
+        features = widths[-1] * side**2
+
+        layers, channels = [], in_channels
+        for width in widths:
+            layers += [nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+            channels = width
+        self.encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 2 * latent_dim))
+
+        grid = nn.Unflatten(1, (channels, side, side))
+        layers = [nn.Linear(latent_dim, features), nn.ReLU(), grid]
+        for width in reversed(widths[:-1]):
+            double = nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1)
+            layers += [double, nn.ReLU()]
+            channels = width
+        last = nn.ConvTranspose2d(channels, in_channels, kernel_size=4, stride=2, padding=1)
+        self.decoder = nn.Sequential(*layers, last)
+
+
+class SpatialVAE(GaussianAutoencoder):
+    """The VQ-VAE's networks with a Gaussian of D channels at each position.
+
+    It is the control of a comparison, since it differs from `VQVAE` in the bottleneck only: the
+    encoder's last layer gives the mean and log-variance of each channel, and the decoder's first
+    layer reads D channels. Latent diffusion calls such a model a KL autoencoder (Rombach et al.
+    2022, arXiv 2112.10752).
+
+    With the defaults, a 32x32 image becomes 16x8x8 = 1,024 dimensions, and the model has 0.60 M
+    parameters.
+
+    Args:
+        image_size: the side of the images that `sample` generates. It changes no weight, because
+            the networks take any size that halves evenly.
+        latent_channels: D. The bits of the VQ-VAE, 9 per position, are half a bit per channel of
+            16, so D does not limit what a position can hold. The KL and its weight do, and they
+            leave unused what an image does not need.
+        num_hiddens, num_residual_hiddens, num_residual_layers, num_downsamples: see `VQVAE`.
+        likelihood, kl_weight, in_channels: see `GaussianAutoencoder`.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 32,
+        num_hiddens: int = 128,
+        num_residual_hiddens: int = 32,
+        num_residual_layers: int = 2,
+        latent_channels: int = 16,
+        num_downsamples: int = 2,
+        likelihood: str = "optimal",
+        kl_weight: float = 1.0,
+        in_channels: int = 3,
+    ):
+        side = image_size // 2**num_downsamples
+        shape = (latent_channels, side, side)
+        super().__init__(image_size, shape, likelihood, kl_weight, in_channels)
+        self.num_downsamples = num_downsamples
+        self.check_resolution(image_size, image_size)
+        network = (num_hiddens, num_residual_hiddens, num_residual_layers, num_downsamples)
+        self.encoder = build_encoder(in_channels, 2 * latent_channels, *network)
+        self.decoder = build_decoder(latent_channels, in_channels, *network)
+
+    def check_resolution(self, height: int, width: int) -> None:
+        """Raise `ValueError` unless 2^num_downsamples divides both sides, in pixels."""
+        check_multiple(height, width, 2**self.num_downsamples)

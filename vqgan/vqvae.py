@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgan.images import check_channels
+from vqgan.images import check_channels, check_multiple
 from vqgan.quantizer import Quantized, Quantizer, make_quantizer
 
 
@@ -58,9 +58,7 @@ class VQAutoencoder(nn.Module):
 
     def check_resolution(self, height: int, width: int) -> None:
         """Raise `ValueError` unless 2^num_downsamples divides both sides, in pixels."""
-        factor = 2**self.num_downsamples
-        if height < 1 or width < 1 or height % factor or width % factor:
-            raise ValueError(f"{height}x{width} pixels: give multiples of {factor}")
+        check_multiple(height, width, 2**self.num_downsamples)
 
     def encode(self, x: Tensor) -> Quantized:
         """x (B, C, H, W) in [-1, 1] -> z_q (B, D, h, w), indices (B, h, w), loss ().
@@ -127,6 +125,56 @@ def residual_stack(channels: int, hidden_channels: int, num_layers: int) -> nn.S
     return nn.Sequential(*blocks, nn.ReLU())
 
 
+def build_encoder(
+    in_channels: int,
+    out_channels: int,
+    num_hiddens: int,
+    num_residual_hiddens: int,
+    num_residual_layers: int,
+    num_downsamples: int,
+) -> nn.Sequential:
+    """The encoder, images (B, in_channels, H, W) -> (B, out_channels, h, w)."""
+    if num_downsamples < 1:
+        raise ValueError(f"num_downsamples must be at least 1, not {num_downsamples}")
+    # Channels after each downsampling: half the width first, as in the authors' example.
+    widths = [num_hiddens // 2] + [num_hiddens] * (num_downsamples - 1)
+    # Each strided convolution halves the side: kernel 4, stride 2, padding 1.
+    layers, channels = [], in_channels
+    for width in widths:
+        layers += [nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+        channels = width
+    return nn.Sequential(
+        *layers,
+        nn.Conv2d(channels, num_hiddens, kernel_size=3, padding=1),
+        residual_stack(num_hiddens, num_residual_hiddens, num_residual_layers),
+        nn.Conv2d(num_hiddens, out_channels, kernel_size=1),  # to the dimensions of the latent
+    )
+
+
+def build_decoder(
+    in_channels: int,
+    out_channels: int,
+    num_hiddens: int,
+    num_residual_hiddens: int,
+    num_residual_layers: int,
+    num_downsamples: int,
+) -> nn.Sequential:
+    """The encoder's mirror image, (B, in_channels, h, w) -> images (B, out_channels, H, W)."""
+    widths = [num_hiddens // 2] + [num_hiddens] * (num_downsamples - 1)
+    # Transposed convolutions double the side.
+    layers, channels = [], num_hiddens
+    for width in reversed(widths[:-1]):
+        double = nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1)
+        layers += [double, nn.ReLU()]
+        channels = width
+    return nn.Sequential(
+        nn.Conv2d(in_channels, num_hiddens, kernel_size=3, padding=1),
+        residual_stack(num_hiddens, num_residual_hiddens, num_residual_layers),
+        *layers,
+        nn.ConvTranspose2d(channels, out_channels, kernel_size=4, stride=2, padding=1),
+    )
+
+
 class VQVAE(VQAutoencoder):
     """The network of the authors' published example for CIFAR-10.
 
@@ -166,37 +214,10 @@ class VQVAE(VQAutoencoder):
         restart_dead_codes: bool = True,
         in_channels: int = 3,
     ):
-        if num_downsamples < 1:
-            raise ValueError(f"num_downsamples must be at least 1, not {num_downsamples}")
         super().__init__(image_size, num_downsamples, in_channels)
-        # Channels after each downsampling: half the width first, as in the authors' example.
-        widths = [num_hiddens // 2] + [num_hiddens] * (num_downsamples - 1)
-
-        # Each strided convolution halves the side: kernel 4, stride 2, padding 1.
-        layers, channels = [], in_channels
-        for width in widths:
-            layers += [nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1), nn.ReLU()]
-            channels = width
-        self.encoder = nn.Sequential(
-            *layers,
-            nn.Conv2d(channels, num_hiddens, kernel_size=3, padding=1),
-            residual_stack(num_hiddens, num_residual_hiddens, num_residual_layers),
-            nn.Conv2d(num_hiddens, embedding_dim, kernel_size=1),  # to the codebook's dimensions
-        )
-
+        network = (num_hiddens, num_residual_hiddens, num_residual_layers, num_downsamples)
+        self.encoder = build_encoder(in_channels, embedding_dim, *network)
         options: dict = {"beta": beta, "data_init": data_init}
         options["restart_dead_codes"] = restart_dead_codes
         self.quantizer = make_quantizer(quantizer, num_embeddings, embedding_dim, **options)
-
-        # The mirror image: transposed convolutions double the side.
-        layers, channels = [], num_hiddens
-        for width in reversed(widths[:-1]):
-            double = nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1)
-            layers += [double, nn.ReLU()]
-            channels = width
-        self.decoder = nn.Sequential(
-            nn.Conv2d(embedding_dim, num_hiddens, kernel_size=3, padding=1),
-            residual_stack(num_hiddens, num_residual_hiddens, num_residual_layers),
-            *layers,
-            nn.ConvTranspose2d(channels, in_channels, kernel_size=4, stride=2, padding=1),
-        )
+        self.decoder = build_decoder(embedding_dim, in_channels, *network)

@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
 
 def bits_by_dimension(model: VAE, images: Tensor) -> Tensor:
     """Mean over images of the KL of each latent dimension, in bits: (Z,). See vae.kl_divergence."""
-    total = torch.zeros(model.latent_dim, dtype=torch.float64)
+    total = torch.zeros(model.latent_shape, dtype=torch.float64)
     for x in eval_batches(images, BATCH_SIZE):
         mean, log_var = (part.double() for part in model.encode(x))
         total += -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum(dim=0)
