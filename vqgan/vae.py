@@ -178,7 +178,8 @@ class GaussianAutoencoder(nn.Module):
 
         The generator is one of the CPU, so that a seed gives the same z on every device.
         """
-        z = torch.randn(n, *self.latent_shape, generator=generator)  # (n, Z)
+        # Row by row, so that the first images of a seed are the same for every n.
+        z = torch.stack([torch.randn(self.latent_shape, generator=generator) for _ in range(n)])
         return self.decode(z.to(next(self.parameters()).device))
 
     @torch.no_grad()
