@@ -92,7 +92,7 @@ def test_batches_of_another_set_are_refused():
 def test_batches_of_other_images_are_refused_however_many():
     state = TrainLoader(numbered(20), 5).state_dict()
     others = TrainLoader(numbered(20).flip(0), 5)
-    with pytest.raises(InputError, match="other training images: give the same"):
+    with pytest.raises(InputError, match="other training images: give those"):
         others.load_state_dict(state)
     del state["images"]  # as in checkpoints of earlier versions
     others.load_state_dict(state)
