@@ -135,15 +135,17 @@ def test_a_fingerprint_of_files_stays_when_their_folder_moves(image_folder, tmp_
 
 
 STREAM = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 from vqgan.data import TrainLoader
 from vqgan.image_folder import ImageFiles
 
 try:
-    for x in TrainLoader(ImageFiles(sorted(Path(sys.argv[1]).rglob("*.png")), 32), 8):
-        os.killpg(0, signal.SIGINT)
-        signal.pause()
+    images = ImageFiles(sorted(Path(sys.argv[1]).rglob("*.png")), 32)
+    for number, x in enumerate(TrainLoader(images, 1)):
+        if number > 20:  # every worker has given some
+            os.killpg(0, signal.SIGINT)
+            time.sleep(1)
 except KeyboardInterrupt:
     print("stopped")
 """
