@@ -7,6 +7,7 @@ import torch
 from vqgan.sampling import sample_sliding_window, sample_token, uniform_numbers
 from vqgan.transformer import GPT
 
+CPU = torch.device("cpu")
 K, GRID, N, CONDITIONS = 11, (3, 4), 12, 5
 TOKENIZER = SimpleNamespace(grids=[GRID])  # what a sliding window asks of one
 
@@ -31,7 +32,7 @@ def seeded(seed=7):
 
 def sample_plainly(condition, next_logits, seed=7, given=None, **filters):
     """Twelve codes without a cache: next_logits(indices so far) gives the logits of the next."""
-    uniform = uniform_numbers(12, len(condition), seeded(seed))
+    uniform = uniform_numbers(12, len(condition), seeded(seed), CPU)
     indices = torch.zeros(len(condition), 0, dtype=torch.int64)
     for i in range(12):
         settings = {"temperature": 1.0, "top_k": None, "top_p": None} | filters

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from priors import CONDITIONS, GRID, K, N, data, large, make, samplers, seeded
+from priors import CONDITIONS, CPU, GRID, K, N, data, large, make, samplers, seeded
 from torch import nn
 
 from vqgan.sampling import (
@@ -68,7 +68,7 @@ def test_of_ties_as_many_are_kept_as_are_needed():
 def test_codes_are_drawn_as_often_as_the_softmax_says():
     logits, n = torch.randn(K, dtype=torch.float64), 200_000
     for temperature in (1.0, 0.5):
-        uniform = uniform_numbers(n, 1, seeded()).flatten()
+        uniform = uniform_numbers(n, 1, seeded(), CPU).flatten()
         codes = sample_token(logits.expand(n, K), uniform, temperature, None, None)
         p = (logits / temperature).softmax(dim=0)
         share = codes.bincount(minlength=K) / n
@@ -118,18 +118,18 @@ def test_half_precision_logits_are_drawn_from_in_float32():
 def test_uniform_numbers_leave_out_zero_and_have_one():
     zeros = mock.Mock(return_value=torch.zeros(3, 2))
     with mock.patch("vqgan.sampling.torch.rand", zeros):
-        assert (uniform_numbers(2, 3, seeded()) == 1).all()
-    uniform = uniform_numbers(1000, 100, seeded())
+        assert (uniform_numbers(2, 3, seeded(), CPU) == 1).all()
+    uniform = uniform_numbers(1000, 100, seeded(), CPU)
     assert uniform.min() > 0 and uniform.max() <= 1
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.005)
 
 
 def test_the_first_sequences_have_the_same_numbers_for_any_count_and_in_chunks():
-    whole, generator = uniform_numbers(N, 8, seeded()), seeded()
+    whole, generator = uniform_numbers(N, 8, seeded(), CPU), seeded()
     assert whole.shape == (N, 8)
     for count in (1, 4):
-        assert torch.equal(uniform_numbers(N, count, seeded()), whole[:, :count])
-    chunks = [uniform_numbers(N, count, generator) for count in (3, 4, 1)]
+        assert torch.equal(uniform_numbers(N, count, seeded(), CPU), whole[:, :count])
+    chunks = [uniform_numbers(N, count, generator, CPU) for count in (3, 4, 1)]
     assert torch.equal(torch.cat(chunks, dim=1), whole)
 
 
@@ -201,7 +201,7 @@ def test_each_code_of_a_large_grid_is_drawn_with_its_own_number():
     model, (condition, _) = make(), data()
     nn.init.zeros_(model.head.weight)
     grid = large(model, condition, 5, 6, generator=seeded())
-    uniform = uniform_numbers(30, 3, seeded()).T.reshape(3, 5, 6)
+    uniform = uniform_numbers(30, 3, seeded(), CPU).T.reshape(3, 5, 6)
     assert torch.equal(grid, (uniform * K).ceil().long() - 1)
 
 

@@ -173,10 +173,14 @@ def check_state(state: dict, path: Path) -> None:
         raise InputError(f"{path} has images of {size!s:.9} pixels, and not 1 to {MAX_IMAGE_SIZE}")
 
 
-def check_model_args(model_class: type, model_args: dict, weights: dict, path: str | Path) -> None:
-    """Raise `ValueError` for a model larger than its file, before it is built and fills the memory.
+def build_on_meta(model_class: type, model_args: dict, weights: dict, path: str | Path) -> Any:
+    """Build the model of a file on torch's "meta" device, where weights have shapes and no values.
 
-    No number of channels or codes can exceed the file's bytes, and no number of layers its tensors.
+    So it takes no memory and draws no random numbers. `load_weights` completes it.
+
+    Raises:
+        ValueError: it would be larger than its file, where no number of channels or codes can
+            exceed the bytes, and no number of layers the tensors. (The constructor raises others.)
     """
     parameters = inspect.signature(model_class).parameters
     num_tensors, num_bytes = len(weights), Path(path).stat().st_size
@@ -189,10 +193,12 @@ def check_model_args(model_class: type, model_args: dict, weights: dict, path: s
         numbers = value if isinstance(value, list | tuple) else [value]
         if len(numbers) > num_tensors or any(isinstance(n, int) and n > most for n in numbers):
             raise ValueError(f"{name} is larger than the file allows")
+    with torch.device("meta"):
+        return model_class(**model_args)
 
 
 def load_weights(model: nn.Module, weights: dict) -> None:
-    """Load a file's weights into a model that torch built on its "meta" device, without memory.
+    """Load a file's weights into a model of `build_on_meta`.
 
     Raises:
         RuntimeError, ValueError: they do not fit, or hold NaN or infinity.

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgan.checkpoint import load_weights
+from vqgan.checkpoint import build_on_meta, load_weights
 from vqgan.console import progress_bar
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
 from vqgan.errors import InputError
@@ -143,8 +143,8 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float
     remedy = "give a classifier of this package"
     state = load_plain(path, remedy=remedy)
     try:
-        with torch.device("meta"):
-            model = Classifier(state["num_classes"], state["width"])
+        sizes = {name: state[name] for name in ("num_classes", "width")}
+        model = build_on_meta(Classifier, sizes, state["weights"], path)
         load_weights(model, state["weights"])
         accuracy = float(state["accuracy"])
     except Exception as error:  # another file's state raises many types

@@ -22,7 +22,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor, nn
 
-from vqgan.checkpoint import MODEL_KEYS, check_model_args, load_weights
+from vqgan.checkpoint import MODEL_KEYS, build_on_meta, load_weights
 from vqgan.errors import InputError, file_input
 from vqgan.files import load_plain, load_tensors
 from vqgan.transformer import GPT
@@ -66,13 +66,12 @@ def load_compvis_vqgan(path: str | Path, config: dict) -> VQGAN:
             outer = {key: config[key] for key in ("embed_dim", "n_embed") if key in config}
             config = config["ddconfig"] | outer
         model_args = _arguments(config, VQGAN_ARGUMENTS, VQGAN_ONLY_VALUES)
-        check_model_args(VQGAN, model_args, theirs, path)
         levels = range(len(model_args["channel_multipliers"]))
         resolutions = {model_args["resolution"] // 2**level for level in levels}
         # Resolutions that never occur have no effect in their code.
         model_args["attention_resolutions"] = resolutions & {*model_args["attention_resolutions"]}
-        with torch.device("meta"):  # names and shapes only
-            model = VQGAN(**model_args, quantizer="gradient", norm_groups=32)  # as published
+        model_args |= {"quantizer": "gradient", "norm_groups": 32}  # as published
+        model = build_on_meta(VQGAN, model_args, theirs, path)
         _load(model, theirs, {ours: [name] for ours, name in _their_names(model).items()})
     return model.eval()
 
@@ -102,15 +101,14 @@ def load_compvis_transformer(
     with file_input(f"{path} does not fit its config", ": give its own"):
         config = _innermost(config, "model", "params", "transformer_config", "params")
         model_args = _arguments(config, GPT_ARGUMENTS, GPT_ONLY_VALUES)
-        check_model_args(GPT, model_args, theirs, path)
         block_size = model_args.pop("block_size")
         seq_len = block_size if seq_len is None else seq_len
         length = block_size - seq_len + 1 if condition_length is None else condition_length
         if length + seq_len - 1 > block_size:  # the last token is not read
             raise ValueError(f"{length} + {seq_len} tokens exceed their block of {block_size}")
         model_args |= {"seq_len": seq_len, "condition_length": length, "dropout": 0.0}
-        with torch.device("meta"):
-            model = GPT(**model_args, condition_vocabulary=model_args["num_embeddings"])
+        model_args["condition_vocabulary"] = model_args["num_embeddings"]
+        model = build_on_meta(GPT, model_args, theirs, path)
         positions = theirs["transformer.pos_emb"]
         if positions.shape != (1, block_size, model_args["n_embd"]):
             raise ValueError(f"transformer.pos_emb has the shape {tuple(positions.shape)}")

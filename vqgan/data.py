@@ -198,7 +198,7 @@ class TrainLoader:
             given, had = len(self.images), state["num_images"]
             raise InputError(f"the run had {had} training images, not {given}: give the same")
         if "images" in state and state["images"] != self.fingerprint:  # older states lack it
-            raise InputError("the run had as many other training images: give the same")
+            raise InputError("the run had other training images: give those, or start a new run")
         self.epoch_start, self.position = state["epoch_start"].cpu(), state["position"]
 
 

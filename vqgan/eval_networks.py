@@ -129,9 +129,8 @@ def inception_distance(device: torch.device, feature: int | nn.Module = 2048):
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
-        return FrechetInceptionDistance(feature=feature, normalize=True).to(
-            "cpu" if device.type == "mps" else device  # its sums are float64, which MPS lacks
-        )
+        where = "cpu" if device.type == "mps" else device  # its sums are float64, which MPS lacks
+        return FrechetInceptionDistance(feature=feature, normalize=True).to(where)
     except ModuleNotFoundError as error:
         raise InputError(f"install this package's extra 'fid' for the rFID ({error})") from error
     except OSError as error:  # urllib's

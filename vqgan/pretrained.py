@@ -4,10 +4,9 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import nn
 
-from vqgan.checkpoint import check_model_args, fingerprint, is_float, load_checkpoint, load_weights
+from vqgan.checkpoint import build_on_meta, fingerprint, is_float, load_checkpoint, load_weights
 from vqgan.compvis import load_compvis_vqgan, read_config
 from vqgan.conditions import Condition
 from vqgan.errors import InputError, file_input
@@ -50,9 +49,7 @@ def build_model(state: dict, path: str | Path) -> Model:
     """The model of a checkpoint that was read; errors name it by its `path`."""
     weights, model_args, model_class = state["weights"], state["model_args"], MODELS[state["model"]]
     with file_input(f"{path} does not fit {state['model']}", ": damaged?"):
-        check_model_args(model_class, model_args, weights, checkpoint_path(path))
-        with torch.device("meta"):  # names and shapes only: no memory, no random numbers
-            model = model_class(**model_args)
+        model = build_on_meta(model_class, model_args, weights, checkpoint_path(path))
         # Shipped weights are in half precision.
         load_weights(model, {name: w.float() if is_float(w) else w for name, w in weights.items()})
     return model.eval().requires_grad_(False)

@@ -82,10 +82,7 @@ def sample_token(
 
 
 def uniform_numbers(
-    seq_len: int,
-    batch_size: int,
-    generator: torch.Generator | None,
-    device: torch.device | str = "cpu",
+    seq_len: int, batch_size: int, generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
     """Draw all numbers that sequences are sampled with, (seq_len, B) in (0, 1].
 
