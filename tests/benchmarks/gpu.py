@@ -37,7 +37,7 @@ COLUMNS = {  # of the table, and how each is written
     "part": "{}", "contestant": "{}", "ms": "{:,.1f}", "ratio": "{:.2f}",
     "peak_MiB": "{:,.0f}", "per_second": "{:,.0f}", "unit": "{}", "note": "{}",
 }  # fmt: skip
-TIMEOUT = 300  # seconds of a process, which on a GPU takes one
+TIMEOUT = 300  # seconds that a process may take, so that one that hangs stops nothing else
 Rows = list[dict]
 
 
