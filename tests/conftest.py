@@ -18,6 +18,10 @@ from vqgan.shapes import render_shapes
 from vqgan.transformer import GPT
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="of the tests marked `device`: cuda, say")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shapes_drawn_once():
     """Runs in this process share the drawn shapes, which take seconds to draw."""

@@ -11,21 +11,22 @@ import importlib.metadata
 
 import torch
 from timing import environment, median_seconds, peak_extra_mebibytes
-from vector_quantize_pytorch import VectorQuantize
 
 from vqgan.quantizer import EMAVectorQuantizer
 
 DIMENSIONS = 64
-SHAPE = (256, DIMENSIONS, 8, 8)  # 16,384 vectors
+BATCH_SIZE, SIDE = 256, 8  # 16,384 vectors
 
 
-def prepare(name: str, num_embeddings: int):
+def prepare(name: str, num_embeddings: int, device: str = "cpu", batch_size: int = BATCH_SIZE):
     """A call that quantizes one batch and updates the codebook."""
     torch.manual_seed(0)
-    z_e = torch.randn(SHAPE)
+    z_e = torch.randn(batch_size, DIMENSIONS, SIDE, SIDE, device=device)
     if name == "ours":
         quantizer = EMAVectorQuantizer(num_embeddings, DIMENSIONS, data_init=False)
     else:
+        from vector_quantize_pytorch import VectorQuantize
+
         quantizer = VectorQuantize(
             dim=DIMENSIONS,
             codebook_size=num_embeddings,
@@ -34,7 +35,7 @@ def prepare(name: str, num_embeddings: int):
             accept_image_fmap=True,
             threshold_ema_dead_code=1,
         )
-    return functools.partial(quantizer.train(), z_e)
+    return functools.partial(quantizer.to(device).train(), z_e)
 
 
 def main() -> None:

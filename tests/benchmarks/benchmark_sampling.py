@@ -11,12 +11,13 @@ fast as without a cache, 1.5 times as fast as `generate`.
 Second, `GPT.sample` on grids of 64 to 1024 codes: the time of a code should hardly grow with them.
 """
 
+import importlib.metadata
+import math
 import statistics
 import time
 
 import torch
-from timing import environment, median_seconds
-from transformers import GPT2Config, GPT2LMHeadModel, __version__
+from timing import environment, median_seconds, synchronize
 
 from vqgan.device import choose_device
 from vqgan.transformer import GPT
@@ -36,6 +37,8 @@ def new_model(side, device):
 
 def new_peer(side, device):
     """transformers' GPT-2 of the same sizes; its condition is a code, the first of the prompt."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
     config = GPT2Config(
         vocab_size=NUM_EMBEDDINGS,
         n_positions=side * side,
@@ -119,22 +122,30 @@ def generate(peer, condition, seq_len):
     assert sequences.shape == (len(condition), 1 + seq_len)
 
 
-def compare(device):
-    model, peer = new_model(16, device), new_peer(16, device)
+def prepare(name, model, batch_size=BATCH_SIZE):
+    """A call that samples grids in one of three ways. (The peer's weights become the model's.)"""
+    device = model.head.weight.device
+    condition = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+    if name == "ours":
+        return lambda: model.sample(condition)
+    if name == "without a cache":
+        return lambda: sample_uncached(model, condition)
+    peer = new_peer(math.isqrt(model.seq_len), device)
     copy_weights(model, peer)
     check_equal(model, peer)
-    condition = torch.zeros(BATCH_SIZE, 1, dtype=torch.int64, device=device)
-    contestants = {
-        "ours": lambda: model.sample(condition),
-        "transformers": lambda: generate(peer, condition, model.seq_len),
-    }
+    return lambda: generate(peer, condition, model.seq_len)
+
+
+def compare(device):
+    model = new_model(16, device)
+    contestants = {name: prepare(name, model) for name in ("transformers", "ours")}
     times = median_seconds(contestants, rounds=5)
+    sample_plainly = prepare("without a cache", model)
     slow = []
     for _ in range(3):  # the first warms up; too slow for more, and for taking turns
         start = time.perf_counter()
-        sample_uncached(model, condition)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        sample_plainly()
+        synchronize()
         slow.append(time.perf_counter() - start)
     times["without a cache"] = statistics.median(slow[1:])
     print(f"{BATCH_SIZE} grids of {model.seq_len} codes")
@@ -166,8 +177,9 @@ def grow(device):
 def main() -> None:
     torch.manual_seed(0)
     device = choose_device("auto")
+    version = importlib.metadata.version("transformers")
     print(
-        f"{environment()}, transformers {__version__}, {device}, float32, {N_LAYER} layers of "
+        f"{environment()}, transformers {version}, {device}, float32, {N_LAYER} layers of "
         f"width {N_EMBD}, {N_HEAD} heads, K = {NUM_EMBEDDINGS}"
     )
     compare(device)

@@ -8,9 +8,10 @@ error and quantizer loss, no optimizer. diffusers' as it comes (contiguous memor
 under bfloat16 autocast; this package's as the script prepares it (channels last).
 """
 
+import importlib.metadata
+
 import torch
 import torch.nn.functional as F
-from diffusers import VQModel, __version__
 from timing import environment, median_seconds, peak_extra_mebibytes
 
 from vqgan.device import autocast, choose_device, choose_precision, prepare_model
@@ -20,6 +21,8 @@ BATCH_SIZE = 64
 
 
 def diffusers_step(x, dtype):
+    from diffusers import VQModel
+
     model = VQModel(
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
@@ -60,12 +63,11 @@ CONTESTANTS = {
 }
 
 
-def prepare(name):
+def prepare(name, device="auto", batch_size=BATCH_SIZE):
     """One contestant's step."""
     torch.manual_seed(0)
     make, dtype = CONTESTANTS[name]
-    device = choose_device("auto")
-    x = torch.rand(BATCH_SIZE, 3, 32, 32, device=device) * 2 - 1
+    x = torch.rand(batch_size, 3, 32, 32, device=choose_device(str(device))) * 2 - 1
     return make(x, dtype)[1]
 
 
@@ -81,7 +83,8 @@ def main() -> None:
     if choose_precision("auto", device) == torch.float32:
         names = [name for name in names if "fp32" in name]
     times = median_seconds({name: prepare(name) for name in names}, rounds=12)
-    print(f"{environment()}, diffusers {__version__}, {device}, batch {BATCH_SIZE}")
+    version = importlib.metadata.version("diffusers")
+    print(f"{environment()}, diffusers {version}, {device}, batch {BATCH_SIZE}")
     for name in names:
         peer = times[name.replace("ours", "diffusers")]
         line = f"{name:>15} {1e3 * times[name]:>6.0f} ms {peer / times[name]:>6.2f}x"

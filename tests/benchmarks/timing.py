@@ -9,21 +9,29 @@ from pathlib import Path
 import torch
 
 
+def synchronize() -> None:
+    """Wait for the GPU, which computes while Python goes on."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def median_seconds(contestants: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Median time of each, called in turns so that a slow spell of the machine hits all alike."""
     times = {name: [] for name in contestants}
     for number in range(rounds + 2):  # the first two rounds warm up
         for name, call in contestants.items():
+            synchronize()
             start = time.perf_counter()
             call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            synchronize()
             if number >= 2:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _measure(prepare: Callable, name: str, queue) -> None:
+    import torch._dynamo  # noqa: F401  A first call loads its 150 MiB, which no contestant needs.
+
     call = prepare(name)
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not status.exists():
@@ -52,6 +60,16 @@ def peak_extra_mebibytes(prepare: Callable[[str], Callable[[], None]], name: str
     peak = queue.get()
     process.join()
     return peak
+
+
+def peak_cuda_mebibytes(call: Callable[[], None]) -> float:
+    """What `call` needs on the GPU beyond what is held between two calls, in MiB."""
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def environment() -> str:
