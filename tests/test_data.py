@@ -140,6 +140,7 @@ from pathlib import Path
 from vqgan.data import TrainLoader
 from vqgan.image_folder import ImageFiles
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 try:
     images = ImageFiles(sorted(Path(sys.argv[1]).rglob("*.png")), 32)
     for number, x in enumerate(TrainLoader(images, 1)):

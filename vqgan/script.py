@@ -41,6 +41,7 @@ def run_script(
     `resumable` says whether the script knows --resume.
     """
     flags: set[str] = set()
+    formatwarning = warnings.formatwarning
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a source line
     streams = Console(sys.stdout), Console(sys.stderr, controls="\n\t\r\x1b")
     try:
@@ -50,6 +51,7 @@ def run_script(
                 flags = set(vars(args))
                 main(args)
             finally:
+                warnings.formatwarning = formatwarning
                 sys.stdout.flush()
     except InputError as error:
         message = name_flags(str(error), flags)
