@@ -36,6 +36,7 @@ from vqgan.arguments import (
     positive_float,
     positive_int,
     sampling_settings,
+    small_int,
 )
 from vqgan.checkpoint import fingerprint, save_model
 from vqgan.conditions import KINDS, TRANSFORMS
@@ -276,7 +277,7 @@ def parse() -> argparse.Namespace:
     add("--condition-drop", type=fraction, default=0.1, help=drop)
 
     add = parser.add_argument_group("network").add_argument
-    add("--n-layer", type=positive_int, default=6, help="number of blocks")
+    add("--n-layer", type=small_int, default=6, help="number of blocks")
     add("--n-head", type=positive_int, default=8, help="attention heads per block")
     add("--n-embd", type=positive_int, default=256, help="width of the embeddings")
     add("--dropout", type=fraction, default=0.1, help="dropout probability")

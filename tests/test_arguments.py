@@ -123,7 +123,7 @@ def test_where_nothing_is_there_is_nothing_to_resume(parse):
         parse("--resume")
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "vae/checkpoint.pt"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "vae/checkpoint.pt", "metrics.json"])
 def test_a_run_that_is_there_is_not_overwritten(parse, tmp_path, name):
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
@@ -155,7 +155,8 @@ def test_another_config_is_named(parse, tmp_path, content):
     [
         ("epochs", "1"), ("epochs", 1.5), ("epochs", -1), ("epochs", None), ("epochs", [1]),
         ("seed", -1), ("precision", "evil"), ("checkpoint_every", 0), ("lr", None), ("lr", "0.5"),
-        ("flip", 1), ("data", None), ("data", ["shapes"]), ("limit", {}), ("image_size", 10**30),
+        ("flip", 1), ("extra", []), ("data", None), ("data", ["shapes"]), ("limit", {}),
+        ("image_size", 10**30),
     ],
 )  # fmt: skip
 def test_a_stored_flag_is_one_that_could_be_typed(begun, parse, tmp_path, flag, value):
@@ -203,6 +204,34 @@ def test_a_run_folder_never_lies_in_the_data_folder(parse, tmp_path, place, monk
     assert len([*(tmp_path / "photos").iterdir()]) == 12  # nothing was written
 
 
+def test_a_refused_resume_changes_nothing(begun, parse, tmp_path):
+    """The images are compared when the checkpoint is read, after the run was opened."""
+    begun("--epochs", 2)
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    make_images(tmp_path / "photos")
+    run = open_run(parse("--resume", "--data", tmp_path / "photos", "--epochs", 3), batch_sizes=[4])
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    assert run.config["epochs"] == 3  # which a session writes
+
+
+def test_what_a_killed_start_left_is_not_the_next_runs(begun, tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("tokenizer.pt", "classifier.pt", "eval_classifier.pt"):
+        (tmp_path / "run" / name).touch()
+    begun()
+    assert not [*(tmp_path / "run").glob("*.pt")]
+
+
+def test_a_missing_model_to_start_from_stops_before_anything_is_read(parse, tmp_path):
+    args = parse("--data", "shapes", "--device", "cpu", "--init-from", "gone.pt")
+    with pytest.raises(InputError, match="there is no checkpoint gone.pt"):
+        open_run(args, batch_sizes=[4])
+    args = parse("--data", "shapes", "--device", "cpu")
+    args.init_config = "config.yaml"
+    with pytest.raises(InputError, match="--init-config is about --init-from"):
+        open_run(args, batch_sizes=[4])
+
+
 def test_a_folder_of_images_may_have_moved_since_the_run_began(begun, parse, tmp_path):
     make_images(tmp_path / "photos")
     begun("--data", tmp_path / "photos")
@@ -210,7 +239,6 @@ def test_a_folder_of_images_may_have_moved_since_the_run_began(begun, parse, tmp
     args = parse("--resume", "--data", tmp_path / "moved")
     run = open_run(args, batch_sizes=[4])
     assert run.metadata["data"] == str(tmp_path / "moved") and len(run.data.train_images) == 11
-    assert parse("--resume").data == str(tmp_path / "moved")  # from now on
     with pytest.raises(InputError, match="data.*shapes"):
         parse("--resume", "--data", "shapes")
 

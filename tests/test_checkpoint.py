@@ -341,12 +341,16 @@ def test_weights_of_another_network_are_refused(tmp_path):
         {"batches": {}}, {"batches": {"num_images": 20, "position": "x", "epoch_start": 1}},
         {"random": {}}, {"random": {"cpu": torch.zeros(3, dtype=torch.uint8)}},
         {"random": {"cpu": "x"}}, {"weights": {"a": 1}},
+        {"batches": {"num_images": 20, "position": -1}},
     ],
 )  # fmt: skip
 def test_a_run_whose_other_parts_are_odd_is_named(tmp_path, parts):
     model, optimizer, batches = make_run()
     save(tmp_path / "c.pt", model, optimizer, batches)
-    state = load_checkpoint(tmp_path / "c.pt") | parts
+    whole = load_checkpoint(tmp_path / "c.pt")
+    if "position" in parts.get("batches", {}):
+        parts = {"batches": whole["batches"] | parts["batches"]}
+    state = whole | parts
     extra = {"more": Tiny(8)} if "extra_state" in parts else None
     before = torch.get_rng_state()
     with pytest.raises(InputError, match="does not fit this run") as error:
@@ -354,6 +358,17 @@ def test_a_run_whose_other_parts_are_odd_is_named(tmp_path, parts):
             state, model=model, optimizers={"adam": optimizer}, batches=batches, extra_state=extra
         )
     assert "\n" not in str(error.value) and torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_optimizer_of_another_model_is_named_and_crashes_nothing(tmp_path):
+    model, optimizer, batches = make_run()
+    model(torch.rand(2, 12)).sum().backward()
+    optimizer.step()
+    save(tmp_path / "c.pt", model, optimizer, batches)
+    state = load_checkpoint(tmp_path / "c.pt")
+    state["optimizers"]["adam"]["state"][0]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(InputError, match="adam is of another model"):
+        restore(state, model=model, optimizers={"adam": optimizer}, batches=batches)
 
 
 # --- fingerprints ------------------------------------------------------------------------------

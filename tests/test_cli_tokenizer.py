@@ -236,6 +236,10 @@ def break_codes(path, how):
         with_content(path, names=np.array([1]))
     elif how == "bytes for names":
         with_content(path, names=np.array([b"a"]))
+    elif how == "negative grid":
+        with_content(path, grid_size=np.array([-4, -4]))
+    elif how == "grid of floats":
+        with_content(path, grid_size=np.array([4.0, 4.0]))
     elif how == "a number for a path":
         with_content(path, checkpoint=np.array(1))
     elif how == "compressed":
@@ -255,7 +259,7 @@ def break_codes(path, how):
 BREAKAGES = ["cut", "flipped", "text", "empty", "array", "pickle", "foreign", "objects"]
 BREAKAGES += ["no fingerprint", "floats", "grid", "names", "K", "too high", "three dimensions"]
 BREAKAGES += ["names in two dimensions", "numbers for names", "bytes for names", "compressed"]
-BREAKAGES += ["a number for a path"]
+BREAKAGES += ["a number for a path", "negative grid", "grid of floats"]
 
 
 @pytest.mark.parametrize("how", BREAKAGES)
@@ -287,6 +291,16 @@ def test_a_file_of_indices_does_not_choose_which_file_is_opened(
         assert f"give --checkpoint {path}" in error_of("decode", codes)
     with_content(codes, checkpoint=np.array("tokenizer.pt"))
     main("decode", codes)
+    shutil.copytree(pairs / "class", tmp_path / "run")
+    with_content(codes, checkpoint=np.array("run"))  # a folder, as `encode` takes it
+    main("decode", codes)
+
+
+def test_indices_of_a_huge_image_are_refused(tmp_path, pairs, images):
+    codes = encoded(pairs, tmp_path / "indices.npz", images[0])
+    with_content(codes, grid_size=np.array([1, 1024]), packed=np.zeros((1, 640), dtype=np.uint8))
+    checkpoint = ["--checkpoint", pairs / "class" / "checkpoint.pt"]
+    assert "8192 pixels, not 1 to 4096" in error_of("decode", codes, *checkpoint)
 
 
 def test_folders_are_encoded_and_reconstructed(tmp_path, pairs, images, capsys, monkeypatch):

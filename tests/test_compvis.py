@@ -243,6 +243,10 @@ def test_files_that_are_no_checkpoints(tmp_path):
     torch.save({"state_dict": {"a": Placeholder}}, tmp_path / "class.ckpt")
     with pytest.raises(InputError, match="no weights"):
         read_weights(tmp_path / "class.ckpt")
+    for odd in ({"state_dict": "x"}, {"state_dict": {1: torch.zeros(1)}}, {"state_dict": []}):
+        torch.save(odd, tmp_path / "odd.ckpt")
+        with pytest.raises(InputError, match="no weights"):
+            read_weights(tmp_path / "odd.ckpt")
     with pytest.raises(FileNotFoundError):
         read_weights(tmp_path / "gone.ckpt")
 

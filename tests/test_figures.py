@@ -135,6 +135,13 @@ def test_labels_in_an_alphabet_that_no_font_has_are_one_line(tmp_path, monkeypat
     assert capsys.readouterr().out == ""
 
 
+def test_a_label_is_a_text_and_no_formula(tmp_path):
+    """Also one of a folder whose name is no Unicode."""
+    rows = [(label, torch.zeros(1, 3, 8, 8)) for label in ("US$^$", "a $x$ b", "caf\udce9")]
+    figures.image_rows(tmp_path / "a.png", rows, title="$\\frac$")
+    assert (tmp_path / "a.png").exists()
+
+
 def test_every_label_is_drawn_by_the_first_font_that_has_it(tmp_path, monkeypatch):
     """DejaVu Sans is first, so other fonts on a machine change no figure."""
     drawn = []

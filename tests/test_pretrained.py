@@ -173,6 +173,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, kind, bad):
     [
         {"a": torch.zeros(1)}, {0: torch.zeros(1)}, {"quantizer.codebook": "x"}, {},
         {"quantizer.codebook": torch.zeros(1).expand(16, 65)},
+        {"quantizer.codebook": torch.zeros(1).expand(16, 64)},  # of the right shape, and larger
     ],
 )  # fmt: skip
 def test_other_weights_are_named(tmp_path, weights):
@@ -201,6 +202,19 @@ def test_parts_of_another_type_are_named(tmp_path, parts):
     with pytest.raises(InputError, match="c.pt") as caught:
         load_model(tmp_path / "c.pt")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_an_error_does_not_print_all_that_it_is_about(tmp_path):
+    """Lists in lists, each ten times: a file of some bytes, and a text of gigabytes."""
+    nested = ["x"]
+    for _ in range(12):
+        nested = [nested] * 10
+    for parts in ({"step": nested}, {"model_args": {"beta": nested}}, {"metadata": nested}):
+        save(tmp_path / "c.pt", VQVAE)
+        change(tmp_path / "c.pt", lambda content, parts=parts: content.update(parts))
+        with pytest.raises(InputError, match="c.pt") as caught:
+            load_model(tmp_path / "c.pt")
+        assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(
@@ -267,13 +281,18 @@ def test_a_model_starts_from_the_weights_of_another(tmp_path, kind):
 def test_a_model_starts_from_no_other_kind_or_size(tmp_path):
     save(tmp_path / "c.pt", VQVAE)
     model = VQVAE(**ARGUMENTS[VQVAE] | {"num_embeddings": 17})
-    with pytest.raises(InputError, match=r"c.pt is a VQVAE .*\(16, 64\)|\[16, 64\]"):
+    with pytest.raises(InputError, match=r"quantizer.codebook is \(16, 64\), not \(17, 64\)"):
         init_weights(model, tmp_path / "c.pt")
     with pytest.raises(InputError, match="c.pt is a VQVAE"):
         init_weights(VAE(**ARGUMENTS[VAE]), tmp_path / "c.pt")
-    for kind, change in ((GPT, {"n_head": 2}), (VQGAN, {"norm_groups": 4})):  # of the same shapes
+    same_shapes = (
+        (GPT, {"n_head": 2}),
+        (VQGAN, {"norm_groups": 4}),
+        (VAE, {"likelihood": "fixed"}),
+    )
+    for kind, change in same_shapes:
         save(tmp_path / "c.pt", kind)
-        with pytest.raises(InputError, match=f"{list(change)[0]} is [12], not [24]"):
+        with pytest.raises(InputError, match=f"{list(change)[0]} is .*, not "):
             init_weights(kind(**ARGUMENTS[kind] | change), tmp_path / "c.pt")
 
 

@@ -140,6 +140,14 @@ def test_a_progress_bar_in_a_file_is_lines_and_few(tmp_path):
     assert "\r" not in err and "100%" in bars[-1]
 
 
+def test_a_stream_that_a_shell_closed_is_not_missed(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    command = f"'{sys.executable}' '{tmp_path}/program.py' '{tmp_path}/end' >&- 2>&-"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, shell=True, env=environment, timeout=120).returncode == 0
+    assert (tmp_path / "end").read_text() == "the end"
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_reader_that_goes_away_ends_nothing(tmp_path, stream):
     """As with `| head -1`."""

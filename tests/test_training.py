@@ -463,7 +463,11 @@ def test_no_log_has_no_rows_and_another_file_is_named(tmp_path):
         (tmp_path / "log.csv").write_text(text)
         with pytest.raises(InputError, match="log.csv is not a log"):
             read_log(tmp_path / "log.csv")
-    for content in (b"step,loss\n1,\xff\n", b"step,loss\n1," + 200_000 * b"1" + b"\n"):
+    for content in (
+        b"step,loss\n1,2\n",
+        b"step,loss\n1,\xff\n",
+        b"step,loss\n1," + 200_000 * b"1" + b"\n",
+    ):
         (tmp_path / "log.csv").write_bytes(content)
         with pytest.raises(InputError, match="log.csv is not a log"):
             read_log(tmp_path / "log.csv")

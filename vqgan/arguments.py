@@ -21,7 +21,7 @@ from vqgan.device import choose_device, choose_precision
 from vqgan.errors import InputError, user_input
 from vqgan.files import lock_folder, read_json, unused_path, write_json
 from vqgan.images import MAX_IMAGE_SIZE
-from vqgan.pretrained import init_weights, load_tokenizer
+from vqgan.pretrained import checkpoint_path, init_weights, load_tokenizer
 from vqgan.sampling import check_sampling
 from vqgan.training import Run
 from vqgan.vqvae import VQAutoencoder
@@ -124,7 +124,8 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     folder = Path(args.out)
     stored = read_flags(parser, folder / "config.json")
     if not args.resume:
-        if [*folder.glob("checkpoint.pt"), *folder.glob("*/checkpoint.pt")]:
+        results = ("metrics.json", "checkpoint.pt", "*/checkpoint.pt")
+        if any([*folder.glob(name)] for name in results):
             raise InputError(f"{folder} holds a run already: add --resume, or give another --out")
         args.command = command
         return args
@@ -170,7 +171,9 @@ def read_flags(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
             if action.nargs == 0 or value is None:  # --flip and the like; a flag without a value
                 is_valid = isinstance(value, bool) or (value is action.default is None)
             else:  # as if it were typed
-                is_valid = parser._get_values(action, list(map(str, values))) == value
+                typed = [str(item) for item in values]
+                is_given = bool(typed) or action.nargs == "*"
+                is_valid = is_given and parser._get_values(action, typed) == value
         except argparse.ArgumentError:
             is_valid = False
         if not is_valid:
@@ -184,11 +187,17 @@ def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
     dtype = choose_precision(args.precision, device)
     args.precision = "bf16" if dtype == torch.bfloat16 else "fp32"  # a resumed run keeps it
     config = {name: value for name, value in vars(args).items() if name not in ("out", "resume")}
+    if getattr(args, "init_config", None) and not args.init_from:
+        raise InputError("--init-config is about --init-from, which was not given: give both")
     out, source = Path(args.out), Path(args.data)
     if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
         raise InputError(f"--out {out} lies in --data {source}, and would become data: move it")
     lock = lock_folder(out)
+    if args.init_from and not args.resume:
+        checkpoint_path(args.init_from)  # a missing file stops here, not after an hour
     if not args.resume:  # early, so that a run killed while it reads its data can be resumed
+        for left in ("tokenizer.pt", "classifier.pt", "eval_classifier.pt"):  # by a killed start
+            (out / left).unlink(missing_ok=True)
         write_json(out / "config.json", config)
     sizes = {"image_size": args.image_size, "num_rendered": args.num_rendered}
     data = load_dataset(args.data, root=args.data_root, seed=args.seed, **sizes)
@@ -196,14 +205,13 @@ def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
         data = data.first(args.limit)
     for batch_size in batch_sizes:  # one that is too large stops here, not after hours
         TrainLoader(data.train_images, batch_size)
-    if args.resume:  # perhaps with more epochs, now that all checks passed
-        write_json(out / "config.json", config)
     print(f"{len(data.train_images)} training and {len(data.test_images)} test images, {device}")
     flags = ("epochs", "seed", "flip", "checkpoint_every", "resume")
     metadata = {name: getattr(args, name) for name in ("data", "image_size", "command")}
     variance = pixel_variance(data.train_images)
     options = {flag: getattr(args, flag) for flag in flags}
-    return Run(out, data, variance, device, dtype, metadata, lock=lock, **options)
+    shared = (out, data, variance, device, dtype, metadata)
+    return Run(*shared, config=config, lock=lock, **options)
 
 
 def init_from(model: nn.Module, args: argparse.Namespace, folder: Path) -> None:
@@ -251,7 +259,7 @@ def sampling_settings(args: argparse.Namespace, num_embeddings: int) -> list[dic
 
 def sampling_flags(add, *, count: int, out: str) -> None:
     """The flags of a command that generates images."""
-    add("checkpoint", metavar="CHECKPOINT", help="checkpoint of train_transformer.py")
+    add("checkpoint", type=path_text, metavar="CHECKPOINT", help="of train_transformer.py")
     add("--class", dest="classes", nargs="+", metavar="NAME", help="classes to generate")
     add("--caption", nargs="+", metavar="TEXT", help='captions, as in "small red star on blue"')
     add("--count", type=small_int, default=count, help="images per class or caption")

@@ -8,6 +8,7 @@ was not.
 
 import hashlib
 import inspect
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,8 @@ def check_state(state: dict, path: Path) -> None:
     metadata = state.setdefault("metadata", {})
     for name, value in (state | (metadata if isinstance(metadata, dict) else {})).items():
         if not isinstance(value, TYPES.get(name, object)):
-            raise InputError(f"{path} is damaged: its {name} is {value!r:.40}; name another file")
+            given = f"{reprlib.repr(value):.60}"
+            raise InputError(f"{path} is damaged: its {name} is {given}; name another file")
     size = metadata.get("image_size", 1)
     if not 1 <= size <= MAX_IMAGE_SIZE:
         raise InputError(f"{path} has images of {size!s:.9} pixels, and not 1 to {MAX_IMAGE_SIZE}")
@@ -182,13 +184,16 @@ def build_on_meta(model_class: type, model_args: dict, weights: dict, path: str 
         ValueError: it would be larger than its file, where no number of channels or codes can
             exceed the bytes, and no number of layers the tensors. (The constructor raises others.)
     """
+    for name, w in weights.items():  # a view can be larger than its data
+        if isinstance(w, Tensor) and w.numel() * w.element_size() > w.untyped_storage().nbytes():
+            raise ValueError(f"{name} is larger than its data")
     parameters = inspect.signature(model_class).parameters
     num_tensors, num_bytes = len(weights), Path(path).stat().st_size
     for name, value in model_args.items():
         default = parameters[name].default if name in parameters else None
         kind = int | float if isinstance(default, int | float) else str
         if isinstance(default, int | float | str) and not isinstance(value, kind):
-            raise ValueError(f"{name} is {value!r:.40}")
+            raise ValueError(f"{name} is {reprlib.repr(value):.60}")
         most = num_tensors if name in LAYER_COUNTS else num_bytes
         numbers = value if isinstance(value, list | tuple) else [value]
         if len(numbers) > num_tensors or any(isinstance(n, int) and n > most for n in numbers):
@@ -228,6 +233,9 @@ def restore(
             part.load_state_dict(state["extra_state"][name])
         for name, optimizer in optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+            for weight, values in optimizer.state.items():
+                if any(v.shape not in ((), weight.shape) for v in values.values()):
+                    raise ValueError(f"{name} is of another model")  # would crash in a fused step
         batches.load_state_dict(state["batches"])
         set_random_state(state["random"])
     if state["threads"] != torch.get_num_threads():

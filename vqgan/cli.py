@@ -24,7 +24,7 @@ from vqgan.script import run_script
 
 def info_flags(add) -> None:
     """The flags of `vqgan info`."""
-    add("checkpoint", metavar="CHECKPOINT", help="checkpoint of any model")
+    add("checkpoint", type=path_text, metavar="CHECKPOINT", help="checkpoint of any model")
 
 
 def info(args: argparse.Namespace) -> None:
@@ -47,7 +47,7 @@ def info(args: argparse.Namespace) -> None:
         print(f"{state['step']:,} steps, {state['seconds'] / 60:.1f} minutes")
     for name, value in _result(args.checkpoint, state).items():
         if isinstance(value, int | float):
-            print(f"    {name}: {float(value):.6g}")
+            print(f"    {name}: {value if isinstance(value, int) else f'{value:.6g}'}")
 
 
 def _result(checkpoint: str, state: dict) -> dict:
@@ -71,7 +71,7 @@ def _result(checkpoint: str, state: dict) -> dict:
 
 def export_flags(add) -> None:
     """The flags of `vqgan export`."""
-    add("checkpoint", metavar="CHECKPOINT", help="checkpoint of train_transformer.py")
+    add("checkpoint", type=path_text, metavar="CHECKPOINT", help="of train_transformer.py")
     out = "folder to write to (default: exported, or its next unused name)"
     add("--out", type=path_text, help=out)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vqgan import figures
-from vqgan.arguments import output_path, sampling_flags, small_int
+from vqgan.arguments import output_path, path_text, sampling_flags, small_int
 from vqgan.conditions import TRANSFORMS
 from vqgan.console import progress_bar
 from vqgan.data import eval_batch_size
@@ -27,7 +27,8 @@ MAX_CHUNK_SIZE = 64  # images that are generated at once
 def sample_flags(add) -> None:
     """The flags of `vqgan sample`."""
     sampling_flags(add, count=16, out=SAMPLES)
-    add("--image", metavar="IMAGE", help="image to generate from, if that is the model's condition")
+    image = "image to generate from, if that is the model's condition"
+    add("--image", type=path_text, metavar="IMAGE", help=image)
     add("--as-is", action="store_true", help="IMAGE is already transformed (edges, gray, lowres)")
     add("--height", type=small_int, help="height in pixels, for textures larger than trained")
     add("--width", type=small_int, help="width in pixels, for textures larger than trained")
@@ -36,7 +37,7 @@ def sample_flags(add) -> None:
 def complete_flags(add) -> None:
     """The flags of `vqgan complete`."""
     sampling_flags(add, count=8, out=COMPLETED)
-    add("image", metavar="IMAGE", help="image file, in any format that Pillow opens")
+    add("image", type=path_text, metavar="IMAGE", help="image, in any format that Pillow opens")
     add("--keep", default="top", help="part to keep: top or left (half), or x0,y0,x1,y1 in pixels")
 
 
@@ -66,7 +67,7 @@ def sample(args: argparse.Namespace) -> None:
         for label, prompt in prompts.items():
             # Each label has its own generator, so its images are the same without the others. (And
             # not by hash(), which differs from process to process.)
-            seed = zlib.crc32(f"{args.seed} {label}".encode())
+            seed = zlib.crc32(f"{args.seed} {label}".encode(errors="surrogateescape"))
             generator = torch.Generator().manual_seed(seed)
             options = setting | {"generator": generator, "progress": bar.update}
             images = []

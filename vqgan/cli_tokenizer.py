@@ -21,7 +21,7 @@ from vqgan.device import choose_device
 from vqgan.errors import InputError, user_input
 from vqgan.files import load_arrays, write_atomically
 from vqgan.image_folder import find_images, read_images
-from vqgan.images import from_uint8, to_uint8, to_unit
+from vqgan.images import MAX_IMAGE_SIZE, from_uint8, to_uint8, to_unit
 from vqgan.pretrained import PRETRAINED, load_model, load_pipeline, load_tokenizer, read_checkpoint
 from vqgan.vae import GaussianAutoencoder
 from vqgan.vqvae import VQAutoencoder
@@ -31,12 +31,11 @@ RECONSTRUCTIONS, INDICES, DECODED = "reconstructions.png", "indices.npz", "decod
 SCALARS = ("num_embeddings", "checkpoint", "fingerprint")
 COLUMNS, MAX_ROWS = 12, 16  # of reconstructions: more than 96 images are measured and not drawn
 MAX_LINES = 100  # images whose size is compared with that of other formats
-CHUNK_SIZE = 64  # images that are decoded at once
 
 
 def image_flags(add, *, model: str, out: str) -> None:
     """The flags of the commands that read images."""
-    add("checkpoint", metavar="CHECKPOINT", help=f"checkpoint of {model}")
+    add("checkpoint", type=path_text, metavar="CHECKPOINT", help=f"checkpoint of {model}")
     images = "images, in any format that Pillow opens, or folders of them"
     add("images", metavar="IMAGE", nargs="+", type=path_text, help=images)
     add("--image-size", type=small_int, help="side of images in pixels (default: the model's)")
@@ -46,7 +45,8 @@ def image_flags(add, *, model: str, out: str) -> None:
 def reconstruct_flags(add) -> None:
     """The flags of `vqgan reconstruct`."""
     image_flags(add, model="any model (of a transformer, its tokenizer)", out=RECONSTRUCTIONS)
-    add("--config", metavar="FILE", help="config of a published VQGAN, as YAML or JSON")
+    config = "config of a published VQGAN, as YAML or JSON"
+    add("--config", type=path_text, metavar="FILE", help=config)
 
 
 def encode_flags(add) -> None:
@@ -56,8 +56,9 @@ def encode_flags(add) -> None:
 
 def decode_flags(add) -> None:
     """The flags of `vqgan decode`."""
-    add("indices", metavar="INDICES", help="file that `vqgan encode` wrote")
-    add("--checkpoint", metavar="CHECKPOINT", help="model that encoded INDICES, if it was moved")
+    add("indices", type=path_text, metavar="INDICES", help="file that `vqgan encode` wrote")
+    model = "model that encoded INDICES, if it was moved"
+    add("--checkpoint", type=path_text, metavar="CHECKPOINT", help=model)
     output_flags(add, "folder for PNG files", default=DECODED)
 
 
@@ -142,6 +143,8 @@ def decode(args: argparse.Namespace) -> None:
         names, packed, (h, w) = content["names"], content["packed"], content["grid_size"].tolist()
         if packed.dtype != np.uint8 or packed.shape != (len(names), -(-h * w * _bits(K) // 8)):
             raise ValueError(f"{packed.dtype} {packed.shape} for {len(names)} images")
+        if min(h, w) < 1 or content["grid_size"].dtype.kind != "i":
+            raise ValueError(f"a grid of {h}x{w}")
         if names.ndim != 1 or names.dtype.kind != "U" or not isinstance(path, str):
             raise ValueError("names that are no texts")
     except FileNotFoundError:
@@ -150,7 +153,8 @@ def decode(args: argparse.Namespace) -> None:
         reason = "damaged?" if "pickle" in str(error) else error  # for numpy all else is one
         raise InputError(f"{args.indices} is not a file of `encode` ({reason})") from error
     # A file from elsewhere may name any path, but only one of this folder is opened unasked.
-    is_here = path in PRETRAINED or (Path(path).is_file() and not Path(path).is_absolute())
+    is_regular = Path(path).is_file() or Path(path).is_dir()  # and no pipe or device
+    is_here = path in PRETRAINED or (is_regular and not Path(path).is_absolute())
     if args.checkpoint is None and (not is_here or ".." in Path(path).parts):
         raise InputError(f"{args.indices} was encoded with {path}: give --checkpoint {path}")
     model = _tokenizer(args.checkpoint or path)
@@ -158,8 +162,12 @@ def decode(args: argparse.Namespace) -> None:
         wrong = args.checkpoint or path
         raise InputError(f"{wrong} did not encode {args.indices}: give --checkpoint {path}")
     model.to(device)
-    for start in range(0, len(packed), CHUNK_SIZE):
-        part = torch.from_numpy(_unpack(packed[start : start + CHUNK_SIZE], [h, w], K))
+    side = max(h, w) * 2**model.num_downsamples
+    if side > MAX_IMAGE_SIZE:
+        raise InputError(f"{args.indices} has images of {side} pixels, not 1 to {MAX_IMAGE_SIZE}")
+    chunk_size = eval_batch_size(side)
+    for start in range(0, len(packed), chunk_size):
+        part = torch.from_numpy(_unpack(packed[start : start + chunk_size], [h, w], K))
         if part.max() >= K:
             raise InputError(f"{args.indices} is damaged: it has an index {part.max()} of {K}")
         for i, pixels in enumerate(to_uint8(model.decode_indices(part.to(device))).cpu(), start):

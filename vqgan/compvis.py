@@ -14,6 +14,7 @@ nothing, so no code in the file is run and nothing foreign is imported.
 
 import importlib
 import json
+import reprlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,7 +131,7 @@ def read_config(path: str | Path) -> dict:
     with file_input(f"{path} cannot be read as a config in JSON or YAML"):
         config = parse(Path(path).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
-            raise ValueError(f"an object {{...}} was expected, not {config!r:.40}")
+            raise ValueError(f"an object {{...}} was expected, not {reprlib.repr(config):.60}")
     return config
 
 
@@ -269,7 +270,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if isinstance(content, dict) and MODEL_KEYS <= content.keys():
         raise InputError(f"{path} is a checkpoint of this package: leave the config out")
     weights = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
+    weights = weights if isinstance(weights, dict) else {}
+    named = (isinstance(n, str) and isinstance(w, Tensor) for n, w in weights.items())
+    if not weights or not all(named):
         raise InputError(f"{path} has no weights (a state_dict of tensors): name a checkpoint")
     return weights
 

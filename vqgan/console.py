@@ -14,7 +14,10 @@ SECONDS_BETWEEN_LINES = 30  # of a progress bar in a file: two lines a minute
 
 
 def printable(text: str, controls: str = "\n\t") -> str:
-    """Escape control characters but a few: a stranger's file may hold those of a terminal."""
+    """Escape control characters but a few: a stranger's file may hold those of a terminal.
+
+    (`ascii` gives a character's escape, in quotes.)
+    """
     return "".join(c if c.isprintable() or c in controls else ascii(c)[1:-1] for c in text)
 
 
@@ -22,7 +25,8 @@ class Console:
     """A text stream that can show every text, and whose reader may go away.
 
     Args:
-        controls: control characters that are not escaped; a progress bar needs two more.
+        controls: control characters that are not escaped. (A progress bar needs two more, the
+            carriage return and the escape.)
     """
 
     def __init__(self, stream: TextIO, controls: str = "\n\t"):
@@ -31,8 +35,10 @@ class Console:
     def write(self, text: str) -> int:
         """Write a text, with escapes for what the stream's encoding lacks."""
         if text.startswith("\r") and not self.stream.isatty():
-            # A bar redraws its line; in a file each drawing is a line, and what clears it is none.
-            text = text.strip() and text.strip("\r ") + "\n"
+            # A bar redraws its line. In a file, each drawing becomes a line of its own, and the
+            # blanks that clear a bar become nothing.
+            text = text.strip("\r ")
+            text += "\n" if text else ""
         encoding = self.stream.encoding or "utf-8"
         shown = printable(text, self.controls).encode(encoding, "backslashreplace")
         self._call(self.stream.write, shown.decode(encoding))

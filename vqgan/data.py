@@ -83,7 +83,8 @@ def load_dataset(
         return _load_cifar10(Path(root))
     if Path(source).is_dir():
         return ImageDataset(**read_folder(Path(source), image_size=image_size))
-    raise InputError(f"data={source} is unknown: give cifar10, shapes, textures, or a folder")
+    known = "cifar10, shapes, textures, or a folder"
+    raise InputError(f"data={source} is unknown, or has moved: give {known}")
 
 
 def _render(source: str, seed: int, num_rendered: int) -> ImageDataset:
@@ -200,6 +201,9 @@ class TrainLoader:
         if "images" in state and state["images"] != self.fingerprint:  # older states lack it
             raise InputError("the run had other training images: give those, or start a new run")
         self.epoch_start, self.position = state["epoch_start"].cpu(), state["position"]
+        self.generator.set_state(self.epoch_start)
+        if self.position not in range(len(self) + 1):
+            raise ValueError(f"position {self.position} in an epoch of {len(self)} batches")
 
 
 def images_fingerprint(images: Tensor | ImageFiles) -> str:

@@ -23,7 +23,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)  # fails where the machine has no such device
+        torch.zeros(1, device=device).item()  # fails where the machine has no such device
         if device.type == "cuda":
             torch.cuda.set_device(device)  # its random state is saved, and its precision queried
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts

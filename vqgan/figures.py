@@ -41,6 +41,8 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     installed = {font.name for font in font_manager.fontManager.ttflist}  # others cause warnings
     for text in figure.findobj(Text):
         text.set_fontfamily([family for family in FONTS if family in installed])
+        text.set_parse_math(False)  # a class may be called US$
+        text.set_text(text.get_text().encode(errors="replace").decode())
     buffer = io.BytesIO()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -115,6 +117,7 @@ def plot_axes(figure: Figure, panel: int = 1, of: int = 1, *, xlabel: str, ylabe
 def _curve(axes: Axes, rows: Sequence[Mapping[str, float]], term: str, **style) -> None:
     """Plot a term by epoch; points of few rows are marked, since one alone makes no line."""
     style = {"linewidth": 1.4, "marker": "o" if len(rows) < 10 else "", "markersize": 3} | style
+    rows = [row for row in rows if term in row]  # a resumed run's first rows may lack it
     axes.plot([row["epoch"] for row in rows], [row[term] for row in rows], **style)
 
 

@@ -2,7 +2,7 @@
 
     write_atomically, write_json, save_plain    what is written is whole, or not there
     load_plain, load_arrays, read_json          what is read may be damaged, or a stranger's
-    lock_folder, unused_path                    nothing that exists is replaced unasked
+    lock_folder, unused_path                    nothing is overwritten unasked
 
 A checkpoint is a zip file of plain tensors, numbers, strings, lists and dicts. It is read with
 `weights_only=True`, so no code in it is run.
@@ -57,7 +57,7 @@ def save_plain(path: Path, state: dict) -> None:
 
 
 def load_tensors(path: str | Path) -> Any:
-    """Read a `.pt` file onto the CPU, without running code; `load_plain` checks it before."""
+    """Read a `.pt` file onto the CPU, without running code. (`load_plain` checks it.)"""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -88,8 +88,8 @@ def load_plain(path: str | Path, *, remedy: str, load: Callable = load_tensors) 
 def check_archive(path: str | Path) -> None:
     """Raise `ValueError` unless a zip file is as torch.save and numpy.savez write it.
 
-    They do not compress, so a small file cannot fill the memory; and they write checksums, which
-    torch does not look at: without this, training would go on from weights with flipped bits.
+    They do not compress, and store nothing twice, so a small file cannot fill the memory. They
+    write checksums, which torch does not look at: training would go on from flipped bits.
     """
     with open(path, "rb") as file:
         if not zipfile.is_zipfile(file):
@@ -143,10 +143,10 @@ def lock_folder(folder: Path) -> IO:
         else:
             import fcntl
 
-            # POSIX's lock, since the other one (flock) is inherited by worker processes.
+            # POSIX's lock. The other one (flock) would last as long as a worker process lives.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        raise InputError(f"another run writes to {folder}: wait, or give another out=") from error
+        raise InputError(f"another run writes to {folder}: wait, or give out=FOLDER") from error
     return file
 
 

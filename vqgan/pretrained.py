@@ -66,11 +66,17 @@ def init_weights(model: nn.Module, path: str | Path, config: str | None = None) 
     """
     source = load_model(path, config=None if config is None else read_config(config))
     with file_input(f"{path} is a {type(source).__name__} of other sizes or kind"):
-        for name in ("n_head", "norm_groups"):  # which no shape of a weight tells
+        if type(model) is not type(source):
+            raise ValueError(f"this run trains a {type(model).__name__}")
+        for name in ("n_head", "norm_groups", "likelihood"):  # which no shape of a weight tells
             ours, theirs = (getattr(m, name, None) for m in (model, source))
             if ours != theirs:
                 raise ValueError(f"{name} is {theirs}, not {ours}")
-        model.load_state_dict(source.state_dict())
+        weights = source.state_dict()
+        for name, w in model.state_dict().items():
+            if name in weights and weights[name].shape != w.shape:
+                raise ValueError(f"{name} is {tuple(weights[name].shape)}, not {tuple(w.shape)}")
+        model.load_state_dict(weights)
 
 
 def checkpoint_path(path: str | Path) -> Path:

@@ -6,6 +6,7 @@ keeps its traceback.
 
 import argparse
 import errno
+import os
 import re
 import sys
 import warnings
@@ -43,7 +44,8 @@ def run_script(
     flags: set[str] = set()
     formatwarning = warnings.formatwarning
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a source line
-    streams = Console(sys.stdout), Console(sys.stderr, controls="\n\t\r\x1b")
+    out, err = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # closed by a shell
+    streams = Console(out), Console(err, controls="\n\t\r\x1b")
     try:
         with redirect_stdout(streams[0]), redirect_stderr(streams[1]):  # type: ignore[type-var]
             try:
@@ -58,12 +60,13 @@ def run_script(
     except KeyboardInterrupt:
         resume = "; --resume continues from the last checkpoint, or from the start without one"
         print("stopped" + (resume if resumable else ""), file=sys.stderr)
-        sys.exit(130)  # as of every program that Ctrl-C ends
+        sys.exit(130)  # 128 + SIGINT, as shells expect of Ctrl-C
     except OSError as error:
         message = f"{error}: {OS_REMEDIES.get(error.errno or 0, 'saved files are intact')}"
     except (MemoryError, OverflowError, RuntimeError) as error:
         # CUDA raises a separate class for this, the CPU only another message.
-        is_memory = not isinstance(error, RuntimeError) or "can't allocate" in str(error)
+        is_memory = any(text in str(error) for text in ("can't allocate", "overflowed"))
+        is_memory = is_memory or not isinstance(error, RuntimeError)
         if not (is_memory or isinstance(error, torch.OutOfMemoryError)):
             raise
         remedy = "give fewer or smaller images"
@@ -83,4 +86,5 @@ def name_flags(message: str, flags: set[str]) -> str:
         name = match[1]
         return f"--{name.replace('_', '-')} " if name in flags else match[0]
 
+    # At the beginning, or after a space, a bracket or a colon.
     return re.sub(r"(?<![^\s(:])([a-z]\w*)=", flag, message)

@@ -59,6 +59,7 @@ class Run:
     flip: bool
     checkpoint_every: int  # in steps
     resume: bool
+    config: dict | None = None  # the flags, for config.json
     lock: IO | None = None  # on the run folder, as long as it is open
 
     def loader(
@@ -92,7 +93,10 @@ class TrainState(dict):
         return dict(self)
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned. Raises `ValueError` for other types."""
+        for name, value in self.items():
+            if not isinstance(state[name], type(value)):
+                raise ValueError(f"its {name} is of another type")
         self.update(state)
 
 
@@ -155,6 +159,8 @@ class Session:
             saved = load_checkpoint(self.checkpoint, model_class=type(model), model_args=model_args)
             restore(saved, model=self.eval_model, **self.parts)
             self.step, self.seconds = saved["step"], saved["seconds"]
+        if run.resume and run.config:  # perhaps with more epochs, now that all checks passed
+            write_json(run.out / "config.json", run.config)
         self.log_file = Log(folder / "log.csv", resume_at=self.step)
         self.rows = self.log_file.rows
         self.bar = progress_bar(
@@ -318,7 +324,8 @@ def read_log(path: Path) -> list[dict[str, float]]:
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
         # An older row lacks a term that is logged since then.
         return [
-            {"step": int(row.pop("step"))} | {k: float(row[k]) for k in row if row[k] != ""}
+            {"step": int(row.pop("step")), "epoch": float(row.pop("epoch"))}
+            | {name: float(value) for name, value in row.items() if value != ""}
             for row in rows
         ]
     except (KeyError, TypeError, ValueError, csv.Error) as error:

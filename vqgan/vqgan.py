@@ -56,7 +56,7 @@ class GroupNorm(nn.GroupNorm):
 
 def group_norm(channels: int, num_groups: int) -> GroupNorm:
     """A `GroupNorm` with the authors' settings. Raises `ValueError` for uneven groups."""
-    if channels % num_groups:
+    if num_groups < 1 or channels % num_groups:
         raise ValueError(f"{channels} channels cannot be split into {num_groups} groups")
     # 1e-6 as in the authors' code (torch's default is 1e-5), with which their models were trained.
     return GroupNorm(num_groups, channels, eps=1e-6)
