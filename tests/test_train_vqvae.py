@@ -404,7 +404,7 @@ def test_help_states_every_default(tmp_path, capsys):
         (["--data", "shapes", "--image-size", "64"], "needs --image-size 32"),
         (["--data", "shapes", "--image-size", "40"], "multiple of 2^4"),
         (["--data", "EMPTY", "--models", "vqvae", "--image-size", "8"], "at least 11"),
-        (["--data", "shapes", "--models", "vae-spatial", "--num-downsamples", "6"], "of 64"),
+        (["--data", "shapes", "--models", "vae-spatial", "--num-downsamples", "6"], "of 2^6"),
         (["--data", "shapes", "--quantizer", "gradient", "--no-restart-dead-codes"], "ema"),
         (["--data", "shapes", "--resume"], "no run in"),
     ],
