@@ -14,6 +14,9 @@ of an image, is
 The loop comes first, with the schedule and the validation; the flags come last.
 """
 
+# First, so that waiting threads soon sleep (vqgan/__init__.py).
+import vqgan  # isort: skip  # noqa: F401
+
 import argparse
 import copy
 import math

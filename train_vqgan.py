@@ -24,6 +24,9 @@ perceptual distance.
 The loop comes first, with the steps of the generator and the discriminator; the flags come last.
 """
 
+# First, so that waiting threads soon sleep (vqgan/__init__.py).
+import vqgan  # isort: skip  # noqa: F401
+
 import argparse
 import math
 from pathlib import Path
@@ -97,8 +100,7 @@ def train(
     """
     device, fused = run.device, has_fused_optimizers(run.device)
     loader = run.loader(args.batch_size)
-    total_steps = run.epochs * len(loader)
-    disc_start = round(args.disc_start * total_steps)
+    disc_start = round(args.disc_start * (run.epochs * len(loader)))
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=ADAM_BETAS, fused=fused)
     optimizers, extra_state = {"generator": optimizer}, {}
     # The discriminator is a separate network with a separate optimizer.
@@ -131,7 +133,7 @@ def train(
         },
     )
     state = session.state  # when resumed with more epochs, the start does not move
-    progress_steps = evenly_spaced(total_steps, args.progress_rows)
+    progress_steps = evenly_spaced(session.total_steps, args.progress_rows)
     shown = report.shown_images(run)
     zero = torch.zeros((), device=device)  # logged for D before it starts
     rows_at_clamp = 0

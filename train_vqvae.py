@@ -11,6 +11,9 @@ models are trained with Adam at a learning rate of 5e-4 for 40 epochs. The loss 
 first, the flags last.
 """
 
+# First, so that waiting threads soon sleep (vqgan/__init__.py).
+import vqgan  # isort: skip  # noqa: F401
+
 import argparse
 from pathlib import Path
 

@@ -229,6 +229,13 @@ def test_no_function_is_longer_than_a_screen():
     assert not too_long
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_import_the_package_before_torch(name):
+    """It makes waiting threads sleep, and OpenMP asks for that once, when torch is imported."""
+    lines = [ast.unparse(node) for node in tree(name).body if isinstance(node, ast.Import)]
+    assert lines.index("import vqgan") < lines.index("import torch")
+
+
 def test_scripts_show_their_mathematics_soon():
     limits = {"train_vqvae": 190, "train_vqgan": 260, "train_transformer": 230}
     lengths = {name: len(code_lines(name)) for name in SCRIPTS}

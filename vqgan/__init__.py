@@ -2,10 +2,12 @@
 
 import os
 
-# Threads that wait for each other sleep. By default they spin, and beside other programs they take
-# the very cores that they wait for (tests/benchmarks/benchmark_waiting.py). OpenMP reads this when
-# torch is imported, so scripts import this package first.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait for each other spin a little and then sleep. By default they spin ten times as
+# long, and beside other programs they take the very cores that they wait for
+# (tests/benchmarks/benchmark_waiting.py). GNU's OpenMP reads this when torch is imported, so the
+# scripts import this package first.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 __version__ = "0.2.0"  # before the imports: checkpoint.py writes it
 
