@@ -3,8 +3,9 @@
     python tests/benchmarks/benchmark_waiting.py
 
 OpenMP's threads spin while they wait (the default), spin a little and then sleep (as the scripts
-set it), or sleep at once (PASSIVE). Each setting trains the VQ-VAE in a process of its own, on an idle machine and
-beside busy loops that take every core twice. Ratios carry over to other machines, times do not.
+set it), or sleep at once (PASSIVE). Each setting trains the VQ-VAE in a process of its own, on an
+idle machine and beside busy loops that take every core twice. Ratios carry over to other machines,
+times do not.
 """
 
 import os
