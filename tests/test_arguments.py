@@ -216,10 +216,22 @@ def test_a_refused_resume_changes_nothing(begun, parse, tmp_path):
 
 def test_what_a_killed_start_left_is_not_the_next_runs(begun, tmp_path):
     (tmp_path / "run").mkdir()
-    for name in ("tokenizer.pt", "classifier.pt", "eval_classifier.pt"):
+    names = {"tokenizer.pt", "classifier.pt", "eval_classifier.pt"}
+    for name in names:
         (tmp_path / "run" / name).touch()
-    begun()
+    begun()  # in a folder without a run these are the user's own, and stay
+    assert {path.name for path in (tmp_path / "run").glob("*.pt")} == names
+    begun()  # the run above was killed before its first checkpoint
     assert not [*(tmp_path / "run").glob("*.pt")]
+
+
+def test_a_file_that_a_flag_names_is_no_leftover(begun, parse, tmp_path):
+    begun()
+    (tmp_path / "run" / "eval_classifier.pt").touch()
+    args = parse("--data", "shapes", "--device", "cpu", "--limit", 20)
+    args.eval_classifier = str(tmp_path / "run" / "eval_classifier.pt")
+    open_run(args, batch_sizes=[4])
+    assert (tmp_path / "run" / "eval_classifier.pt").exists()
 
 
 def test_a_missing_model_to_start_from_stops_before_anything_is_read(parse, tmp_path):

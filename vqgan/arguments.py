@@ -196,8 +196,10 @@ def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
     if args.init_from and not args.resume:
         checkpoint_path(args.init_from)  # a missing file stops here, not after an hour
     if not args.resume:  # early, so that a run killed while it reads its data can be resumed
-        for left in ("tokenizer.pt", "classifier.pt", "eval_classifier.pt"):  # by a killed start
-            (out / left).unlink(missing_ok=True)
+        if (out / "config.json").exists():  # what a killed start left is not this run's
+            for name in ("tokenizer", "classifier", "eval_classifier"):
+                if Path(getattr(args, name, None) or "") != out / f"{name}.pt":  # no flag names it
+                    (out / f"{name}.pt").unlink(missing_ok=True)
         write_json(out / "config.json", config)
     sizes = {"image_size": args.image_size, "num_rendered": args.num_rendered}
     data = load_dataset(args.data, root=args.data_root, seed=args.seed, **sizes)
