@@ -1,5 +1,6 @@
 """The documents say what was measured, and name files and flags that exist."""
 
+import csv
 import json
 import re
 import shlex
@@ -161,3 +162,75 @@ def test_a_recipe_is_the_command_that_was_run(recipe):
     run = json.loads((recipe.parent / "metrics.json").read_text())["command"].split(" && ")
     assert commands
     assert [parsed(command) for command in commands] == [parsed(c) for c in run[-len(commands) :]]
+
+
+# --- numbers in prose ----------------------------------------------------------------------------
+
+NUMBERS = ROOT / "docs" / "numbers.csv"
+
+
+def read_numbers():
+    """Rows of docs/numbers.csv. A page and a file are relative to docs/."""
+    with NUMBERS.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def value_at(content, key):
+    """What stands at a dotted path. A part of it may hold dots itself, as `beta-0.25` does."""
+    if key == "":
+        return content
+    parts = key.split(".")
+    for i in range(1, len(parts) + 1):
+        part, rest = ".".join(parts[:i]), ".".join(parts[i:])
+        if isinstance(content, list):
+            return value_at(content[int(part)], rest)
+        if part in content:
+            return value_at(content[part], rest)
+    raise KeyError(key)
+
+
+def written(row):
+    """The number of a row as its page has to write it."""
+    path = ROOT / "docs" / row["file"]
+    if path.suffix == ".csv":  # a log: `-1.quantizer` is a column of its last row
+        with path.open(newline="") as file:
+            return format(float(value_at(list(csv.DictReader(file)), row["key"])), row["format"])
+    return format(value_at(json.loads(path.read_text()), row["key"]), row["format"])
+
+
+def check_number(row):
+    page = " ".join((ROOT / "docs" / row["page"]).read_text().split())
+    phrase, number = " ".join(row["phrase"].split()), written(row)
+    assert phrase in page, f"{row['page']} does not say {phrase!r}"
+    # The whole number: 18 is in neither 180 nor 1.18.
+    assert re.search(rf"(?<![\d.,]){re.escape(number)}(?!\d|[.,]\d)", phrase), (
+        f"{row['page']} says {phrase!r}, and {row['key']} in {row['file']} is {number}"
+    )
+
+
+@pytest.mark.parametrize("row", read_numbers(), ids=lambda row: f"{row['page']}: {row['phrase']}")
+def test_numbers_in_prose_are_those_of_the_runs(row):
+    check_number(row)
+
+
+def test_numbers_in_prose_are_sorted_by_page():
+    pages = [row["page"] for row in read_numbers()]
+    assert pages == sorted(pages)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"phrase": "64 codes of 9 bits are 512"}, AssertionError),  # the page does not say so
+        ({"phrase": "64 codes of 8 bits"}, AssertionError),  # holds no 512
+        ({"key": "image_bits"}, AssertionError),  # another value
+        ({"format": ".1f"}, AssertionError),  # 512.0
+        ({"key": "fixed_length"}, KeyError),
+        ({"file": "results/path/numbers.json"}, FileNotFoundError),
+    ],
+    ids=lambda part: next(iter(part.items()), part)[0] if isinstance(part, dict) else "",
+)
+def test_a_wrong_row_is_found(change, error):
+    (row,) = [row for row in read_numbers() if row["key"] == "fixed_length_bits"]
+    with pytest.raises(error):
+        check_number(row | change)
