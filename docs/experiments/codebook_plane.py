@@ -72,16 +72,16 @@ def as_grid(points: Tensor) -> Tensor:
     return points.T[None, :, None]
 
 
-def train(make: Callable[[], Quantizer]) -> tuple[Tensor, Tensor]:
-    """Codes after every step (STEPS + 1, K, 2), and which were restarted in it (STEPS + 1, K)."""
+def train(make: Callable[[], Quantizer], steps: int = STEPS) -> tuple[Tensor, Tensor]:
+    """Codes after every step (steps + 1, K, 2), and which were restarted in it (steps + 1, K)."""
     torch.manual_seed(SEED)
     quantizer = make().train()
     generator = torch.Generator().manual_seed(SEED)  # the same points for all
     is_ema = isinstance(quantizer, EMAVectorQuantizer)
     optimizer = None if is_ema else torch.optim.Adam(quantizer.parameters(), lr=LEARNING_RATE)
     codes = [quantizer.codebook.detach().clone()]
-    restarts = torch.zeros(STEPS + 1, K, dtype=torch.bool)
-    for step in range(1, STEPS + 1):
+    restarts = torch.zeros(steps + 1, K, dtype=torch.bool)
+    for step in range(1, steps + 1):
         was_started = quantizer.initialized
         counts = quantizer.ema_counts.clone() if is_ema else None
         output = quantizer(as_grid(points_at(step, POINTS, generator)))

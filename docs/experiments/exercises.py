@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
+import codebook_plane as plane
 import torch
 import torch.nn.functional as F
 from _common import CPU, model_folder, read_metrics, results_of
@@ -179,6 +180,23 @@ def no_straight_through() -> dict:
     title = "A VQ-VAE with the straight-through step and without, three epochs each"
     figures.image_rows(OUT / "no_straight_through.png", rows, title=title)
     return {name: result}
+
+
+def dead_codes() -> dict:
+    """Where codes go that no vector chooses, without restarts: those of codebook_plane.py."""
+    watch, steps, results = Stopwatch(), (340, 800, 1600, 2000, 2600), {}
+    for name in ("ema-start-only", "gradient"):
+        codes, _ = plane.train(plane.MODELS[name], steps[-1])
+        indices = plane.nearest_indices(plane.test_points(steps[0]), codes[steps[0]])
+        dead = [k for k in range(plane.K) if k not in indices]
+        results[name] = {
+            "dead": dead,
+            "codes_used": [plane.measure(codes[step], step)["codes_used"] for step in steps],
+            "positions_of_the_dead": [codes[step, dead].tolist() for step in steps],
+        }
+    what = f"codebook_plane.train for {steps[-1]} steps"
+    data = {"source": "points in the plane", "points_a_step": plane.POINTS}
+    return {"dead-codes": measured(watch, what, data=data, steps=steps, **results)}
 
 
 # --- the VAE and the VQGAN -----------------------------------------------------------------------
@@ -391,6 +409,7 @@ EXERCISES: dict[str, Callable[[], dict]] = {
     "no_commitment": no_commitment,
     "how_many_codes": how_many_codes,
     "no_straight_through": no_straight_through,
+    "dead_codes": dead_codes,
     "no_kl": no_kl,
     "shuffled": shuffled,
     "few_images": few_images,
