@@ -3,9 +3,10 @@
 Nothing is fetched, neither while it is built nor when a page is opened: fonts are the system's,
 equations are MathML, and the code is parsed, not imported.
 
-For who writes a chapter: `_ext/chapter.py` says how to show code and how to link to a line of it,
-`_ext/annotated.py` how a module is shown, `_ext/mathml.py` what an equation may hold. Pictures are
-plain Markdown, ![what is seen](results/study/losses.png), have a text, and at most 300 KB.
+For who writes a chapter: pages are plain Markdown that a code host shows as well. `_ext/chapter.py`
+says how to show code and how to link to a line of it, `_ext/annotated.py` how a module is shown,
+`_ext/contents.py` where the sidebar comes from, `_ext/mathml.py` what an equation may hold.
+Pictures are ![what is seen](results/study/losses.png), have a text, and at most 300 KB.
 """
 
 import sys
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))  # the site's own extens
 
 project = "vqgan"
 project_copyright = "MIT licence"
-extensions = ["myst_parser", "mathml", "annotated", "chapter", "api"]
+extensions = ["myst_parser", "mathml", "annotated", "chapter", "api", "contents"]
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = [

@@ -1,7 +1,10 @@
-"""The directive that shows a module side by side, prose on the left and its code on the right.
+"""Modules side by side, prose on the left and code on the right, at the end of a chapter.
 
-    ```{annotated} quantizer.py
-    ```
+A chapter lists them, and the build shows each below the list:
+
+    ## The source
+
+    - [`quantizer.py`](../vqgan/quantizer.py): the codebook and its two ways to learn
 
 One page of the site shows each module. Every class, function and line of it can be linked to
 (`codebook.html#vqgan.quantizer.VectorQuantizer.forward`, `codebook.html#vqgan-quantizer-L42`), and
@@ -9,17 +12,21 @@ names that lead to a definition of ours are links, in any module.
 """
 
 import re
+from functools import cache
 from html import escape
 from pathlib import Path
 
 from docutils import nodes
 from prose import to_html
 from source import ROOT, Piece, Source, Target, coloured_lines
+from sphinx import addnodes
 from sphinx.application import Sphinx
-from sphinx.util.docutils import SphinxDirective
+from sphinx.transforms import SphinxTransform
 from sphinx.util.osutil import relative_uri
 
 DOCS = ROOT / "docs"
+HEADING = "The source"
+LISTED = re.compile(r"^- \[`\S+`\]\(\.\./(\S+\.py)\)", re.MULTILINE)
 
 
 class Site:
@@ -29,14 +36,14 @@ class Site:
         self.sources: dict[str, Source] = {}  # by module: "vqgan.quantizer"
         self.pages: dict[str, str] = {}  # module -> "codebook"
         for page in sorted(DOCS.glob("*.md")):
-            for path in re.findall(r"^```\{annotated\} (\S+)$", page.read_text(), re.MULTILINE):
-                source = Source(full_path(path))
+            for path in LISTED.findall(page.read_text().partition(f"\n## {HEADING}\n")[2]):
+                source = Source(path)
                 self.sources[source.module] = source
                 self.pages[source.module] = page.stem
 
-    def source(self, path: str) -> Source | None:
-        """The module of "vqgan/quantizer.py", or in short "quantizer.py", if a page shows it."""
-        return next((s for s in self.sources.values() if s.path == full_path(path)), None)
+    def source(self, file: Path) -> Source | None:
+        """The module of a file, if a page shows it."""
+        return next((each for each in self.sources.values() if each.file == file), None)
 
     def page_url(self, source: Source, page: str) -> str:
         """The address of the page that shows a module, seen from a page; "" on that page."""
@@ -70,20 +77,11 @@ class Site:
         return (owners[0], text) if len(owners) == 1 else None
 
 
-def full_path(path: str) -> str:
-    return path if (ROOT / path).exists() else f"vqgan/{path}"
+class Shows(SphinxTransform):
+    """What all transforms that show code share."""
 
-
-class Shows(SphinxDirective):
-    """What all directives that show code share."""
-
-    required_arguments = 1
-    final_argument_whitespace = True
+    default_priority = 400
     site: Site
-
-    def start(self) -> None:
-        for source in self.site.sources.values():  # names anywhere may move
-            self.env.note_dependency(str(source.file))
 
     def link(self, scope: Target):
         """For `prose`: where a name in backticks leads."""
@@ -94,28 +92,50 @@ class Shows(SphinxDirective):
 
         return url
 
+    def depends_on_the_source(self) -> None:
+        for source in self.site.sources.values():  # names anywhere may move
+            self.env.note_dependency(str(source.file))
+
     def coloured(self, source: Source) -> list[str]:
-        def url(target: Target) -> str:
-            return self.site.url(target, self.env.docname)
+        return _coloured(self.site, source, self.env.docname)
 
-        return coloured_lines(source, url, self.site.sources)
+    def sources_listed(self, section: nodes.section) -> list[Source]:
+        """The modules that a list in the section names, by the links that its items begin with."""
+        here = Path(self.env.doc2path(self.env.docname)).parent
+        links = [
+            next(iter(item.findall(is_link)), None) for item in section.findall(nodes.list_item)
+        ]
+        found = [link and self.site.source((here / link["reftarget"]).resolve()) for link in links]
+        return [source for source in found if source]
 
-    def raw(self, html: str) -> list[nodes.Node]:
-        return [nodes.raw("", html, format="html")]
 
-    def warning(self, text: str) -> list[nodes.Node]:
-        return [self.state.document.reporter.warning(text, line=self.lineno)]
+def is_link(node: nodes.Node) -> bool:
+    """Whether Sphinx would offer the file for a download: so it reads a link to a file."""
+    return isinstance(node, addnodes.download_reference)
+
+
+@cache
+def _coloured(site: Site, source: Source, page: str) -> list[str]:
+    return coloured_lines(source, lambda target: site.url(target, page), site.sources)
+
+
+def raw(html: str) -> nodes.raw:
+    return nodes.raw("", html, format="html")
 
 
 class Annotated(Shows):
-    def run(self) -> list[nodes.Node]:
-        self.start()
-        # The table of contents on the right would take the code's room.
-        self.env.metadata[self.env.docname]["hide-toc"] = ""
-        source = self.site.source(self.arguments[0])
+    def apply(self) -> None:
+        for section in list(self.document.findall(nodes.section)):
+            if section[0].astext() == HEADING:
+                self.depends_on_the_source()
+                # The table of contents on the right would take the code's room.
+                self.env.metadata[self.env.docname]["hide-toc"] = ""
+                section += [raw(self.table(source)) for source in self.sources_listed(section)]
+
+    def table(self, source: Source) -> str:
         coloured = self.coloured(source)
         rows = [self.row(source, piece, coloured) for piece in source.pieces()]
-        return self.raw(f'<div class="annotated" data-path="{source.path}">\n{"".join(rows)}</div>')
+        return f'<div class="annotated" data-path="{source.path}">\n{"".join(rows)}</div>'
 
     def row(self, source: Source, piece: Piece, coloured: list[str]) -> str:
         anchors = "".join(f'<span id="{source.line_id(line)}"></span>' for line in piece.hidden)
@@ -133,7 +153,7 @@ class Annotated(Shows):
         prose += [to_html(text, link) for text in piece.prose]
         if piece.name == "":
             prose.append(contents(source))
-        code = "".join(numbered(source, line, coloured) for line in piece.code)
+        code = "".join(numbered(source, line, coloured[line - 1]) for line in piece.code)
         return (
             f'<div class="{classes}"{own_id}>\n'
             f'<div class="prose">{"".join(prose)}</div>\n'
@@ -149,7 +169,7 @@ def contents(source: Source) -> str:
     return f'<p class="defines">{" ".join(links)}</p>' if len(names) > 1 else ""
 
 
-def numbered(source: Source, line: int, coloured: list[str], page: str | None = None) -> str:
+def numbered(source: Source, line: int, html: str, page: str | None = None) -> str:
     """A line of code after its number, which is a link to the line.
 
     Without `page`, the line is where links to it and to the constants in it lead; with it, the line
@@ -164,13 +184,13 @@ def numbered(source: Source, line: int, coloured: list[str], page: str | None = 
     return (
         f'<span class="line">{anchors}'
         f'<a class="number" href="{address}" data-line="{line}" aria-label="line {line}"></a>'
-        f"<span>{coloured[line - 1]}\n</span></span>"
+        f"<span>{html}\n</span></span>"
     )
 
 
 def setup(app: Sphinx) -> dict:
     Shows.site = Site()
-    app.add_directive("annotated", Annotated)
+    app.add_transform(Annotated)
     # Another page for a module changes links on all pages: then Sphinx reads them all again.
     app.add_config_value("annotated_pages", {}, "env")
     app.config.annotated_pages = Shows.site.pages

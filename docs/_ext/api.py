@@ -1,16 +1,13 @@
-"""The directive of the API page: what the package's modules define, from their docstrings.
+"""The API page: what the modules that it lists define, from their docstrings.
 
-    ```{api} vae.py quantizer.py
-    ```
-
-lists the public classes and functions of these modules, each with its signature and its prose. The
-source is parsed, not imported, so the site is built without torch.
+Each item of its list becomes a section with the module's public classes and functions, each with
+its signature and its prose. The source is parsed, not imported, so the site is built without torch.
 """
 
 import ast
 from html import escape
 
-from annotated import Shows
+from annotated import Shows, raw
 from docutils import nodes
 from prose import to_html
 from pygments import highlight
@@ -19,24 +16,29 @@ from pygments.lexers import PythonLexer
 from source import Definition, Source
 from sphinx.application import Sphinx
 
+PAGE = "api"
 LINE = 88  # characters of a signature that fit in a line of the page
 
 
 class Api(Shows):
-    def run(self) -> list[nodes.Node]:
-        self.start()
-        return [self.section(self.site.source(path)) for path in self.arguments[0].split()]
+    def apply(self) -> None:
+        if self.env.docname == PAGE:
+            self.depends_on_the_source()
+            page = next(iter(self.document.findall(nodes.section)))
+            sections = [self.section(source) for source in self.sources_listed(page)]
+            page.children = [each for each in page if not isinstance(each, nodes.bullet_list)]
+            page += sections
 
     def section(self, source: Source) -> nodes.section:
         section = nodes.section(ids=[f"api-{source.module.replace('.', '-')}"])
         section += nodes.title("", source.module)
         first_sentence = ast.get_docstring(source.tree).partition("\n\n")[0]
-        section += self.raw(to_html(first_sentence, self.link((source.module, ""))))
+        section += raw(to_html(first_sentence, self.link((source.module, ""))))
         for name, node in source.definitions.items():
             owner = source.definitions.get(name.rpartition(".")[0])
             is_private = any(part.startswith("_") for part in name.split("."))
             if not is_private and not isinstance(owner, ast.FunctionDef):
-                section += self.raw(self.entry(source, name, node))
+                section += raw(self.entry(source, name, node))
         return section
 
     def entry(self, source: Source, name: str, node: Definition) -> str:
@@ -115,5 +117,5 @@ def fields(source: Source, node: ast.ClassDef) -> list[str]:
 
 def setup(app: Sphinx) -> dict:
     app.setup_extension("annotated")  # knows the modules
-    app.add_directive("api", Api)
+    app.add_transform(Api)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,128 +1,159 @@
-"""What a chapter needs to speak of the code: excerpts, and links to lines and names.
+"""What a chapter needs to speak of the code: ordinary links to files, which the build extends.
 
-Paths without a folder are the package's: "quantizer.py" is vqgan/quantizer.py.
+On a code host they are links to the file. Here, a link whose text is code leads to that place of
+the annotated source:
 
-    ```{excerpt} quantizer.py: def straight_through
-    :to: return
-    ```
-        Lines of the source as it is now: from the line that holds the text after the colon to the
-        next one that holds the text of `:to:`; without `:to:`, one line. (No copies of code in a
-        chapter; an example of how to use the package begins with its imports.)
+    [`EMAVectorQuantizer.forward`](../vqgan/quantizer.py)
+        A class, function or constant, or the module by its file name.
 
-    {line}`quantizer.py: z_e + (z_q - z_e).detach()`
-        A link to the line that holds the text, shown as "vqgan/quantizer.py, line 92".
+    [`(z_q - z_e).detach()`](../vqgan/quantizer.py)
+        The one line that holds the text. In a paragraph of its own, below the equation that it
+        computes, the line itself is shown, with its number.
 
-    {source}`VectorQuantizer.forward`
-        A link to a class, function, constant or module: `metrics.ssim`, `train_vqgan.train`,
-        `quantizer.py`.
+    [`straight_through`](../vqgan/quantizer.py)
+        In a paragraph of its own, the function is shown.
 
-A text that no line holds, or more than one, is a warning, and so is a name that leads nowhere: a
-chapter cannot drift from the code. A link to a file as on GitHub, [..](../vqgan/metrics.py), leads
-to the page that shows it.
+    [`# The generator's step`](../train_vqgan.py) to [`optimizer.step()`](../train_vqgan.py)
+        In a paragraph of its own, the lines from the first text to the next line that holds the
+        second are shown.
+
+A text that no line holds, or more than one, is a warning: a chapter cannot drift from the code, and
+holds no copies of it. (An example of how to use the package begins with its imports.)
 """
 
+import ast
+import re
 from pathlib import Path
 
-from annotated import Shows, Site, full_path, numbered
+from annotated import Shows, is_link, numbered, raw
 from docutils import nodes
-from docutils.parsers.rst import directives
 from source import Source
-from sphinx import addnodes
 from sphinx.application import Sphinx
-from sphinx.transforms import SphinxTransform
-from sphinx.util.docutils import SphinxRole
+from sphinx.util import logging
+
+logger = logging.getLogger(__name__)
 
 
-def find_line(site: Site, argument: str) -> tuple[Source, int]:
-    """The module and the one line of "quantizer.py: some text". Raises ValueError."""
-    path, _, text = argument.partition(":")
-    source, text = site.source(path), text.strip()
-    if source is None:
-        raise ValueError(f"no page shows {full_path(path)}")
-    lines = source.find(text) if text else []
-    if len(lines) != 1:
-        raise ValueError(f"{len(lines)} lines of {source.path} hold {text!r}, and not one")
-    return source, lines[0]
-
-
-class Excerpt(Shows):
-    option_spec = {"to": directives.unchanged_required}
-
-    def run(self) -> list[nodes.Node]:
-        self.start()
-        try:
-            source, first = find_line(self.site, self.arguments[0])
-        except ValueError as error:
-            return self.warning(str(error))
-        last = first
-        if "to" in self.options:
-            ends = source.find(self.options["to"], start=first + 1)
-            if not ends:
-                text = self.options["to"]
-                return self.warning(f"no line of {source.path} after {first} holds {text!r}")
-            last = ends[0]
-        page, coloured = self.site.page_url(source, self.env.docname), self.coloured(source)
-        lines = "".join(numbered(source, i, coloured, page) for i in range(first, last + 1))
-        return self.raw(
-            f'<div class="excerpt" data-path="{source.path}">'
-            f'<p class="name"><a href="{page}#{source.line_id(first)}">{source.path}</a></p>'
-            f'<div class="code highlight"><pre>{lines}</pre></div></div>'
-        )
-
-
-class LinkRole(SphinxRole):
-    """A role that is a link. A subclass says what it shows and where it leads."""
-
-    site: Site
-
-    def link(self) -> tuple[nodes.Node, str]:
-        raise NotImplementedError
-
-    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
-        try:
-            shown, address = self.link()
-        except ValueError as error:
-            return [], [self.inliner.reporter.warning(str(error), line=self.lineno)]
-        return [nodes.reference("", "", shown, refuri=address, internal=True)], []
-
-
-class LineRole(LinkRole):
-    def link(self) -> tuple[nodes.Node, str]:
-        source, line = find_line(self.site, self.text)
-        page = self.site.page_url(source, self.env.docname)
-        return nodes.Text(f"{source.path}, line {line}"), f"{page}#{source.line_id(line)}"
-
-
-class SourceRole(LinkRole):
-    def link(self) -> tuple[nodes.Node, str]:
-        target = self.site.resolve(self.text)
-        if target is None:
-            raise ValueError(f"{self.text!r} names nothing of ours, or more than one thing")
-        return nodes.literal("", self.text), self.site.url(target, self.env.docname)
-
-
-class LinksToShownFiles(SphinxTransform):
-    """Links to files that a page shows lead to that page, where Sphinx would offer a download."""
-
-    default_priority = 500
-    site: Site
+class SourceLinks(Shows):
+    default_priority = 500  # after those that read the lists of modules
 
     def apply(self) -> None:
+        for paragraph in list(self.document.findall(nodes.paragraph)):
+            if is_apart(paragraph):
+                self.show(paragraph)
+        for link in list(self.document.findall(is_link)):
+            self.resolve(link)
+
+    def source(self, link: nodes.Element) -> Source | None:
         here = Path(self.env.doc2path(self.env.docname)).parent
-        shown = {source.file: source.module for source in self.site.sources.values()}
-        for node in list(self.document.findall(addnodes.download_reference)):
-            module = shown.get((here / node["reftarget"]).resolve())
-            if module:
-                url = self.site.url((module, ""), self.env.docname)
-                link = nodes.reference("", "", *node.children, refuri=url, internal=True)
-                node.replace_self(link)
+        return self.site.source((here / link["reftarget"]).resolve())
+
+    def show(self, paragraph: nodes.paragraph) -> None:
+        """Replace a paragraph that is nothing but links to code by that code."""
+        links = [child for child in paragraph if is_link(child)]
+        between = "".join(child.astext() for child in paragraph if not is_link(child)).strip()
+        source = self.source(links[0]) if links else None
+        are_code = all(any(link.findall(nodes.literal)) for link in links)
+        if source is None or not are_code or between != ("to" if len(links) == 2 else ""):
+            return
+        try:
+            name, first = find(source, links[0].astext())
+            if len(links) == 2:
+                lines = range(first, find_end(source, links[1].astext(), first) + 1)
+            elif isinstance(node := source.definitions.get(name), ast.FunctionDef):
+                lines = [i for i in range(first, node.end_lineno + 1) if i not in docstring(node)]
+            elif name is None:
+                lines = statement(source, first)
+            else:
+                return
+        except ValueError as error:
+            logger.warning(str(error), location=paragraph)
+            return
+        self.depends_on_the_source()
+        page, coloured = self.site.page_url(source, self.env.docname), self.coloured(source)
+        deep = min(indent(source.lines[i - 1]) for i in lines if source.lines[i - 1])
+        shown = [
+            (i, re.sub(rf"^(<span class=.w.>)? {{{deep}}}", r"\1", coloured[i - 1])) for i in lines
+        ]
+        code = "".join(numbered(source, i, html, page) for i, html in shown)
+        kind = "excerpt" if name or len(links) == 2 else "excerpt computes"
+        paragraph.replace_self(
+            raw(
+                f'<div class="{kind}" data-path="{source.path}">'
+                f'<p class="name"><a href="{page}#{source.line_id(first)}">{source.path}</a></p>'
+                f'<div class="code highlight"><pre>{code}</pre></div></div>'
+            )
+        )
+
+    def resolve(self, link: nodes.Element) -> None:
+        """Let a link lead to where a page shows the code, where Sphinx would offer a download."""
+        source, text = self.source(link), link.astext()
+        if source is None:
+            return
+        page = self.site.page_url(source, self.env.docname)
+        anchor, title = source.module, source.path
+        if any(link.findall(nodes.literal)):
+            try:
+                name, line = find(source, text)
+            except ValueError as error:
+                logger.warning(str(error), location=link)
+                return
+            anchor = source.line_id(line) if name is None else f"{source.module}.{name}".strip(".")
+            title += f", line {line}" if name is None else ""
+        self.depends_on_the_source()
+        children = [child.deepcopy() for child in link.children]
+        attributes = {"refuri": f"{page}#{anchor}", "internal": True, "reftitle": title}
+        link.replace_self(nodes.reference("", "", *children, **attributes))
+
+
+def is_apart(paragraph: nodes.paragraph) -> bool:
+    """Whether something stands above it: it is no item of a list and no cell of a table."""
+    return paragraph.parent.index(paragraph) > 0
+
+
+def find(source: Source, text: str) -> tuple[str | None, int]:
+    """The name that a text is, "" for the module, or None; and its line. Raises ValueError."""
+    name = text.removeprefix(f"{source.module.removeprefix('vqgan.')}.")
+    if text in (source.path, Path(source.path).name):
+        return "", 1
+    if name in source.definitions:
+        return name, source.definitions[name].lineno
+    if name in source.constants:
+        return name, source.constants[name]
+    lines = source.find(text)
+    if len(lines) != 1:
+        raise ValueError(f"{len(lines)} lines of {source.path} hold {text!r}, and not one")
+    return None, lines[0]
+
+
+def find_end(source: Source, text: str, first: int) -> int:
+    lines = source.find(text, start=first + 1)
+    if not lines:
+        raise ValueError(f"no line of {source.path} after {first} holds {text!r}")
+    return lines[0]
+
+
+def indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def docstring(node: ast.FunctionDef) -> range:
+    """The lines of it."""
+    if not ast.get_docstring(node):
+        return range(0)
+    return range(node.body[0].lineno, node.body[0].end_lineno + 1)
+
+
+def statement(source: Source, line: int) -> range:
+    """All lines of the statement that a line belongs to, but of those that hold others."""
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.stmt) and not hasattr(node, "body"):
+            if node.lineno <= line <= node.end_lineno:
+                return range(node.lineno, node.end_lineno + 1)
+    return range(line, line + 1)
 
 
 def setup(app: Sphinx) -> dict:
     app.setup_extension("annotated")  # knows the modules
-    LinkRole.site = LinksToShownFiles.site = Shows.site
-    app.add_directive("excerpt", Excerpt)
-    app.add_role("line", LineRole())
-    app.add_role("source", SourceRole())
-    app.add_transform(LinksToShownFiles)
+    app.add_transform(SourceLinks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -155,11 +155,12 @@ def test_excerpts_are_the_source(pages):
     for name, page in pages.items():
         for kind, file, number, text in page.lines:
             if kind == "excerpt":
-                assert text == (ROOT / file).read_text().splitlines()[number - 1] + "\n", name
+                line = (ROOT / file).read_text().splitlines()[number - 1]
+                assert text.strip() == line.strip() and len(text) <= len(line) + 1, name
 
 
 def test_chapters_hold_no_copies_of_code():
-    """Python in a chapter is an example that begins with its imports; code comes by `excerpt`."""
+    """Python in a chapter is an example that begins with its imports; code comes by links."""
     for path in DOCS.glob("*.md"):
         for example in re.findall(r"^```python\n(.*?)^```", path.read_text(), re.M | re.S):
             assert re.match(r"(from|import) ", example), f"{path.name}: {example[:80]!r}"
