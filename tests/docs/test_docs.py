@@ -2,17 +2,26 @@
 
 import csv
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import vqgan
+from vqgan.cli_sample import COMPLETED, SAMPLES
+from vqgan.cli_tokenizer import INDICES, RECONSTRUCTIONS
+
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").rglob("*.md")), ROOT / "tests/benchmarks/README.md"]
 RECIPES = sorted((ROOT / "docs" / "results").glob("*/run.sh"))  # commands too long for a page
+UNLINKED_PAGES = {"docs/index.md", "docs/api.md", "docs/source.md"}  # of the site
+OUTPUTS = (SAMPLES, COMPLETED, RECONSTRUCTIONS, INDICES)  # of the command `vqgan`
 # Headings of tables, and the keys of metrics.json that stand below them.
 KEYS = {
     "bits per image": "bits_per_image",
@@ -24,7 +33,8 @@ KEYS = {
     "SSIM, whole image": "ssim_global",
     "perceptual": "perceptual",
     "Frechet": "frechet",
-    "class_accuracy": "class_accuracy",
+    "Fréchet": "frechet",
+    "class accuracy": "class_accuracy",
     "codes used (perplexity)": "codes_used",
     "epochs": "epochs",
     "nats per token": "nats_per_token",
@@ -77,8 +87,10 @@ def test_numbers_in_tables_are_those_of_the_runs(document):
 
 
 def test_every_row_of_a_run_is_compared():
-    text = (ROOT / "README.md").read_text()
-    assert len(list(rows_of_results(text))) == len(re.findall(RESULT, text)) > 20
+    texts = [document.read_text() for document in DOCUMENTS]
+    rows = [len(list(rows_of_results(text))) for text in texts]
+    assert rows == [len(re.findall(RESULT, text)) for text in texts]
+    assert rows[0] >= 10 and sum(rows) > 40  # the README's one table; those of the chapters
 
 
 def test_result_pictures_are_small():
@@ -91,6 +103,78 @@ def test_links_to_files_lead_somewhere(document):
     for link in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
         if "://" not in link:
             assert (document.parent / link).exists(), link
+
+
+# --- the README ----------------------------------------------------------------------------------
+
+SET_UP = "python3 -m venv .venv && "  # begins a line that is pasted into a fresh clone
+
+
+def code_blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def test_the_readme_is_short():
+    text = README.read_text()
+    assert 180 <= len(text.splitlines()) <= 220
+    assert len(text.split()) <= 2200
+
+
+def test_the_first_link_of_the_readme_is_the_first_chapter():
+    links = re.findall(r"(?<!!)\[[^]]*\]\(([^)]+)\)", README.read_text())
+    assert next(link for link in links if "://" not in link) == "docs/path.md"
+
+
+def test_the_readme_leads_to_every_page():
+    text = README.read_text()
+    pages = [path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")]
+    assert not [page for page in pages if page not in text and page not in UNLINKED_PAGES]
+
+
+def test_the_readme_soon_has_a_command():
+    above = "\n".join(README.read_text().splitlines()[:40])
+    assert "pip install ." in above and code_blocks(above, "bash")
+
+
+def test_commands_of_the_readme_fit_their_box():
+    blocks = code_blocks(README.read_text(), "bash")
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert not [line for line in lines if len(line) > 100 and not line.startswith(SET_UP)]
+
+
+def test_the_readme_sets_up_in_one_line_each():
+    """A line that trains, a line that runs the tests; before these, a picture by one command."""
+    text = README.read_text()
+    train, test = re.findall(f"^{re.escape(SET_UP)}.*", text, re.MULTILINE)
+    assert ".venv/bin/pip install . && .venv/bin/python train_vqvae.py --data shapes" in train
+    assert test.endswith("pytest") and "pip install -e '.[test]'" in test
+    assert 0 < text.index("vqgan sample shapes") < text.index(train) < text.index(test)
+
+
+def test_the_python_of_the_readme_runs(tmp_path):
+    (code,) = code_blocks(README.read_text(), "python")
+    assert code.startswith("from vqgan import ") and len(code.splitlines()) <= 10
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "stars.png").stat().st_size > 1000
+
+
+def test_the_citation_is_of_this_version():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0" and citation["version"] == vqgan.__version__
+    assert all({"type", "title", "authors", "year"} <= set(r) for r in citation["references"])
+
+
+@pytest.mark.parametrize("name", [*OUTPUTS, "samples-2.png", "decoded/1-a.png", "exported-2/a.pt"])
+def test_what_the_command_writes_is_not_committed(name):
+    """By default it writes to the folder where it is called; results are committed all the same."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("this is no clone")
+    for path, ignored in ((name, True), (f"docs/results/captions/{name}", False)):
+        done = subprocess.run(["git", "check-ignore", "-q", "--no-index", path], cwd=ROOT)
+        assert (done.returncode == 0) == ignored, path
 
 
 # --- commands ------------------------------------------------------------------------------------
