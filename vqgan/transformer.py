@@ -228,8 +228,8 @@ class GPT(nn.Module):
             temperature: the divisor of the logits. Below 1 likely tokens get likelier, and at 0 the
                 likeliest is always taken (greedy sampling, which looks gray and repetitive).
             top_k: sample from the k likeliest tokens only, 1 to K; None takes all.
-            top_p: sample from the fewest likeliest tokens whose probabilities sum to p, in (0, 1];
-                None takes all. (Holtzman et al. 2020, arXiv 1904.09751, section 3.1.)
+            top_p: sample from the fewest likeliest tokens whose probabilities sum to at least p,
+                in (0, 1]; None takes all. (Holtzman et al. 2020, arXiv 1904.09751, section 3.1.)
             guidance: the scale of classifier-free guidance (`sampling.classifier_free_guidance`). 1
                 is none, 0 leaves the condition out, and more strengthens it. It takes a model that
                 was trained with some of its conditions dropped, and twice the work.

@@ -1,8 +1,9 @@
 """VQGAN: the bottleneck of the VQ-VAE in a network of residual blocks and attention.
 
 Esser, Rombach, Ommer, "Taming Transformers for High-Resolution Image Synthesis", 2021, arXiv
-2012.09841, section 3.1, with the encoder and decoder of the authors' code (table 7). They are
-mathematically identical to theirs, so `compvis.py` can load their checkpoints.
+2012.09841, section 3.1, with the encoder and decoder of the authors' code (table 7). With
+`norm_groups=32` they are mathematically identical to theirs, so `compvis.py` can load their
+checkpoints.
 
 The training makes it a VQGAN: see `perceptual.py`, `discriminator.py` and the loop in
 `train_vqgan.py`.
