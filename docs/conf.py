@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))  # the site's own extens
 
 project = "vqgan"
 project_copyright = "MIT licence"
-extensions = ["myst_parser", "mathml", "annotated", "chapter", "api", "contents"]
+extensions = ["myst_parser", "mathml", "annotated", "chapter", "api", "contents", "pictures"]
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = [
