@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from PIL import Image, ImageStat
 
 for package in ("sphinx", "myst_parser", "furo", "latex2mathml"):
     pytest.importorskip(package, reason=f"{package} is not installed: pip install -e '.[docs]'")
@@ -21,14 +22,18 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 sys.path.append(str(DOCS / "_ext"))  # the site's own extensions
 
+from chapter import find  # noqa: E402
+from contents import CHAPTERS  # noqa: E402
 from mathml import to_mathml  # noqa: E402
 from prose import to_html, typeset  # noqa: E402
+from source import Source  # noqa: E402
 
 MODULES = sorted(path.relative_to(ROOT) for path in ROOT.glob("vqgan/[!_]*.py"))
 MODULES += [
     Path("vqgan/__main__.py"),
     *(path.relative_to(ROOT) for path in ROOT.glob("train_*.py")),
 ]
+DOCUMENTS = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), DOCS / "results" / "README.md"]
 LARGEST_PICTURE = 300_000  # bytes, so that a page opens at once
 WIDE, NARROW = 1280, 390  # pixels: a small laptop, a telephone
 PATIENCE = 120_000  # milliseconds that a page may take on a machine that is busy with a training
@@ -166,6 +171,43 @@ def test_chapters_hold_no_copies_of_code():
             assert re.match(r"(from|import) ", example), f"{path.name}: {example[:80]!r}"
 
 
+@pytest.mark.parametrize("text", ["no such line", "return"])
+def test_a_link_to_no_line_or_to_several_is_an_error(text):
+    with pytest.raises(ValueError, match="lines of vqgan/metrics.py hold"):
+        find(Source("vqgan/metrics.py"), text)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_a_code_host_shows_links_where_the_site_shows_code(document):
+    """No role or directive; and the text of a link to a source file stands in that file."""
+    text = document.read_text()
+    assert not re.findall(r"^[`:]{3,}\{.*|\{[\w:-]+\}`.*", text, re.MULTILINE)
+    for shown, target in re.findall(r"\[`([^`]+)`\]\(([^)#]+\.py)\)", text):
+        path, shown = document.parent / target, " ".join(shown.split())
+        assert path.resolve().as_posix().endswith(shown) or all(
+            part in path.read_text() for part in (shown, *shown.split("."))[-1:]
+        ), f"{target} does not hold {shown!r}"
+
+
+def test_chapters_show_their_sections_and_their_neighbors_before_the_source(site):
+    for number, name in enumerate(CHAPTERS):
+        html = (site / f"{name}.html").read_text()
+        listed = re.search(r'<nav class="on-this-page">.*?</nav>', html, re.S)
+        sections = re.findall(r'<h2>.*?href="(#[^"]+)"', html)
+        assert re.findall(r'href="(#[^"]+)"', listed[0]) == sections, name
+        neighbors, source = html.find('<nav class="neighbors">'), html.find('id="the-source"')
+        assert (neighbors < source) == ("#the-source" in sections), name
+        for neighbor in (*CHAPTERS[:number][-1:], *CHAPTERS[number + 1 :][:1]):
+            assert source < 0 or f'href="{neighbor}.html"' in html[neighbors:source], name
+
+
+def test_the_glossary_is_linked_from_the_chapters():
+    words = re.findall(r"^## (.*)$", (DOCS / "glossary.md").read_text(), re.MULTILINE)
+    chapters = "".join((DOCS / f"{name}.md").read_text() for name in CHAPTERS)
+    linked = set(re.findall(r"\(glossary\.md#([^)]+)\)", chapters))
+    assert linked == {word.lower().replace(" ", "-") for word in words}
+
+
 @pytest.mark.parametrize("module", MODULES, ids=str)
 def test_every_public_name_is_in_a_chapter_and_on_the_api_page(pages, module):
     dotted = str(module).removesuffix(".py").replace("/", ".")
@@ -201,6 +243,7 @@ def test_pictures_are_small_and_have_a_text(site, pages):
             assert size <= LARGEST_PICTURE, f"{name}: {source} has {size} bytes"
             # Where a picture has no text, Sphinx puts its path there.
             assert text and not text.endswith(".png"), f"{name}: {source} has no alt text"
+            assert page.links.count(source) > 1, f"{name}: {source} is shown and not linked"
 
 
 # --- prose and equations --------------------------------------------------------------------------
@@ -277,6 +320,34 @@ MEASURE = """() => {
 }"""
 
 
+# The lowest contrast of text with its ground, by the kind of element, where it is below 4.5 to 1.
+CONTRASTS = """() => {
+    const numbers = (color) => color.match(/[\\d.]+/g).map(Number);
+    const light = ([r, g, b]) => [r, g, b]
+        .map((c) => c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    const ground = (element) => {
+        for (; element; element = element.parentElement) {
+            const color = numbers(getComputedStyle(element).backgroundColor);
+            if (color[3] !== 0) return color;
+        }
+        return [255, 255, 255];
+    };
+    const low = {}, seen = new Set();
+    for (const element of document.querySelectorAll("article *, .sidebar-tree *, .neighbors *")) {
+        const {localName, className, parentElement} = element;
+        const kind = `${parentElement.className} > ${localName}.${className}`;
+        const texts = [...element.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+        if (!texts || seen.has(kind) || !element.checkVisibility()) continue;
+        seen.add(kind);
+        const [a, b] = [numbers(getComputedStyle(element).color), ground(element)].map(light);
+        const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        if (contrast < 4.5) low[kind] = contrast;
+    }
+    return low;
+}"""
+
+
 @pytest.fixture(scope="module")
 def browser():
     reason = "playwright is not installed: pip install -e '.[browser]'"
@@ -293,7 +364,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def visits(browser, site, pages):
-    """Of every page: what it said, what it asked for, and its measures in both widths."""
+    """Of every page: what it said and asked for, low contrasts, and measures in both widths."""
     visits = {}
     context = browser.new_context(offline=True)
     context.set_default_timeout(PATIENCE)
@@ -304,9 +375,12 @@ def visits(browser, site, pages):
         page.on("request", lambda request, asked=asked: asked.append(request.url))
         page.set_viewport_size({"width": WIDE, "height": 900})
         page.goto((site / name).as_uri())
-        wide = page.evaluate(MEASURE)
+        wide, contrasts = page.evaluate(MEASURE), page.evaluate(CONTRASTS)
+        page.emulate_media(color_scheme="dark")
+        contrasts |= page.evaluate(CONTRASTS)
         page.set_viewport_size({"width": NARROW, "height": 900})
-        visits[name] = {"said": said, "asked": asked, WIDE: wide, NARROW: page.evaluate(MEASURE)}
+        visits[name] = {"said": said, "asked": asked, "contrasts": contrasts, WIDE: wide}
+        visits[name][NARROW] = page.evaluate(MEASURE)
         page.close()
     context.close()
     return visits
@@ -316,6 +390,32 @@ def test_pages_load_from_the_disk_alone(visits):
     for name, visit in visits.items():
         assert visit["said"] == [], name
         assert all(url.startswith(("file:", "data:")) for url in visit["asked"]), name
+
+
+def test_text_can_be_read_in_light_and_in_dark(visits):
+    for name, visit in visits.items():
+        assert visit["contrasts"] == {}, name
+
+
+def test_no_page_scrolls_sideways(visits):
+    for name, visit in visits.items():
+        for width in (WIDE, NARROW):
+            assert visit[width]["width"] <= width, f"{name} scrolls sideways at {width} pixels"
+
+
+@pytest.mark.parametrize("name", ["path.html", "study.html"])
+def test_pictures_are_no_bright_slabs_on_a_dark_page(browser, site, name):
+    context = browser.new_context(offline=True, color_scheme="dark")
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto((site / name).as_uri())
+    for link in page.query_selector_all(".picture"):
+        shown = Image.open(io.BytesIO(link.query_selector("img").screenshot()))
+        brightness = ImageStat.Stat(shown.convert("L")).mean[0] / 255
+        address, kind = link.get_attribute("href"), link.get_attribute("class").split()[-1]
+        is_sheet = kind == "sheet" and address.endswith(".png")
+        assert brightness < (0.65 if is_sheet else 0.3), (address, brightness)
+    context.close()
 
 
 def test_equations_have_a_size(visits):
@@ -337,7 +437,6 @@ def test_code_stands_beside_its_prose_where_there_is_room(visits):
 
 def test_code_stands_below_its_prose_on_a_narrow_screen(visits):
     for name, visit in visits.items():
-        assert visit[NARROW]["width"] <= NARROW, f"{name} scrolls sideways"
         for piece in visit[NARROW]["pieces"]:
             prose, code = piece["prose"], piece["code"]
             assert code["top"] >= prose["bottom"] and code["left"] == prose["left"], name
