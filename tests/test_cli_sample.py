@@ -132,7 +132,8 @@ def test_sampling_flags_reach_the_model(pairs, rows, asked):
     main("sample", pairs / "class" / "checkpoint.pt", "--class", "dog", *flags)
     wanted = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "guidance": 2}
     assert {name: asked[0][name] for name in wanted} == wanted
-    assert set(rows[0][1].split(", ")) == {"temperature 0.7", "top-k 5", "top-p 0.9", "guidance 2"}
+    title = rows[0][1].removeprefix("Samples (").removesuffix(")")
+    assert set(title.split(", ")) == {"temperature 0.7", "top-k 5", "top-p 0.9", "guidance 2"}
 
 
 def test_temperature_zero_leaves_nothing_to_chance(pairs, rows):
@@ -142,7 +143,7 @@ def test_temperature_zero_leaves_nothing_to_chance(pairs, rows):
     assert torch.equal(first[0][1], second[0][1])
     # Two pictures of one batch: where they stand in it may round their sums otherwise.
     assert torch.allclose(first[0][1][0], first[0][1][1], atol=1e-5)
-    assert title.startswith("greedy")
+    assert title.startswith("Samples (greedy")
 
 
 def test_larger_pictures_on_request(pairs, rows):

@@ -30,6 +30,22 @@ def test_titles_of_the_study():
     assert report.study_title("vqvae-batch16") == "VQ-VAE, batch 16"
 
 
+def test_batch_sizes_are_ordered_by_number():
+    names = ["vqvae-batch16", "vae-batch64", "vae-batch256", "vae-batch16", "vae-spatial-batch16"]
+    wanted = ["vae-batch16", "vae-batch64", "vae-batch256", "vae-spatial-batch16", "vqvae-batch16"]
+    assert report.in_order(names) == wanted
+    assert report.in_order(["vqvae", "vae-spatial", "vae"]) == ["vae", "vae-spatial", "vqvae"]
+
+
+def test_a_title_says_why_validation_is_lower_and_where_losses_rise():
+    first = "python train_transformer.py --tokenizer x --epochs 10"
+    plain = report.token_losses_title("none", 0.1, first)
+    assert plain == report.token_losses_title("class", 0.0, first)
+    assert "10%" not in plain and "\n" not in plain
+    title = report.token_losses_title("class", 0.1, f"{first} && python y.py --resume --epochs 17")
+    assert "drops 10% of the conditions" in title and "after epoch 10)" in title
+
+
 def test_a_price_by_hand():
     prior = SimpleNamespace(seq_len=64, num_embeddings=512)
     price = report.price(math.log(256), prior, 32)

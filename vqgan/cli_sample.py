@@ -82,7 +82,7 @@ def sample(args: argparse.Namespace) -> None:
                 images.append(to_unit(x).cpu())
             chunks = torch.cat(images).split(COLUMNS)
             rows += [(label if i == 0 else "", chunk) for i, chunk in enumerate(chunks)]
-    figures.image_rows(out, rows, title=describe_sampling(setting))
+    figures.image_rows(out, rows, title=f"Samples ({describe_sampling(setting)})")
     print(f"images of {', '.join(prompts)}, {args.count} of each: written to {out}")
 
 
@@ -122,7 +122,7 @@ def complete(args: argparse.Namespace) -> None:
     masked = torch.where(mask, to_unit(x).cpu(), 0.5)
     rows = [("original, and what is kept", torch.cat([to_unit(x).cpu(), masked]))]
     rows += [("completions" if i == 0 else "", c) for i, c in enumerate(completed.split(COLUMNS))]
-    figures.image_rows(out, rows, title=describe_sampling(setting))
+    figures.image_rows(out, rows, title=f"Completions ({describe_sampling(setting)})")
     num_given = int((given[0] >= 0).sum())
     print(f"{num_given} of {given.shape[1]} tokens kept; {args.count} completions: {out}")
 

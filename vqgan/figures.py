@@ -16,7 +16,7 @@ from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FixedLocator, NullLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from vqgan.files import write_atomically
@@ -27,6 +27,8 @@ FONTS = ["DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Microsoft YaHei
 FONTS += ["Hiragino Sans", "WenQuanYi Micro Hei", "Arial Unicode MS"]
 DOTS_PER_INCH = 110  # sharp enough on a page, and small enough to commit
 ROWS_FONT_SIZE = 13  # points; rows are 10 inches wide or more, and a page shrinks them to about 7
+# White, so that no line runs through the words of a legend.
+LEGEND: dict[str, Any] = {"fontsize": 9, "framealpha": 1.0, "edgecolor": "none"}
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -82,12 +84,13 @@ def image_rows(path: str | Path, rows: Sequence[tuple[str, Tensor]], *, title: s
     # The width of the page, or less for a few images; a title of one line needs its room.
     images_width = min(9.0, max(0.1 * len(title), 1.5 * max(len(images) for _, images in rows)))
     row_height = images_width * height / width + 0.06
-    total_height = row_height * len(rows) + 0.45
+    top = 0.23 + 0.22 * len(title.split("\n"))
+    total_height = row_height * len(rows) + top
     figure = Figure(figsize=(label_width + images_width + 0.1, total_height))
     figure.suptitle(title, y=1 - 0.1 / total_height, va="top", fontsize=ROWS_FONT_SIZE)
     for i, ((label, _), strip) in enumerate(zip(rows, strips, strict=True)):
         strip_width = images_width * strip.shape[1] / width  # a last row may be shorter
-        bottom = total_height - 0.45 - (i + 1) * row_height + 0.06
+        bottom = total_height - top - (i + 1) * row_height + 0.06
         box = (label_width, bottom, strip_width, row_height - 0.06)  # in inches
         size = np.tile(figure.get_size_inches(), 2)  # width, height, width, height
         axes = figure.add_axes(tuple(box / size))
@@ -104,9 +107,11 @@ def image_grid(path: Path, images: Tensor, *, title: str, columns: int = 12) -> 
     image_rows(path, [("", chunk) for chunk in images.split(columns)], title=title)
 
 
-def plot_axes(figure: Figure, panel: int = 1, of: int = 1, *, xlabel: str, ylabel: str) -> Axes:
-    """Add the axes of one panel in a row of panels; the first is number 1."""
-    axes = figure.add_subplot(1, of, panel)
+def plot_axes(
+    figure: Figure, panel: int = 1, of: int = 1, rows: int = 1, *, xlabel: str, ylabel: str
+) -> Axes:
+    """Add the axes of one panel in rows of `of` panels; the first is number 1."""
+    axes = figure.add_subplot(rows, of, panel)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
@@ -122,39 +127,33 @@ def _curve(axes: Axes, rows: Sequence[Mapping[str, float]], term: str, **style) 
 
 
 def losses(
-    path: Path,
-    logs: Mapping[str, Sequence[Mapping[str, float]]],
-    *,
-    ylabels: Mapping[str, str],
-    title: str,
-    share: bool = True,
+    path: Path, logs: Mapping[str, Sequence[Mapping]], terms: Sequence[str], *, title: str
 ) -> None:
-    """Plot training losses by epoch.
+    """Plot training losses by epoch: a panel per term, since terms differ in scale.
+
+    Models that have the same terms share panels.
 
     Args:
         logs: the rows of each model, as in log.csv.
-        ylabels: the unit of the losses of each model.
-        share: models whose rows have the same terms share a panel (a sweep).
+        terms: the terms that are shown of models that have them.
     """
-    panels: dict[tuple[str, ...], list[str]] = {}
+    groups: dict[tuple[str, ...], list[str]] = {}
     for name, rows in logs.items():
-        key = tuple(key for key in rows[0] if key not in ("step", "epoch"))
-        panels.setdefault(key if share else (name, *key), []).append(name)
-    figure = new_figure(5.0 * len(panels) + 0.5, 3.8, title)
-    for number, names in enumerate(panels.values(), start=1):
-        terms = [key for key in logs[names[0]][0] if key not in ("step", "epoch")]
-        ylabel = ylabels[names[0]]
-        axes = plot_axes(figure, number, len(panels), xlabel="epoch", ylabel=ylabel)
-        # A sweep has too many lines for every term, so only the total loss is shown.
-        shown = terms if len(names) == 1 else terms[:1]
-        curves = [(name, term) for name in names for term in shown]
-        for (name, term), color in zip(curves, itertools.cycle(COLORS), strict=False):
-            label = name if len(shown) == 1 else f"{name}: {term}"
-            _curve(axes, logs[name], term, label=label, color=color)
-        values = np.array([row[term] for name in names for row in logs[name] for term in shown])
-        if (values > 0).all() and values.max() > 20 * np.median(values):
-            axes.set_yscale("log")  # or the first rows would flatten the others
-        axes.legend(frameon=False, fontsize=9)
+        groups.setdefault(tuple(term for term in terms if term in rows[0]), []).append(name)
+    columns = max(len(shown) for shown in groups)
+    figure = new_figure(3.3 * columns, 2.7 * len(groups) + 0.3, title)
+    for row, (shown, names) in enumerate(groups.items()):
+        for panel, term in enumerate(shown, start=1 + row * columns):
+            unit = "nats per image" if "KL" in shown else "loss"
+            axes = plot_axes(figure, panel, columns, len(groups), xlabel="epoch", ylabel=unit)
+            axes.set_title(term if len(names) > 1 else f"{names[0]}: {term}", fontsize=10)
+            for name, color in zip(names, itertools.cycle(COLORS), strict=False):
+                _curve(axes, logs[name], term, label=name, color=color)
+            values = np.array([row[term] for name in names for row in logs[name]])
+            if (values > 0).all() and values.max() > 20 * np.median(values):
+                axes.set_yscale("log")  # or the first rows would flatten the others
+            if len(names) > 1:
+                axes.legend(**LEGEND)
     save_figure(figure, path)
 
 
@@ -177,10 +176,11 @@ def token_losses(
     _curve(axes, rows, "loss", label="training", color=COLORS[0], zorder=3)
     points = {"marker": "o", "markersize": 4, "zorder": 4}
     _curve(axes, validation, "loss", label="validation", color=COLORS[1], **points)
-    for (name, value), color in zip(baselines.items(), COLORS[2:], strict=False):
-        style: dict[str, Any] = {"color": color, "linestyle": "--", "linewidth": 1.2}
-        axes.axhline(value, label=f"{name}: {value:.2f}", **style)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for i, ((name, value), color) in enumerate(zip(baselines.items(), COLORS[2:], strict=False)):
+        # Each has its dashes where the others have gaps, so that equal values are all seen.
+        label = f"{name}: {value:.2f}"
+        axes.axhline(value, label=label, color=color, linewidth=1.5, linestyle=(2 * i, (2, 4)))
+    axes.legend(**LEGEND, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_figure(figure, path)
 
 
@@ -198,7 +198,7 @@ def adversarial(
         rows: as in the log.csv of a model with a discriminator.
         disc_start, gan_start: epochs at which the discriminator starts to learn, and to be used.
     """
-    figure = new_figure(14.0, 3.8, title)
+    figure = new_figure(11.0, 3.6, title)
     panels = (  # label, terms, and the epoch after which they exist
         ("reconstruction losses", ("reconstruction", "perceptual"), 0),
         ("mean output of the discriminator", ("real", "fake"), disc_start),
@@ -210,9 +210,14 @@ def adversarial(
         for term, color in zip(terms, COLORS, strict=False):
             if term in rows[0]:
                 _curve(axes, shown, term, label=term, color=color)
-        axes.axvline(disc_start, color="0.4", linestyle=":", label="discriminator starts to learn")
-        axes.axvline(gan_start, color="0.4", linestyle="--", label="discriminator is used")
-        axes.legend(frameon=False, fontsize=9)
+        starts = [axes.axvline(disc_start, color="0.4", linestyle=":")]
+        starts += [axes.axvline(gan_start, color="0.4", linestyle="--")]
+        axes.set_xlim(0, rows[-1]["epoch"])  # the same in all panels
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+        if len(terms) > 1:
+            axes.legend(**LEGEND)
+    names = ("the discriminator starts to learn", "its loss is used")
+    figure.legend(starts, names, loc="outside lower center", ncols=2, **LEGEND)
     save_figure(figure, path)
 
 
@@ -230,28 +235,30 @@ def metric_by_batch_size(
         for size in sizes:
             axes.annotate(f"{values[size]:.3f}", (size, values[size]), ha="center", **above)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(sizes))
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.margins(y=0.15)
-    axes.legend(frameon=False)
+    axes.set_xticks(sizes, labels=[str(size) for size in sizes])
+    axes.set_xticks([], minor=True)
+    axes.margins(x=0.08, y=0.15)  # room for the numbers
+    axes.legend(**LEGEND)
     save_figure(figure, path)
 
 
 def codebook_usage(path: Path, counts: Mapping[str, Tensor], *, title: str) -> None:
-    """Plot how often each code is chosen, from the most to the least frequent.
+    """Plot how often each code is chosen, from the most to the least frequent; no unused ones.
 
     Args:
         counts: the counts (K,) of each model over a whole set.
     """
     figure = new_figure(6.4, 3.8, title)
-    axes = plot_axes(figure, xlabel="code, from the most frequent", ylabel="fraction of positions")
+    K = max(len(count) for count in counts.values())
+    xlabel = f"code, from the most frequent (K = {K:,})"
+    axes = plot_axes(figure, xlabel=xlabel, ylabel="fraction of positions")
     for (name, count), color in zip(counts.items(), itertools.cycle(COLORS), strict=False):
-        fractions = np.sort((count.double() / count.sum()).numpy())[::-1]
-        axes.plot(np.arange(1, len(fractions) + 1), fractions, color=color, label=name)
-    style: dict[str, Any] = {"color": "0.4", "linestyle": "--", "linewidth": 1}
-    axes.axhline(1 / len(fractions), label="uniform (1/K)", **style)
+        fractions = np.sort((count.double() / count.sum()).numpy())[::-1][: int((count > 0).sum())]
+        style: dict[str, Any] = {"color": color, "marker": "o" if len(fractions) < 30 else ""}
+        axes.plot(np.arange(1, len(fractions) + 1), fractions, label=name, **style)
+    axes.axhline(1 / K, label="uniform (1/K)", color="0.4", linestyle="--", linewidth=1)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
-    axes.legend(frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    axes.legend(**LEGEND)
     save_figure(figure, path)

@@ -1,7 +1,8 @@
 """What each script prints and plots while it trains and at the end of a run."""
 
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ BASELINES = {  # titles of `metrics.token_baselines`
     "unigram": "unigram (frequencies of tokens)",
     "bigram": "bigram (given the token to the left)",
 }
+STUDY_TERMS = ("loss", "negative log-likelihood", "KL", "reconstruction", "quantizer")  # losses.png
+VQGAN_TERMS = ("reconstruction", "perceptual", "quantizer")  # adversarial.png has the others
 # Printed tables: key of metrics.json -> heading and format; then the columns of each table.
 FORMATS = {
     "nmse": ("norm. MSE", ".4f"), "psnr": ("PSNR/dB", ".2f"), "ssim": ("SSIM", ".4f"),
@@ -72,10 +75,10 @@ def reconstruct(model: GaussianAutoencoder | VQAutoencoder, x: Tensor) -> Tensor
 def _save_usage(out: Path, titles: Mapping[str, str], results: Mapping, counts: Mapping) -> None:
     """Save codebook_usage.png for the models that have a codebook."""
     usage = {}
-    for name, count in counts.items():
-        if count is not None:
+    for name in titles:
+        if (count := counts.get(name)) is not None:
             used, perplexity = results[name]["codes_used"], results[name]["perplexity"]
-            usage[f"{titles[name]}: {used} used, perplexity {perplexity:.0f}"] = count
+            usage[f"{titles[name]}: {used:,} used, perplexity {perplexity:,.0f}"] = count
     if usage:
         title = "How often each code is used (test set)"
         figures.codebook_usage(out / "codebook_usage.png", usage, title=title)
@@ -90,6 +93,12 @@ def study_title(name: str) -> str:
     return STUDY_TITLES[model] + (f", batch {batch_size}" if batch_size else "")
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of the study, batch sizes by number: "vae-batch64" before "vae-batch256"."""
+    parts = (name.partition("-batch") for name in names)
+    return ["".join(part) for part in sorted(parts, key=lambda part: (part[0], int(part[2] or 0)))]
+
+
 def save_study_figures(
     run: Run,
     sessions: Mapping[str, Session],
@@ -97,22 +106,22 @@ def save_study_figures(
     counts: Mapping[str, Any],
 ) -> None:
     """Save every figure of the study; each mapping has an entry per trained model."""
-    titles = {name: study_title(name) for name in sessions}
+    titles = {name: study_title(name) for name in in_order(sessions)}
     # Every model reconstructs the same images; its label states the bits per image.
     x = shown_images(run, run.device)
-    rows, logs, ylabels = [("original", to_unit(x))], {}, {}
-    for name, session in sessions.items():
-        label = f"{titles[name]}\n{results[name]['bits_per_image']:.0f} bits"
-        rows.append((label, to_unit(reconstruct(session.eval_model, x))))
-        is_vae = isinstance(session.eval_model, GaussianAutoencoder)
-        losses = ({k: v for k, v in row.items() if k != "codes_used"} for row in session.rows)
-        logs[titles[name]] = list(losses)
-        ylabels[titles[name]] = "nats per image" if is_vae else "mean over all elements"
-        if is_vae:
-            _save_prior(run.out, name, titles[name], session.eval_model, x)
-    title = "Test images and their reconstructions (a VAE decodes the mean)"
+    rows, title = [("original", to_unit(x))], "Test images and their reconstructions"
+    for name in titles:
+        model, result = sessions[name].eval_model, results[name]
+        label = f"{titles[name]}\n{result['bits_per_image']:,.0f} bits"
+        if isinstance(model, GaussianAutoencoder):
+            title = "Test images and their reconstructions (a VAE decodes the mean)"
+            _save_prior(run.out, name, titles[name], model, x)
+        else:
+            label += f", {result['codes_used']:,} codes"
+        rows.append((label, to_unit(reconstruct(model, x))))
     figures.image_rows(run.out / "reconstructions.png", rows, title=title)
-    figures.losses(run.out / "losses.png", logs, ylabels=ylabels, title="Training losses")
+    logs = {title: sessions[name].rows for name, title in titles.items()}
+    figures.losses(run.out / "losses.png", logs, STUDY_TERMS, title="Training losses")
     _save_usage(run.out, titles, results, counts)
     _save_sweep(run.out, results)
 
@@ -143,8 +152,8 @@ def _save_prior(out: Path, name: str, title: str, model: GaussianAutoencoder, x:
         strips = torch.cat([x0[:, None], between, x1[:, None]], dim=1)
         rows = [("", to_unit(strip)) for strip in strips]
         path = out / f"{name}_interpolations.png"
-        title = f"Interpolations in the latent space of the {title}\n"
-        title += "between test images (first, last column)"
+        title = f"First and last column: two test images; between: the {title} decodes\n"
+        title += "points on the line between their latents"
         figures.image_rows(path, rows, title=title)
 
 
@@ -183,16 +192,10 @@ def save_vqgan_figures(
     for name, session in sessions.items():
         rows.append((OBJECTIVES[name], to_unit(reconstruct(session.eval_model, x))))
     bits = next(iter(results.values()))["bits_per_image"]
-    title = f"Test images and their reconstructions from {bits:.0f} bits"
+    title = f"Test images and their reconstructions from {bits:,.0f} bits"
     figures.image_rows(run.out / "reconstructions.png", rows, title=title)
-    # Terms that the objectives share; those of the adversarial game have a separate figure.
-    terms = ("step", "epoch", "reconstruction", "perceptual", "quantizer")
-    logs = {}
-    for name, session in sessions.items():
-        shared = ({key: row[key] for key in terms if key in row} for row in session.rows)
-        logs[OBJECTIVES[name]] = list(shared)
-    ylabels, title = dict.fromkeys(logs, "loss term"), "Training losses"
-    figures.losses(run.out / "losses.png", logs, ylabels=ylabels, title=title, share=False)
+    logs = {OBJECTIVES[name]: session.rows for name, session in sessions.items()}
+    figures.losses(run.out / "losses.png", logs, VQGAN_TERMS, title="Training losses")
     if "vqgan" in sessions:
         session = sessions["vqgan"]
         keys = ("disc_start", "gan_start")
@@ -235,6 +238,16 @@ def print_transformer(result: dict, samples: list[dict], references: Mapping[str
         print(f"Frechet distance of {name} to the test images: {distance:.3f}")
 
 
+def token_losses_title(condition: str, condition_drop: float, command: str) -> str:
+    """The title of a transformer's losses, with the reasons of what might look like mistakes."""
+    notes = ["Losses of the transformer, and of simple models"]
+    if condition_drop and condition != "none":
+        notes.append(f"(training drops {condition_drop:.0%} of the conditions, validation none)")
+    if resumed := re.findall(r"\W\Wepochs (\d+)", command)[:-1]:
+        notes.append(f"(the learning rate rises again after epoch {', '.join(resumed)})")
+    return "\n".join(notes)
+
+
 def save_transformer_figures(
     run: Run,
     session: Session,
@@ -249,10 +262,11 @@ def save_transformer_figures(
         setting: keyword arguments of `GPT.sample`, for all samples.
         baselines: those of `metrics.token_baselines`.
     """
+    condition, metadata = dataset.condition, session.metadata["metadata"]
+    title = token_losses_title(condition.kind, metadata["condition_drop"], metadata["command"])
     titled = {BASELINES[name]: value for name, value in baselines.items()}
-    title = "Losses of the transformer, and of simple models"
-    path = run.out / "losses.png"
-    figures.token_losses(path, session.rows, session.state["validation"], titled, title=title)
+    losses = (session.rows, session.state["validation"], titled)
+    figures.token_losses(run.out / "losses.png", *losses, title=title)
     generator, how = torch.Generator().manual_seed(1), describe_sampling(setting)
 
     def sample(conditions: Tensor, given: Tensor | None = None) -> Tensor:
@@ -261,7 +275,7 @@ def save_transformer_figures(
         return to_unit(decode_tokens(tokenizer, tokens))
 
     # samples.png: the condition on the left or above, and several samples of it.
-    condition, path = dataset.condition, run.out / "samples.png"
+    path = run.out / "samples.png"
     x = shown_images(run)
     conditions = dataset.test_conditions[: len(x)]
     if condition.kind == "none":
