@@ -2,8 +2,8 @@
 
     python docs/experiments/codebook_gallery.py --data data/cifar10-images
 
-reads the VQ-VAE of runs/fair/vqvae-8x8-k512-seed0 (docs/results/codebook_gallery/run.sh has its
-command), or of --checkpoint. A code is drawn as the middle of a decoded grid that holds no other
+reads the VQ-VAE of runs/fair/vqvae-8x8-k512-seed0 (docs/results/README.md has its command),
+or of --checkpoint. A code is drawn as the middle of a decoded grid that holds no other
 code, for at the borders the decoder sees padding. Writes, in docs/results/codebook_gallery/:
 
     codebook_gallery.png   all codes, gray ones first and then by hue; six, and where they occur
