@@ -145,10 +145,10 @@ def docstring(node: ast.FunctionDef) -> range:
 
 
 def statement(source: Source, line: int) -> range:
-    """All lines of the statement that a line belongs to, but of those that hold others."""
+    """The lines of a short statement that a line belongs to, or else that line."""
     for node in ast.walk(source.tree):
         if isinstance(node, ast.stmt) and not hasattr(node, "body"):
-            if node.lineno <= line <= node.end_lineno:
+            if node.lineno <= line <= node.end_lineno < node.lineno + 4:
                 return range(node.lineno, node.end_lineno + 1)
     return range(line, line + 1)
 

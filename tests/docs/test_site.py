@@ -418,6 +418,15 @@ def test_pictures_are_no_bright_slabs_on_a_dark_page(browser, site, name):
     context.close()
 
 
+def test_the_lab_sheet_fits_on_a_sheet(browser, site):
+    page = browser.new_page(offline=True)
+    page.set_default_timeout(PATIENCE)
+    page.goto((site / "sheet.html").as_uri())
+    for paper in ("A4", "Letter"):
+        assert len(re.findall(rb"/Type /Page\b", page.pdf(format=paper))) == 1, paper
+    page.close()
+
+
 def test_equations_have_a_size(visits):
     assert any(visit[WIDE]["equations"] for visit in visits.values())
     for name, visit in visits.items():
