@@ -19,12 +19,7 @@ project_copyright = "MIT licence"
 extensions = ["myst_parser", "mathml", "annotated", "chapter", "api", "contents", "pictures"]
 exclude_patterns = ["_build"]
 
-myst_enable_extensions = [
-    "dollarmath",  # $z_e$ and $$...$$
-    "colon_fence",  # :::{note}, for a block that holds Markdown
-    "attrs_inline",  # ![...](...){width=400}
-    "deflist",
-]
+myst_enable_extensions = ["dollarmath"]  # $z_e$ and $$...$$, which code hosts typeset, too
 myst_heading_anchors = 3  # headings down to ### can be linked to, as on GitHub
 smartquotes = False  # "--resume" is a flag
 
