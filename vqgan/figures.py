@@ -81,8 +81,8 @@ def image_rows(path: str | Path, rows: Sequence[tuple[str, Tensor]], *, title: s
     # Lengths are in inches. A label is as wide as its longest line and a margin.
     longest = max(len(line) for label, _ in rows for line in label.split("\n"))
     label_width = 0.0085 * ROWS_FONT_SIZE * longest + 0.15
-    # The width of the page, or less for a few images; a title of one line needs its room.
-    images_width = min(9.0, max(0.1 * len(title), 1.5 * max(len(images) for _, images in rows)))
+    # The width of the page, or less for few images: three dots for a pixel, and the title's room.
+    images_width = min(9.0, max(0.1 * len(title), 3 * width / DOTS_PER_INCH))
     row_height = images_width * height / width + 0.06
     top = 0.23 + 0.22 * len(title.split("\n"))
     total_height = row_height * len(rows) + top

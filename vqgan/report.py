@@ -95,8 +95,7 @@ def study_title(name: str) -> str:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Names of the study, batch sizes by number: "vae-batch64" before "vae-batch256"."""
-    parts = (name.partition("-batch") for name in names)
-    return ["".join(part) for part in sorted(parts, key=lambda part: (part[0], int(part[2] or 0)))]
+    return sorted(names, key=lambda name: (name.partition("-batch")[0], len(name), name))
 
 
 def save_study_figures(
@@ -152,8 +151,8 @@ def _save_prior(out: Path, name: str, title: str, model: GaussianAutoencoder, x:
         strips = torch.cat([x0[:, None], between, x1[:, None]], dim=1)
         rows = [("", to_unit(strip)) for strip in strips]
         path = out / f"{name}_interpolations.png"
-        title = f"First and last column: two test images; between: the {title} decodes\n"
-        title += "points on the line between their latents"
+        title = f"Interpolations in the latent space of the {title}\n"
+        title += "(first and last column: test images)"
         figures.image_rows(path, rows, title=title)
 
 

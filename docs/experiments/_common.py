@@ -1,4 +1,4 @@
-"""What the experiments share: their flags, metrics.json, rows of pictures, and what JPEG keeps.
+"""What the experiments share: their flags, metrics.json, pictures, and what JPEG keeps.
 
 Experiments are run from the root of the repository, and docs/experiments/NAME.py writes
 docs/results/NAME/.
@@ -9,13 +9,11 @@ import io
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
@@ -26,7 +24,6 @@ from vqgan.files import write_json
 from vqgan.training import Stopwatch, versions
 
 CPU = torch.device("cpu")
-DOTS_PER_INCH = 130  # of rows of pictures, whose sides are half an inch or so
 
 
 # --- what is read and written --------------------------------------------------------------------
@@ -94,41 +91,6 @@ def frame(axes: Axes, color: str) -> None:
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color(color)
-
-
-def draw_rows(
-    path: Path,
-    rows: Sequence[tuple[str, Tensor]],
-    *,
-    heads: Sequence[str] = (),
-    side: float = 0.6,
-    label: float = 1.7,
-) -> None:
-    """Rows of images (N, 3, H, W) in [0, 1], with labels on the left.
-
-    Args:
-        heads: titles above the columns, which share them evenly.
-        side: of an image, in inches.
-        label: width of the labels, in inches.
-    """
-    gap, head = 0.05, 0.3 if heads else 0.0  # inches
-    columns = len(rows[0][1])
-    width = label + columns * (side + gap)
-    height = head + len(rows) * (side + gap)
-    figure = Figure(figsize=(width, height))
-    for i, text in enumerate(heads):
-        middle = label + (i + 0.5) / len(heads) * columns * (side + gap)
-        figure.text(middle / width, 1 - 0.2 / height, text, ha="center", fontsize=13)
-    for row, (text, images) in enumerate(rows):
-        bottom = height - head - (row + 1) * (side + gap) + gap
-        middle = (bottom + side / 2) / height
-        figure.text((label - 0.12) / width, middle, text, ha="right", va="center", fontsize=12)
-        for column, image in enumerate(images):
-            left = label + column * (side + gap)
-            box = (left / width, bottom / height, side / width, side / height)
-            show(figure.add_axes(box), image)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
 # --- JPEG ----------------------------------------------------------------------------------------

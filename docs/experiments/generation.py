@@ -79,7 +79,7 @@ def main(args: argparse.Namespace) -> None:
     figures.image_rows(
         OUT / "generation.png",
         rows,
-        title="New images: the VAE's of no class, the transformers' of the class above them",
+        title="A test image of each class, and new images: the transformers' are of the same class",
     )
     about_data = {"source": args.data, "test_images": len(data.test_images)}
     write_metrics(

@@ -18,10 +18,10 @@ import time
 
 import torch
 import torch.nn.functional as F
-from _common import draw_rows, no_flags, results_of, write_metrics
+from _common import no_flags, results_of, write_metrics
 from torch import Tensor, nn
 
-from vqgan import metrics
+from vqgan import figures, metrics
 from vqgan.data import load_dataset, pixel_variance
 from vqgan.discriminator import (
     PatchDiscriminator,
@@ -101,11 +101,13 @@ def noise(pipeline: Pipeline, codes: Tensor, condition: Tensor) -> dict:
     rows = {
         "noise": tokenizer.decode(z),
         "random codes": tokenizer.decode_indices(anything[:TRANSFORMS]),
-        "frequent codes,\nanywhere": tokenizer.decode_indices(shuffled[:TRANSFORMS]),
-        "codes that a\ntransformer wrote": tokenizer.decode_indices(written[:TRANSFORMS]),
+        "frequent codes,\nrandom positions": tokenizer.decode_indices(shuffled[:TRANSFORMS]),
+        "codes that a\ntransformer generated": tokenizer.decode_indices(written[:TRANSFORMS]),
         "codes of images": tokenizer.decode_indices(codes[:TRANSFORMS]),
     }
-    draw_rows(OUT / "noise.png", [(name, to_unit(images)) for name, images in rows.items()])
+    title = "Decoded: noise, codes in random positions, codes of the transformer, codes of images"
+    named = [(name, to_unit(images)) for name, images in rows.items()]
+    figures.image_rows(OUT / "noise.png", named, title=title)
     grids = {"random": anything, "shuffled": shuffled, "written": written, "images": codes}
     return {
         "nats_per_token": {

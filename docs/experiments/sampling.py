@@ -11,9 +11,9 @@ another pair:
 Writes, in docs/results/sampling/:
 
     temperature.png, top_k.png, top_p.png, guidance.png   a row for each value
-    next_code.png    the probabilities of the next code at two places, and what is cut from them
-    known.png        upper halves continued, and lower halves that nobody could foresee
-    conditions.png   edges, grey and small copies of images, and what the tokenizer keeps of them
+    next_code.png    the probabilities of the next code at two positions, and what is cut from them
+    known.png        upper halves continued, and lower halves that could not be foreseen
+    conditions.png   edges, gray and small copies of images, and their reconstructions
     metrics.json     what was measured beside them
 """
 
@@ -24,14 +24,15 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from _common import CPU, DOTS_PER_INCH, draw_rows, results_of, write_metrics
+from _common import CPU, results_of, write_metrics
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import NullLocator
 from torch import Tensor
 
+from vqgan import figures
 from vqgan.classifier import Classifier, load_classifier
 from vqgan.conditions import TRANSFORMS
 from vqgan.data import load_dataset
@@ -182,14 +183,16 @@ def draw_family(
                 [eval_classifier(part).argmax(dim=1) for part in x.split(BATCH_SIZE)]
             )
             result["class_accuracy"] = (predicted == measured[:, 0]).double().mean().item()
-            label += f"\n{result['class_accuracy']:.0%} class_accuracy"
+            label += f"\nclass accuracy {result['class_accuracy']:.0%}"
         results.append(result)
         # The same numbers in every row: what differs is the setting alone.
         tokens = pipeline.transformer.sample(
             shown, generator=torch.Generator().manual_seed(0), **setting
         )
         rows.append((label, to_unit(decode_tokens(pipeline.tokenizer, tokens))))
-    draw_rows(OUT / f"{family}.png", rows, heads=tuple(classes))
+    title = f"Samples of {classes[0]} (left) and {classes[1]} (right); "
+    title += "all rows have the same random numbers"
+    figures.image_rows(OUT / f"{family}.png", rows, title=title)
     return results
 
 
@@ -198,7 +201,7 @@ def draw_family(
 
 def draw_next_code(pipeline: Pipeline, labels: Tensor, tokens: Tensor) -> dict:
     """Where the transformer is sure of the next code, and where it is not."""
-    K, (h, w) = pipeline.transformer.num_embeddings, pipeline.tokenizer.grids[0]
+    h, w = pipeline.tokenizer.grids[0]
     parts = zip(labels[:, None].split(BATCH_SIZE), tokens.split(BATCH_SIZE), strict=True)
     logits = torch.cat([pipeline.transformer(*part) for part in parts])  # (M, N, K)
     probabilities = logits.softmax(dim=-1)
@@ -226,46 +229,57 @@ def draw_next_code(pipeline: Pipeline, labels: Tensor, tokens: Tensor) -> dict:
             f"mass_of_top_{TOP_K}": sorted_p[:TOP_K].sum().item(),
             f"codes_of_top_p_{TOP_P:g}": kept,
         }
-        bottom = 0.57 - 0.48 * row
-        axes = figure.add_axes((0.01, bottom, 0.2, 0.36))
         picture = to_unit(pipeline.tokenizer.decode_tokens(tokens[image : image + 1]))[0]
         pixels = pipeline.tokenizer.image_size // h
         top, left = place // w * pixels, place % w * pixels
-        picture[:, top + pixels :] = 0.6  # grey: what is not written yet
+        picture[:, top + pixels :] = 0.6  # gray: what is not generated yet
         picture[:, top : top + pixels, left:] = 0.6
-        axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-        axes.add_patch(
-            Rectangle((left - 0.5, top - 0.5), pixels, pixels, fill=False, color="#D55E00", lw=2.5)
-        )
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.set_title(f"{results[name]['class']}, so far", fontsize=12)
-
-        axes = figure.add_axes((0.3, bottom, 0.68, 0.36))
-        rank = torch.arange(1, K + 1)
-        axes.fill_between(rank[:kept], 100 * sorted_p[:kept], color="#0072B2", step="mid")
-        axes.fill_between(rank[kept - 1 :], 100 * sorted_p[kept - 1 :], color="0.75", step="mid")
-        axes.axvline(TOP_K, color="#D55E00", linestyle="--", linewidth=1.5)
-        axes.set_xscale("log")
-        axes.set_xlim(0.8, K)
-        axes.set_ylim(0, 108 * sorted_p[0])
-        axes.set_xticks([1, 3, 10, 30, 100, 300, 1000])
-        axes.set_xticklabels(["1", "3", "10", "30", "100", "300", "1,000"])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_ylabel("probability", fontsize=11)
-        if row == 1:
-            axes.set_xlabel("codes, from the likeliest", fontsize=11)
-        axes.set_title(f"{name}: top-p {TOP_P:g} keeps {kept} codes (blue)", fontsize=12)
-        axes.text(
-            1.08 * TOP_K, 100 * sorted_p[0],
-            f"left of the line: top-k {TOP_K},\n"
-            f"{100 * sorted_p[:TOP_K].sum():.0f}% of the mass",
-            color="#D55E00", fontsize=11, va="top",
-        )  # fmt: skip
-    figure.savefig(OUT / "next_code.png", dpi=DOTS_PER_INCH)
+        square = Rectangle((left - 0.5, top - 0.5), pixels, pixels)
+        draw_next(figure, row, name, results[name]["class"], picture, square, sorted_p, kept)
+    figures.save_figure(figure, OUT / "next_code.png")
     return results
+
+
+def draw_next(
+    figure: Figure,
+    row: int,
+    name: str,
+    label: str,
+    picture: Tensor,
+    square: Rectangle,
+    sorted_p: Tensor,
+    kept: int,
+) -> None:
+    """A row of next_code.png: the image so far, and the probabilities of the codes, sorted."""
+    bottom, K = 0.57 - 0.48 * row, len(sorted_p)
+    axes = figure.add_axes((0.01, bottom, 0.2, 0.36))
+    axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+    square.set(fill=False, color="#D55E00", linewidth=2.5)
+    axes.add_patch(square)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(f"{label}, so far", fontsize=12)
+
+    axes = figure.add_axes((0.3, bottom, 0.67, 0.36))
+    # Both axes are linear, so that areas are probabilities; code k lies from k - 1/2 to k + 1/2.
+    percent, edges = 100 * sorted_p.numpy(), np.arange(K + 1) + 0.5
+    axes.stairs(percent[:kept], edges[: kept + 1], fill=True, color="#0072B2")
+    axes.stairs(percent[kept:], edges[kept:], fill=True, color="0.75")
+    axes.axvline(TOP_K, color="#D55E00", linestyle="--", linewidth=1.5)
+    axes.set_xlim(0, K)
+    axes.set_ylim(0, 1.08 * percent[0])
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_ylabel("probability", fontsize=11)
+    if row == 1:
+        axes.set_xlabel("codes, from the likeliest", fontsize=11)
+    axes.set_title(f"{name}: top-p {TOP_P:g} keeps {kept} codes (blue)", fontsize=12)
+    axes.text(
+        TOP_K + 0.015 * K, percent[0],
+        f"left of the line: top-k {TOP_K},\n{percent[:TOP_K].sum():.0f}% of the probability",
+        color="#D55E00", fontsize=11, va="top",
+    )  # fmt: skip
 
 
 # --- what is known -------------------------------------------------------------------------------
@@ -295,16 +309,16 @@ def draw_known(pipeline: Pipeline, x: Tensor, labels: Tensor, tokens: Tensor) ->
     given_above, given_below = to_unit(x[shown]), to_unit(x[shown])
     given_above[:, :, rows * pixels :] = 0.5
     given_below[:, :, : rows * pixels] = 0.5
-    draw_rows(
+    figures.image_rows(
         OUT / "known.png",
         [
             ("original", to_unit(x[shown])),
-            ("upper half known", given_above),
-            ("written below", decoded(below[shown])),
-            ("lower half known", given_below),
-            ("written above", decoded(above[shown])),
+            ("given upper half", given_above),
+            ("generated below it", decoded(below[shown])),
+            ("given lower half", given_below),
+            ("generated above it", decoded(above[shown])),
         ],
-        side=0.7,
+        title="Test images of which the transformer is given a half",
     )
     greyed = x.clone()
     greyed[:, :, rows * pixels :] = 0.0
@@ -388,9 +402,10 @@ def draw_conditions(pipeline: Pipeline, x: Tensor) -> None:
         picture = picture_of(x)
         rows.append((name, to_unit(picture)))
         rows.append(
-            ("decoded from\nits codes", to_unit(pipeline.tokenizer(picture).reconstruction))
+            (f"{name},\nreconstructed", to_unit(pipeline.tokenizer(picture).reconstruction))
         )
-    draw_rows(OUT / "conditions.png", rows, side=0.7)
+    title = "What a transformer can be conditioned on, and what the tokenizer keeps of it"
+    figures.image_rows(OUT / "conditions.png", rows, title=title)
 
 
 if __name__ == "__main__":

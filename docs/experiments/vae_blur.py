@@ -16,7 +16,7 @@ import json
 
 import torch
 import torch.nn.functional as F
-from _common import draw_rows, flags_of_runs, model_folder, results_of, show, write_metrics
+from _common import flags_of_runs, model_folder, results_of, show, write_metrics
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -63,7 +63,8 @@ def main(args: argparse.Namespace) -> None:
             "dimensions_used": int((bits[title] > USED_ABOVE).sum()),
             "most_bits_in_a_dimension": bits[title].max().item(),
         }
-    draw_rows(OUT / "reconstructions.png", rows, side=1.2, label=1.5)
+    title = "Two VAEs, and what a sample of the latent changes in the reconstruction"
+    figures.image_rows(OUT / "reconstructions.png", rows, title=title)
     draw_dimensions(bits)
     results = {
         "used_above_bits": USED_ABOVE,

@@ -6,8 +6,8 @@ reads the runs runs/objectives and runs/vqgan (docs/results/README.md has their 
 writes, in docs/results/vqgan_pictures/:
 
     closeup.png     a few test images, large, after each objective
-    distances.png   a test image spoilt in four ways, and how far each is in pixels and features
-    patches.png     what the discriminator says of the patches of an image and its reconstructions
+    distances.png   a test image spoilt in four ways, and the mean distances of 2,000 images
+    patches.png     the discriminator's logits for the patches of an image and its reconstructions
     metrics.json    the means of both over test images
 """
 
@@ -167,19 +167,26 @@ def draw_close_up(x: Tensor, reconstructions: dict[str, Tensor]) -> None:
 
 
 def draw_distances(spoilt: dict[str, Tensor], distances: dict[str, dict]) -> None:
-    table = Table(list(spoilt), 1, side=1.85, foot=0.62)
+    table = Table(list(spoilt), 1, side=1.85, foot=0.84)
     for axes, (title, pictures) in zip(table.axes, spoilt.items(), strict=True):
         show(axes, to_unit(pictures[SPOILT]))
         measured = distances[title]
         text = f"squared error {measured['nmse']:.3f}\nperceptual {measured['perceptual']:.2f}"
         axes.text(0.5, -0.05, text, transform=axes.transAxes, ha="center", va="top", fontsize=11.5)
+    words = (
+        f"below the images: mean distances from the originals, over {NUM_MEASURED:,} test images"
+    )
+    table.figure.text(0.5, 0.14 / table.height, words, ha="center", va="center", fontsize=11.5)
     table.save("distances.png")
 
 
 def draw_patches(maps: dict[str, tuple[Tensor, Tensor]]) -> None:
     table = Table(list(maps), 2, side=2.2, foot=0.62)
     logits = torch.stack([logit for _, logit in maps.values()])
-    limit = logits.abs().max().item()
+    # Only differences between logits mean something, so white is the middle of those of originals
+    # and those of the VQGAN's reconstructions, on which the discriminator was trained.
+    middle = (logits[0].mean() + logits[-1].mean()).item() / 2
+    limit = (logits - middle).abs().max().item()
     side, patch = len(logits[0]), receptive_field(1)
     for column, (picture, logit) in enumerate(maps.values()):
         axes = table.axes[column]
@@ -192,20 +199,19 @@ def draw_patches(maps: dict[str, tuple[Tensor, Tensor]]) -> None:
         )
         axes = table.axes[len(maps) + column]
         drawn = axes.imshow(
-            logit.numpy(), cmap="RdBu", vmin=-limit, vmax=limit, interpolation="nearest"
-        )
+            logit.numpy(), cmap="RdBu", vmin=middle - limit, vmax=middle + limit,
+            interpolation="nearest",
+        )  # fmt: skip
         axes.set_xticks([])
         axes.set_yticks([])
-        middle = side // 2
-        axes.add_patch(
-            Rectangle((middle - 0.5, middle - 0.5), 1, 1, fill=False, edgecolor="black", lw=2)
-        )
+        corner = (side // 2 - 0.5, side // 2 - 0.5)
+        axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="black", lw=2))
     scale = table.figure.add_axes((0.3, 0.32 / table.height, 0.4, 0.13 / table.height))
     table.figure.colorbar(drawn, cax=scale, orientation="horizontal")
     text = table.figure.text
     y = 0.36 / table.height
-    text(0.29, y, "looks like a reconstruction", ha="right", va="center", fontsize=11.5)
-    text(0.71, y, "looks like an original", ha="left", va="center", fontsize=11.5)
+    text(0.29, y, "lower, for reconstructions", ha="right", va="center", fontsize=11.5)
+    text(0.71, y, "higher, for originals", ha="left", va="center", fontsize=11.5)
     table.save("patches.png")
 
 
