@@ -46,7 +46,7 @@ def has_colour(pixels, color, tolerance=3):
 
 def test_rows_show_their_images(tmp_path):
     """Each image appears in its place: a red row over a green one."""
-    red, green = torch.zeros(2, 5, 3, 8, 8)
+    red, green = torch.zeros(2, 5, 3, 32, 32)
     red[:, 0], green[:, 1] = 1, 1
     figures.image_rows(tmp_path / "a.png", [("red", red), ("green", green)], title="title")
     pixels = pixels_of(tmp_path / "a.png")
