@@ -160,7 +160,7 @@ def draw(
     handles = [
         Line2D([], [], color="0.6", marker=".", linestyle="", label="vectors"),
         Line2D([], [], color=CELLS, linewidth=1, label="borders of cells"),
-        Line2D([], [], color=ALIVE, linewidth=1.2, label="code, and its way", **round_marker),
+        Line2D([], [], color=ALIVE, linewidth=1.2, label="code, and its path", **round_marker),
         Line2D([], [], label="dead code", **dead),
     ]
     if restarts.any():

@@ -238,7 +238,7 @@ def early_discriminator() -> dict:
         logits = torch.cat([eval_classifier(model(part).reconstruction) for part in test_batches()])
         right = logits.argmax(dim=1) == data.test_labels
         result[f"class_accuracy_{name}"] = right.double().mean().item()
-    title = "A VQGAN of drawn shapes, three epochs: when its adversary is used"
+    title = "A VQGAN of drawn shapes, three epochs: when the discriminator is used"
     figures.image_rows(OUT / "early_discriminator.png", rows, title=title)
     log = read_log(RUNS / "early-discriminator" / "log.csv")
     keys = ("epoch", "reconstruction", "perceptual", "real", "fake", "lambda", "codes_used")

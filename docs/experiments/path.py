@@ -6,7 +6,7 @@ Needs no run and no data: the pictures are drawn, and the tokenizer and transfor
 package. Writes, in docs/results/path/:
 
     one_picture.png   image -> z_e -> codes -> z_q -> reconstruction, with the tensors' shapes
-    new_pictures.png  a class -> codes, written one after the other -> new images
+    new_pictures.png  a class -> codes, generated one after the other -> new images
     metrics.json      the shapes, ranges, sizes and codes of both
 """
 
@@ -212,10 +212,10 @@ def draw_one_picture(
     page.close_stage("image", "uint8 (3, 32, 32), 0 to 255,\nas float in [-1, 1]", "encoder")
     show_channels(page, z_e, limit)
     page.close_stage(
-        f"z_e: {D} numbers a place", f"float ({D}, 8, 8),\n4 channels of {D}", "nearest\ncode"
+        f"z_e: {D} numbers per position", f"float ({D}, 8, 8),\n4 channels of {D}", "nearest\ncode"
     )
     show_codes(page.axes(), indices, colors)
-    page.close_stage("indices: one code a place", "int64 (8, 8), 0 to 255", None)
+    page.close_stage("indices: one per position", "int64 (8, 8), 0 to 255", None)
     show_codes(page.axes(), indices, colors)
     page.close_stage("indices", "the same", "lookup")
     show_channels(page, z_q, limit)
@@ -228,7 +228,7 @@ def draw_one_picture(
 
 
 def draw_new_pictures(token: int, written: Tensor, new: Tensor, colors: Tensor) -> None:
-    page = Page(["A transformer writes codes", "The decoder paints them"])
+    page = Page(["A transformer generates codes", "The decoder turns them into images"])
     for count in WRITTEN:
         show_codes(page.axes(), written[0], colors, count)
         is_first, is_last = count == WRITTEN[0], count == WRITTEN[-1]
