@@ -6,9 +6,9 @@ import pytest
 from vqgan.shapes import (
     CLASSES,
     COLORS,
+    SHAPES,
     SIZES,
     TEXTURES,
-    _is_inside,
     detect_colors,
     render_shapes,
     render_textures,
@@ -57,7 +57,7 @@ def test_a_pixel_within_the_shape_has_the_colour_of_the_caption():
 )
 def test_areas_match_geometry(name, area):
     axis = np.linspace(-1.2, 1.2, 601)
-    inside = _is_inside(name, axis[None, None, :], axis[None, :, None])
+    inside = SHAPES[name](axis[None, None, :], axis[None, :, None])
     assert inside.mean() * 2.4**2 == pytest.approx(area, rel=0.02)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from vqgan.data import NUM_TRAIN, TrainLoader, load_dataset, pixel_variance
 from vqgan.device import choose_device, choose_precision
-from vqgan.errors import InputError, user_input
+from vqgan.errors import InputError, file_input, user_input
 from vqgan.files import lock_folder, read_json, unused_path, write_json
 from vqgan.images import MAX_IMAGE_SIZE
 from vqgan.pretrained import checkpoint_path, init_weights, load_tokenizer
@@ -167,17 +167,15 @@ def read_flags(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
         raise InputError(f"{path.parent} holds a run of another script: give another --out")
     for name, value in stored.items():
         action, values = actions[name], value if isinstance(value, list) else [value]
-        try:
+        with file_input(f"{path} says {name} = {value!r:.40}", ": repair it"):
             if action.nargs == 0 or value is None:  # --flip and the like; a flag without a value
                 is_valid = isinstance(value, bool) or (value is action.default is None)
             else:  # as if it were typed
                 typed = [str(item) for item in values]
                 is_given = bool(typed) or action.nargs == "*"
                 is_valid = is_given and parser._get_values(action, typed) == value
-        except argparse.ArgumentError:
-            is_valid = False
-        if not is_valid:
-            raise InputError(f"{path} says {name} = {value!r:.40}: repair it")
+            if not is_valid:
+                raise ValueError("a value of another type")
     return stored | {"command": command}
 
 
@@ -208,12 +206,11 @@ def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
     for batch_size in batch_sizes:  # one that is too large stops here, not after hours
         TrainLoader(data.train_images, batch_size)
     print(f"{len(data.train_images)} training and {len(data.test_images)} test images, {device}")
-    flags = ("epochs", "seed", "flip", "checkpoint_every", "resume")
-    metadata = {name: getattr(args, name) for name in ("data", "image_size", "command")}
     variance = pixel_variance(data.train_images)
+    metadata = {name: getattr(args, name) for name in ("data", "image_size", "command")}
+    flags = ("epochs", "seed", "flip", "checkpoint_every", "resume")
     options = {flag: getattr(args, flag) for flag in flags}
-    shared = (out, data, variance, device, dtype, metadata)
-    return Run(*shared, config=config, lock=lock, **options)
+    return Run(out, data, variance, device, dtype, metadata, config=config, lock=lock, **options)
 
 
 def init_from(model: nn.Module, args: argparse.Namespace, folder: Path) -> None:

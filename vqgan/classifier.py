@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vqgan.checkpoint import build_on_meta, load_weights
 from vqgan.console import progress_bar
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
-from vqgan.errors import InputError
+from vqgan.errors import file_input
 from vqgan.files import load_plain, save_plain
 
 # The peak of the schedule suits these widths and BatchNorm; the weight decay is the usual one.
@@ -142,12 +142,10 @@ def load_classifier(path: Path, device: torch.device) -> tuple[Classifier, float
     """
     remedy = "give a classifier of this package"
     state = load_plain(path, remedy=remedy)
-    try:
+    with file_input(f"{path} is not a classifier of this package", f": {remedy}"):
         sizes = {name: state[name] for name in ("num_classes", "width")}
         model = build_on_meta(Classifier, sizes, state["weights"], path)
         load_weights(model, state["weights"])
         accuracy = float(state["accuracy"])
-    except Exception as error:  # another file's state raises many types
-        raise InputError(f"{path} is not a classifier of this package: {remedy}") from error
     model = prepare_model(model, device, compile=False)
     return model.eval().requires_grad_(False), accuracy

@@ -124,11 +124,6 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main(args: argparse.Namespace) -> None:
-    """Call the function of the command."""
-    args.function(args)
-
-
 def command_line() -> None:
     """Run the installed command `vqgan`."""
-    run_script(parse, main, resumable=False)
+    run_script(parse, lambda args: args.function(args), resumable=False)

@@ -74,12 +74,11 @@ def sample(args: argparse.Namespace) -> None:
             for part in prompt.to(device).expand(args.count, -1).split(chunk_size):
                 if (height, width) == pipeline.tokenizer.grids[0]:
                     tokens = pipeline.transformer.sample(part, **options)
-                    x = pipeline.tokenizer.decode_tokens(tokens)
+                    indices = tokens.unflatten(1, (height, width))
                 else:
                     models = (pipeline.transformer, pipeline.tokenizer)
                     indices = sample_sliding_window(*models, part, height, width, **options)
-                    x = pipeline.tokenizer.decode_indices(indices)
-                images.append(to_unit(x).cpu())
+                images.append(to_unit(pipeline.tokenizer.decode_indices(indices)).cpu())
             chunks = torch.cat(images).split(COLUMNS)
             rows += [(label if i == 0 else "", chunk) for i, chunk in enumerate(chunks)]
     figures.image_rows(out, rows, title=f"Samples ({describe_sampling(setting)})")
@@ -137,10 +136,9 @@ def _open(args: argparse.Namespace) -> tuple[Pipeline, dict, torch.device]:
     setting = {name: getattr(args, name) for name in names}
     with user_input():
         check_sampling(pipeline.transformer.num_embeddings, **setting)
-    if args.guidance != 1 and pipeline.condition.kind == "none":
-        raise InputError("--guidance strengthens a condition; this model has none: leave it out")
-    if args.guidance != 1 and not pipeline.supports_guidance:
-        raise InputError("--guidance needs a model with --condition-drop above 0: leave it out")
+    can_guide = pipeline.condition.kind != "none" and pipeline.supports_guidance
+    if args.guidance != 1 and not can_guide:
+        raise InputError("--guidance needs a condition and --condition-drop above 0: leave it out")
     return pipeline, setting, device
 
 

@@ -123,12 +123,9 @@ def load_compvis_transformer(
 
 def read_config(path: str | Path) -> dict:
     """Read a file with their config. Raises InputError unless it is YAML or JSON of an object."""
-    is_yaml = Path(path).suffix in (".yaml", ".yml")
-    try:
+    is_yaml, advice = Path(path).suffix in (".yaml", ".yml"), ": YAML needs the extra 'yaml'"
+    with file_input(f"{path} cannot be read as a config in JSON or YAML", advice):
         parse = importlib.import_module("yaml").safe_load if is_yaml else json.loads
-    except ModuleNotFoundError as error:
-        raise InputError(f"{path} is YAML: add the extra 'yaml', or give JSON") from error
-    with file_input(f"{path} cannot be read as a config in JSON or YAML"):
         config = parse(Path(path).read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"an object {{...}} was expected, not {reprlib.repr(config):.60}")

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 
-from vqgan.errors import InputError
+from vqgan.errors import InputError, file_input
 from vqgan.image_folder import ImageFiles, read_folder
 from vqgan.images import from_uint8
 from vqgan.shapes import render_shapes, render_textures
 
+Batch = Tensor | tuple[Tensor, Tensor]  # x, or x and labels
 NUM_TRAIN, NUM_TEST = 10_000, 2_000  # images to draw by default: for training, for testing
 
 
@@ -110,13 +111,9 @@ def _load_cifar10(root: Path) -> ImageDataset:
     """Load 50,000 and 10,000 images of ten classes, downloaded unless they are in `root`."""
     if not (root / "cifar-10-batches-py").is_dir():
         print(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {root}")
-    try:
+    advice = f": place {CIFAR10.url} there, or give another data_root=FOLDER, or data=shapes"
+    with file_input(f"CIFAR-10 is not in {root} and cannot be downloaded", advice):
         train, test = (CIFAR10(root=root, train=part, download=True) for part in (True, False))
-    except Exception as error:  # network, server and archive raise many types
-        raise InputError(
-            f"CIFAR-10 is not in {root} and cannot be downloaded ({error}): place "
-            f"{CIFAR10.url} there, or give another data_root=FOLDER, or data=shapes"
-        ) from error
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in (train, test)]
     train_images, test_images = (part.contiguous() for part in images)
     train_labels, test_labels = (torch.tensor(part.targets) for part in (train, test))
@@ -161,7 +158,7 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
 
-    def __iter__(self) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         self.generator.set_state(self.epoch_start)
         order = torch.randperm(len(self.images), generator=self.generator)
         flips = torch.rand(len(self.images), generator=self.generator) < (0.5 if self.flip else 0)
@@ -175,9 +172,7 @@ class TrainLoader:
             yield self.make_batch(images, row, mirrored)
         self.epoch_start, self.position = self.generator.get_state(), 0
 
-    def make_batch(
-        self, images: Tensor, row: Tensor, mirrored: Tensor
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def make_batch(self, images: Tensor, row: Tensor, mirrored: Tensor) -> Batch:
         """Make a batch of images uint8 (B, 3, H, W), given their indices and flips, both (B,)."""
         x = from_uint8(images)
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)

@@ -26,10 +26,10 @@ def user_input() -> Iterator[None]:
 
 @contextmanager
 def file_input(complaint: str, advice: str = "") -> Iterator[None]:
-    """Turn every error into an `InputError`, because the content of a file is used inside.
+    """Turn every error into an `InputError`, because a file is read, or downloaded, inside.
 
-    A damaged file, or a stranger's, raises many types. The message is the complaint, the reason in
-    brackets, and the advice.
+    A damaged file, a stranger's, or a server raises many types. The message is the complaint, the
+    reason in brackets, and the advice.
     """
     try:
         yield

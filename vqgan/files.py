@@ -21,7 +21,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from vqgan.errors import InputError
+from vqgan.errors import InputError, file_input
 
 # --- writing -------------------------------------------------------------------------------------
 
@@ -113,13 +113,12 @@ def load_arrays(path: str | Path, names: Sequence[str]) -> dict[str, np.ndarray]
 
 def read_json(path: Path) -> dict:
     """Read a JSON object. Raises InputError if there is none, OSError if there is no file."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}): repair it") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} must hold an object {{...}}, not {content!r:.40}")
-    return content
+    text = path.read_bytes()
+    with file_input(f"{path} cannot be read as JSON", ": repair it"):
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"an object {{...}} was expected, not {content!r:.40}")
+        return content
 
 
 # --- folders -------------------------------------------------------------------------------------

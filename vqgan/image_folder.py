@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vqgan.console import progress_bar
-from vqgan.errors import InputError
+from vqgan.errors import InputError, file_input
 
 TEST_FRACTION = 0.1  # of the images in a folder without train/ and test/
 HUGE = 2**24  # pixels of a file
@@ -173,10 +173,8 @@ def read_images(paths: Sequence[str | Path], image_size: int) -> Tensor:
     """Files -> uint8 (N, 3, H, W), H = W = image_size. Raises InputError if one is unreadable."""
     images = []
     for path in paths:
-        try:
+        with file_input(f"{path} cannot be read as an image"):
             images.append(torch.tensor(read_image(Path(path), image_size)))
-        except Exception as error:  # Pillow raises many types on broken files
-            raise InputError(f"{path} cannot be read as an image ({error})") from error
     return torch.stack(images)
 
 
@@ -200,9 +198,8 @@ def _read_all(paths: list[Path], image_size: int) -> tuple["Tensor | ImageFiles"
 
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # Pillow decodes in parallel
         work = pool.map(read, range(len(paths)))
-        faults = list(
-            progress_bar(work, total=len(paths), desc="reading", unit="file", leave=False)
-        )
+        bar = progress_bar(work, total=len(paths), desc="reading", unit="file", leave=False)
+        faults = list(bar)
     broken = [i for i, fault in enumerate(faults) if fault is not None]
     for i in broken[:MAX_NAMED]:
         print(f"skipped {paths[i]}: {faults[i]}")
@@ -227,9 +224,6 @@ class ImageFiles(Dataset):
             return ImageFiles(self.paths[index], self.image_size)
         if isinstance(index, np.ndarray):
             return ImageFiles([self.paths[i] for i in index], self.image_size)
-        try:
+        with file_input(f"{self.paths[index]} is unreadable", ": restore it and resume"):
             # torch.tensor copies, because torch warns when it shares a read-only array.
             return torch.tensor(read_image(self.paths[index], self.image_size))
-        except Exception as error:
-            path = self.paths[index]
-            raise InputError(f"{path} is unreadable ({error}): restore it and resume") from error

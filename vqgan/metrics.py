@@ -204,10 +204,8 @@ def token_baselines(train: Tensor, test: Tensor, num_embeddings: int) -> dict[st
     left_counts = torch.bincount(train[..., :-1].flatten(), minlength=K)
     left, token = test[..., :-1].flatten(), test[..., 1:].flatten()
     test_pairs = left * K + token
-    position = torch.searchsorted(pairs, test_pairs).clamp(max=max(len(pairs) - 1, 0))
-    seen = torch.zeros_like(test_pairs)
-    if len(pairs):
-        seen = torch.where(pairs[position] == test_pairs, pair_counts[position], 0)
+    position = torch.searchsorted(pairs, test_pairs).clamp(max=len(pairs) - 1)
+    seen = torch.where(pairs[position] == test_pairs, pair_counts[position], 0)
     given_left = (seen + SMOOTHING * unigram[token]) / (left_counts[left] + SMOOTHING)  # p(s | l)
     first = unigram[test[..., 0].flatten()]  # of every row
     nats = {"uniform": math.log(K), "unigram": -unigram[test].log().mean().item()}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_Weights, vgg16
 
 from vqgan.classifier import Classifier
-from vqgan.errors import InputError
+from vqgan.errors import InputError, file_input
 from vqgan.files import load_tensors
 
 # Indices of relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 in torchvision's VGG16 features.
@@ -161,14 +161,10 @@ def _read_published(what: str, url: str, path: Path, sha256: str) -> dict[str, T
     """Read a file of weights whose SHA-256 begins with `sha256`; download it if it is missing."""
     if not path.exists():
         print(f"downloading {what} from {url} to {path}")
-        try:
+        advice = f": place {url} at {path}, or give perceptual=classifier (with labels) or none"
+        with file_input(f"{what} cannot be downloaded", advice):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256)
-        except (OSError, RuntimeError) as error:  # no network, or a wrong checksum
-            raise InputError(
-                f"{what} cannot be downloaded ({error}): place {url} at {path}, or give "
-                "perceptual=classifier (for labeled images) or none"
-            ) from error
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if not digest.startswith(sha256):
         raise InputError(f"{path} is not the published file: delete it, and get it from {url}")

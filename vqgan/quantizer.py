@@ -352,12 +352,13 @@ def make_quantizer(
     restart_dead_codes: bool = True,
 ) -> Quantizer:
     """Build the quantizer of a kind, "ema" or "gradient". Only the first restarts dead codes."""
-    shared: dict[str, Any] = {"beta": beta, "data_init": data_init}
+    sizes = (num_embeddings, embedding_dim, beta)
     if kind == "ema":
-        shared["restart_dead_codes"] = restart_dead_codes
-        return EMAVectorQuantizer(num_embeddings, embedding_dim, **shared)
+        return EMAVectorQuantizer(
+            *sizes, data_init=data_init, restart_dead_codes=restart_dead_codes
+        )
     if kind == "gradient":
-        return VectorQuantizer(num_embeddings, embedding_dim, **shared)
+        return VectorQuantizer(*sizes, data_init=data_init)
     raise ValueError(f"quantizer must be 'ema' or 'gradient', not {kind!r}")
 
 

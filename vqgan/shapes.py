@@ -10,7 +10,6 @@ machine, unlike sines and exponentials. So a seed gives the same bytes anywhere.
 
 import numpy as np
 
-CLASSES = tuple("circle ring square triangle diamond cross star heart crescent hourglass".split())
 TEXTURES = ("stripes", "checks", "bumps", "speckle")
 SIZES = ("small", "medium", "large")
 COLORS = {
@@ -37,9 +36,36 @@ PENTAGON = [(0.0, 1.0), (0.9510565, 0.3090170), (0.5877853, -0.8090170)]
 PENTAGON += [(-0.5877853, -0.8090170), (-0.9510565, 0.3090170)]
 
 
-def render_shapes(
-    num_images: int, *, seed: int | tuple[int, ...] = 0
-) -> tuple[np.ndarray, np.ndarray, list[str], tuple[str, ...]]:
+def _is_in_heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """(x^2 + y^2 - 1)^3 <= x^2 y^3 with y upwards, shrunk into the unit circle."""
+    x, y = 1.2 * x, 0.1 - 1.2 * y
+    body = x * x + y * y - 1
+    return body * body * body <= x * x * y * y * y
+
+
+# Whether points (x, y) of the plane belong to each shape; y grows downwards.
+SHAPES = {
+    "circle": lambda x, y: x * x + y * y <= 1,
+    "ring": lambda x, y: (x * x + y * y <= 1) & (x * x + y * y >= 0.36),
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 0.85,
+    "triangle": lambda x, y: np.sum([a * x + b * y <= 0.5 for a, b in TRIANGLE], axis=0) == 3,
+    "diamond": lambda x, y: 1.6 * abs(x) + abs(y) <= 1,
+    "cross": lambda x, y: (
+        (np.minimum(abs(x), abs(y)) <= 0.28) & (np.maximum(abs(x), abs(y)) <= 0.95)
+    ),
+    # Each tip lies outside one side of the pentagon, and no point lies outside two.
+    "star": lambda x, y: np.sum([a * x + b * y <= 0.31 for a, b in PENTAGON], axis=0) >= 4,
+    "heart": _is_in_heart,
+    "crescent": lambda x, y: (x * x + y * y <= 1) & ((x - 0.45) * (x - 0.45) + y * y >= 0.6),
+    "hourglass": lambda x, y: (abs(x) <= 0.12 + 0.75 * abs(y)) & (abs(y) <= 0.9),
+}
+CLASSES = tuple(SHAPES)
+
+# What is drawn: images uint8 (N, 3, 32, 32), labels int64 (N,), captions, and the classes' names.
+Rendered = tuple[np.ndarray, np.ndarray, list[str] | None, tuple[str, ...]]
+
+
+def render_shapes(num_images: int, *, seed: int | tuple[int, ...] = 0) -> Rendered:
     """Draw labeled images; a seed gives the same ones on every machine.
 
     Returns:
@@ -62,11 +88,11 @@ def render_shapes(
     t = rng.uniform(-0.25, 0.25, size=num_images)
     rotation = np.stack([1 - t * t, 2 * t]) / (1 + t * t)
     coverage = np.empty((num_images, SIZE_IN_PIXELS, SIZE_IN_PIXELS), dtype=np.float32)
-    for label, name in enumerate(CLASSES):
+    for label, is_inside in enumerate(SHAPES.values()):
         indices = np.nonzero(labels == label)[0]
         for chunk in np.split(indices, range(CHUNK_SIZE, len(indices), CHUNK_SIZE)):
             x, y = _local_coordinates(center[:, chunk], radius[chunk], rotation[:, chunk])
-            coverage[chunk] = _mean_of_blocks(_is_inside(name, x, y))
+            coverage[chunk] = _mean_of_blocks(is_inside(x, y))
 
     # The texture mixes two shades of the background, and the shape covers them.
     jitter = rng.uniform(-18.0, 18.0, size=(2, num_images, 3, 1, 1)).astype(np.float32)
@@ -90,9 +116,7 @@ def render_shapes(
     return images, labels.astype(np.int64), captions, CLASSES
 
 
-def render_textures(
-    num_images: int, *, seed: int | tuple[int, ...] = 0
-) -> tuple[np.ndarray, np.ndarray, None, tuple[str, ...]]:
+def render_textures(num_images: int, *, seed: int | tuple[int, ...] = 0) -> Rendered:
     """Draw textures of two colors, without shapes: images that look the same everywhere.
 
     `sampling.sample_sliding_window` can continue them for as long as one likes.
@@ -134,34 +158,6 @@ def _mean_of_blocks(inside: np.ndarray) -> np.ndarray:
     top, bottom = points[:, ::2], points[:, 1::2]
     count = top[..., ::2] + bottom[..., ::2] + top[..., 1::2] + bottom[..., 1::2]
     return count * np.float32(1 / SUPERSAMPLING**2)
-
-
-def _is_inside(name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Whether points of the plane belong to the shape; y grows downwards."""
-    if name == "circle":
-        return x * x + y * y <= 1
-    if name == "ring":
-        squared = x * x + y * y
-        return (squared <= 1) & (squared >= 0.36)
-    if name == "square":
-        return np.maximum(abs(x), abs(y)) <= 0.85
-    if name == "triangle":
-        return np.sum([a * x + b * y <= 0.5 for a, b in TRIANGLE], axis=0) == 3
-    if name == "diamond":
-        return 1.6 * abs(x) + abs(y) <= 1
-    if name == "cross":
-        return (np.minimum(abs(x), abs(y)) <= 0.28) & (np.maximum(abs(x), abs(y)) <= 0.95)
-    if name == "star":  # each tip lies outside one side of the pentagon; no point lies outside two
-        return np.sum([a * x + b * y <= 0.31 for a, b in PENTAGON], axis=0) >= 4
-    if name == "heart":  # (x^2 + y^2 - 1)^3 <= x^2 y^3 with y upwards, shrunk into the unit circle
-        x, y = 1.2 * x, 0.1 - 1.2 * y
-        body = x * x + y * y - 1
-        return body * body * body <= x * x * y * y * y
-    if name == "crescent":
-        return (x * x + y * y <= 1) & ((x - 0.45) * (x - 0.45) + y * y >= 0.6)
-    if name == "hourglass":
-        return (abs(x) <= 0.12 + 0.75 * abs(y)) & (abs(y) <= 0.9)
-    raise ValueError(f"no shape is called {name!r}; the shapes are {', '.join(CLASSES)}")
 
 
 def detect_colors(images: np.ndarray) -> list[tuple[str, str]]:

@@ -38,7 +38,7 @@ from vqgan.checkpoint import DIVERGED, all_model_args, load_checkpoint, restore,
 from vqgan.console import progress_bar
 from vqgan.data import ImageDataset, TrainLoader
 from vqgan.device import describe_device
-from vqgan.errors import InputError
+from vqgan.errors import InputError, file_input
 from vqgan.files import write_atomically, write_json
 
 LOG_EVERY = 50  # steps averaged into one row of log.csv
@@ -320,16 +320,13 @@ def read_log(path: Path) -> list[dict[str, float]]:
     """The rows of a log.csv, {"step", "epoch", "loss", ...}; empty if there is no file."""
     if not path.exists():
         return []
-    try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text())))
+    with file_input(f"{path} is not a log of numbers", ": repair it or move it away"):
         # An older row lacks a term that is logged since then.
         return [
             {"step": int(row.pop("step")), "epoch": float(row.pop("epoch"))}
             | {name: float(value) for name, value in row.items() if value != ""}
-            for row in rows
+            for row in csv.DictReader(io.StringIO(path.read_text()))
         ]
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise InputError(f"{path} is not a log of numbers: repair it or move it away") from error
 
 
 class Stopwatch:

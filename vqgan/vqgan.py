@@ -99,10 +99,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, C, h, w = x.shape
         normed = self.norm(x)
-        q, k, v = (
-            layer(normed).flatten(2).transpose(1, 2)  # (B, h w, C)
-            for layer in (self.q, self.k, self.v)
-        )
+        projections = (self.q(normed), self.k(normed), self.v(normed))  # (B, C, h, w)
+        q, k, v = (y.flatten(2).transpose(1, 2) for y in projections)  # (B, h w, C)
         # softmax(q k^T / sqrt(C)) v, written out, which is faster than torch's fused one on a CPU.
         attention = torch.softmax(q @ k.transpose(1, 2) / math.sqrt(C), dim=-1)  # (B, h w, h w)
         attended = (attention @ v).transpose(1, 2).unflatten(2, (h, w))  # (B, C, h, w)
