@@ -13,6 +13,7 @@ CHECKPOINT is the checkpoint.pt of a run, or the name of a model that comes with
 
 import argparse
 import json
+from contextlib import suppress
 
 from vqgan import cli_sample, cli_tokenizer, pretrained
 from vqgan.arguments import PARSER_OPTIONS, output_path, path_text
@@ -58,13 +59,11 @@ def _result(checkpoint: str, state: dict) -> dict:
     model_args = json.loads(json.dumps(state["model_args"]))  # with lists, as in metrics.json
     # The run's own folder if it trained one model, else a folder inside it.
     for run, name in ((folder, None), (folder.parent, folder.name)):
-        try:
+        with suppress(Exception):  # no file, or one that holds anything
             models = read_json(run / "metrics.json")["models"]
             result = models[name] if name else next(iter(models.values()))
             if result["model_args"] == model_args:  # a tokenizer.pt is not of the run it lies in
                 return result
-        except Exception:  # no file, or one that holds anything
-            continue
     print("(no metrics.json: the run was not finished, or is in another folder)")
     return {}
 

@@ -27,8 +27,8 @@ from vqgan.vae import GaussianAutoencoder
 from vqgan.vqvae import VQAutoencoder
 
 RECONSTRUCTIONS, INDICES, DECODED = "reconstructions.png", "indices.npz", "decoded"  # --out
-# The arrays of a file of `encode` that `decode` reads.
-SCALARS = ("num_embeddings", "checkpoint", "fingerprint")
+# The arrays of a file of `encode` that `decode` reads; the last three hold one value each.
+ARRAYS = ("packed", "names", "grid_size", "num_embeddings", "checkpoint", "fingerprint")
 COLUMNS, MAX_ROWS = 12, 16  # of reconstructions: more than 96 images are measured and not drawn
 MAX_LINES = 100  # images whose size is compared with that of other formats
 
@@ -138,17 +138,14 @@ def decode(args: argparse.Namespace) -> None:
     """Decode indices to images with the model that encoded them, one PNG per image."""
     out, device = output_path(args.out, DECODED), choose_device(args.device)
     try:
-        content = load_arrays(args.indices, ("packed", "names", "grid_size", *SCALARS))
-        K, path, encoder = (content[name].item() for name in SCALARS)
-        names, packed, (h, w) = content["names"], content["packed"], content["grid_size"].tolist()
+        packed, names, grid, *scalars = load_arrays(args.indices, ARRAYS).values()
+        (h, w), (K, path, encoder) = grid.tolist(), (scalar.item() for scalar in scalars)
         if packed.dtype != np.uint8 or packed.shape != (len(names), -(-h * w * _bits(K) // 8)):
             raise ValueError(f"{packed.dtype} {packed.shape} for {len(names)} images")
-        if min(h, w) < 1 or content["grid_size"].dtype.kind != "i":
+        if min(h, w) < 1 or grid.dtype.kind != "i":
             raise ValueError(f"a grid of {h}x{w}")
         if names.ndim != 1 or names.dtype.kind != "U" or not isinstance(path, str):
             raise ValueError("names that are no texts")
-    except FileNotFoundError:
-        raise
     except Exception as error:  # numpy, zipfile and zlib raise many types
         reason = "damaged?" if "pickle" in str(error) else error  # for numpy all else is one
         raise InputError(f"{args.indices} is not a file of `encode` ({reason})") from error

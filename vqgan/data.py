@@ -27,6 +27,7 @@ from vqgan.image_folder import ImageFiles, read_folder
 from vqgan.images import from_uint8
 from vqgan.shapes import render_shapes, render_textures
 
+Images = Tensor | ImageFiles  # uint8 (N, 3, H, W)
 Batch = Tensor | tuple[Tensor, Tensor]  # x, or x and labels
 NUM_TRAIN, NUM_TEST = 10_000, 2_000  # images to draw by default: for training, for testing
 
@@ -40,8 +41,8 @@ class ImageDataset:
     strings for the drawn shapes, else None.
     """
 
-    train_images: Tensor | ImageFiles
-    test_images: Tensor | ImageFiles
+    train_images: Images
+    test_images: Images
     train_labels: Any
     test_labels: Any
     class_names: tuple[str, ...]
@@ -138,7 +139,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        images: Tensor | ImageFiles,
+        images: Images,
         batch_size: int,
         *,
         device: torch.device | str = "cpu",
@@ -201,7 +202,7 @@ class TrainLoader:
             raise ValueError(f"position {self.position} in an epoch of {len(self)} batches")
 
 
-def images_fingerprint(images: Tensor | ImageFiles) -> str:
+def images_fingerprint(images: Images) -> str:
     """SHA-256 of the pixels of a tensor, or of the names and sizes of files, which is faster.
 
     Names begin below the folder that all files are in, so a folder may move or be renamed.
@@ -214,10 +215,7 @@ def images_fingerprint(images: Tensor | ImageFiles) -> str:
 
 
 def eval_batches(
-    images: Tensor | ImageFiles,
-    batch_size: int | None = None,
-    *,
-    device: torch.device | str = "cpu",
+    images: Images, batch_size: int | None = None, *, device: torch.device | str = "cpu"
 ) -> Iterator[Tensor]:
     """All images once, in order: float (B, 3, H, W) in [-1, 1]; the last batch may be smaller.
 
@@ -261,7 +259,7 @@ def eval_batch_size(image_size: int) -> int:
     return max(1, 500 * 32**2 // image_size**2)
 
 
-def pixel_variance(images: Tensor | ImageFiles) -> float:
+def pixel_variance(images: Images) -> float:
     """Variance of all pixels of all channels, in the models' range [-1, 1].
 
     It is the unit of the error in van den Oord's code: MSE / variance is 1 for a model that always

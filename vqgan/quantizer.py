@@ -108,6 +108,18 @@ def init_vectors(vectors: Tensor, num_embeddings: int) -> Tensor:
     return chosen + noise * torch.randn_like(chosen)
 
 
+def check_range(ids: Tensor, lowest: int, highest: int, what: str) -> None:
+    """Raise `ValueError` for ids outside of lowest to highest, if they are on the CPU.
+
+    (While torch.compile or torch.export trace a model, ids have no values yet.)
+    """
+    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = ids.min().item(), ids.max().item()
+    if low < lowest or high > highest:
+        raise ValueError(f"{what} must lie in {lowest} to {highest}, but reach {low} to {high}")
+
+
 class Quantizer(nn.Module):
     """What both quantizers share: the sizes, the lookup, and whether the codes are initialized."""
 
@@ -129,11 +141,14 @@ class Quantizer(nn.Module):
         Raises:
             ValueError: an index is outside 0 to K - 1.
         """
-        if not torch.compiler.is_compiling():  # then indices have no values yet
-            low, high, K = indices.min().item(), indices.max().item(), self.num_embeddings
-            if low < 0 or high >= K:
-                raise ValueError(f"indices must lie in 0 to {K - 1}, but reach {low} to {high}")
+        check_range(indices.cpu(), 0, self.num_embeddings - 1, "indices")
         return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def init_from_batch(self, vectors: Tensor) -> None:
+        """Initialize the codes from the first batch's vectors (N, D)."""
+        self.codebook.copy_(init_vectors(vectors, self.num_embeddings))
+        self.initialized = True
 
     def get_extra_state(self) -> Tensor:
         """Put `initialized` into the state dict, or a resumed run would initialize again.
@@ -201,12 +216,6 @@ class VectorQuantizer(Quantizer):
 
             z_q = straight_through(z_e, quantized.view(B, h, w, D).permute(0, 3, 1, 2))
             return Quantized(z_q.to(self.codebook.dtype), indices.view(B, h, w), loss)
-
-    @torch.no_grad()
-    def init_from_batch(self, vectors: Tensor) -> None:
-        """Initialize the codes from the first batch's vectors (N, D)."""
-        self.codebook.copy_(init_vectors(vectors, self.num_embeddings))
-        self.initialized = True
 
 
 class EMAVectorQuantizer(Quantizer):
@@ -325,11 +334,10 @@ class EMAVectorQuantizer(Quantizer):
         behind them the codes keep up with an encoder that moves far in its first steps, and after
         about ten steps a code that no vector chooses falls below the threshold and is restarted.
         """
-        self.codebook.copy_(init_vectors(vectors, self.num_embeddings))
+        super().init_from_batch(vectors)
         one_batch = (1 - self.decay) * len(vectors) / self.num_embeddings
         self.ema_counts.fill_(one_batch)
         self.ema_sums.copy_(self.codebook * one_batch)
-        self.initialized = True
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """A codebook that comes without averages gets those of a new one, or a step would undo it.

@@ -38,9 +38,7 @@ def build_condition(
     """
     if kind == "class":
         if data.train_labels is None or not data.class_names:
-            raise InputError(
-                "condition=class needs class folders: give DIR/<class>/*, or condition=none"
-            )
+            raise InputError("condition=class needs class folders DIR/<class>/*, or condition=none")
         return conditions.class_condition(data.class_names)
     if kind == "caption":
         if data.train_captions is None or data.test_captions is None:

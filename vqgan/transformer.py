@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqgan import sampling
+from vqgan.quantizer import check_range
 
 
 class CausalSelfAttention(nn.Module):
@@ -293,12 +294,3 @@ class GPT(nn.Module):
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, cache)
         return self.head(self.norm(x[:, -1]))
-
-
-def check_range(ids: Tensor, lowest: int, highest: int, what: str) -> None:
-    """Raise `ValueError` for ids outside of lowest to highest, if they are on the CPU."""
-    if ids.device.type != "cpu" or ids.numel() == 0 or torch.compiler.is_compiling():
-        return
-    low, high = ids.min().item(), ids.max().item()
-    if low < lowest or high > highest:
-        raise ValueError(f"{what} must lie in {lowest} to {highest}, but reach {low} to {high}")

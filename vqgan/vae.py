@@ -18,14 +18,14 @@ Data flow:
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgan.images import check_channels, check_multiple, to_unit
-from vqgan.vqvae import build_decoder, build_encoder
+from vqgan.images import check_channels, to_unit
+from vqgan.vqvae import Autoencoder, build_decoder, build_encoder, strided_layers
 
 LIKELIHOODS = ("optimal", "learned", "fixed", "bernoulli")
 
@@ -73,13 +73,13 @@ def gaussian_nll(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     return squared_error / (2 * (2 * log_scale).exp()) + log_normalizer
 
 
-class GaussianAutoencoder(nn.Module):
+class GaussianAutoencoder(Autoencoder):
     """The bound, samples and interpolations that both VAEs share. A subclass builds the networks.
 
     Below, Z stands for the latent's shape: a number Z for `VAE`, and D, h, w for `SpatialVAE`.
 
     Args:
-        image_size: the side H = W of the images.
+        image_size, num_downsamples, in_channels: see `Autoencoder`.
         latent_shape: Z, of the latent of an image.
         likelihood: what p(x|z) is, and so how many nats of KL an error in a pixel costs:
             "optimal": a Gaussian whose scale is, for each batch, the one that makes the data most
@@ -91,33 +91,23 @@ class GaussianAutoencoder(nn.Module):
             "bernoulli": the cross-entropy with each pixel in [0, 1] taken as a probability. It is
                 widely used, but no density of gray values, so its nats compare with no others.
         kl_weight: beta of a beta-VAE; 1 gives the bound.
-        in_channels: C, the channels of an image: 3 for RGB, 1 for gray.
     """
-
-    encoder: nn.Module
-    decoder: Any  # a Sequential
 
     def __init__(
         self,
         image_size: int,
+        num_downsamples: int,
         latent_shape: tuple[int, ...],
         likelihood: str,
         kl_weight: float,
         in_channels: int,
     ):
-        super().__init__()
+        super().__init__(image_size, num_downsamples, in_channels)
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"likelihood must be one of {LIKELIHOODS}, not {likelihood!r}")
-        self.image_size, self.latent_shape, self.in_channels = image_size, latent_shape, in_channels
-        self.likelihood, self.kl_weight = likelihood, kl_weight
+        self.latent_shape, self.likelihood, self.kl_weight = latent_shape, likelihood, kl_weight
         if likelihood == "learned":
             self.log_scale = nn.Parameter(torch.zeros(()))  # s = 1 at first
-
-    def check_resolution(self, height: int, width: int) -> None:
-        """Raise `ValueError` unless the networks take images of this size; here, `image_size`."""
-        if (height, width) != (self.image_size, self.image_size):
-            size = f"{height}x{width} pixels"
-            raise ValueError(f"{size}: this VAE takes image_size={self.image_size} only")
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, C, H, W) in [-1, 1] -> mean, log_var of q(z|x), each (B, Z) float32.
@@ -219,25 +209,25 @@ class VAE(GaussianAutoencoder):
     ):
         if image_size % 16:
             raise ValueError(f"image_size must be a multiple of 16, not {image_size}")
-        super().__init__(image_size, (latent_dim,), likelihood, kl_weight, in_channels)
+        super().__init__(image_size, 4, (latent_dim,), likelihood, kl_weight, in_channels)
         widths = [num_hiddens, 2 * num_hiddens, 4 * num_hiddens, 8 * num_hiddens]
         side = image_size // 16  # of the grid after four halvings
         features = widths[-1] * side**2
 
-        layers, channels = [], in_channels
-        for width in widths:
-            layers += [nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1), nn.ReLU()]
-            channels = width
+        layers = strided_layers(nn.Conv2d, [in_channels, *widths])
         self.encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 2 * latent_dim))
 
-        grid = nn.Unflatten(1, (channels, side, side))
+        grid = nn.Unflatten(1, (widths[-1], side, side))
         layers = [nn.Linear(latent_dim, features), nn.ReLU(), grid]
-        for width in reversed(widths[:-1]):
-            double = nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1)
-            layers += [double, nn.ReLU()]
-            channels = width
-        last = nn.ConvTranspose2d(channels, in_channels, kernel_size=4, stride=2, padding=1)
+        layers += strided_layers(nn.ConvTranspose2d, widths[::-1])
+        last = nn.ConvTranspose2d(num_hiddens, in_channels, kernel_size=4, stride=2, padding=1)
         self.decoder = nn.Sequential(*layers, last)
+
+    def check_resolution(self, height: int, width: int) -> None:
+        """Raise `ValueError` for any size but `image_size`, because of the linear layers."""
+        if (height, width) != (self.image_size, self.image_size):
+            size = f"{height}x{width} pixels"
+            raise ValueError(f"{size}: this VAE takes image_size={self.image_size} only")
 
 
 class SpatialVAE(GaussianAutoencoder):
@@ -275,13 +265,7 @@ class SpatialVAE(GaussianAutoencoder):
     ):
         side = image_size // 2**num_downsamples
         shape = (latent_channels, side, side)
-        super().__init__(image_size, shape, likelihood, kl_weight, in_channels)
-        self.num_downsamples = num_downsamples
-        self.check_resolution(image_size, image_size)
+        super().__init__(image_size, num_downsamples, shape, likelihood, kl_weight, in_channels)
         network = (num_hiddens, num_residual_hiddens, num_residual_layers, num_downsamples)
         self.encoder = build_encoder(in_channels, 2 * latent_channels, *network)
         self.decoder = build_decoder(latent_channels, in_channels, *network)
-
-    def check_resolution(self, height: int, width: int) -> None:
-        """Raise `ValueError` unless 2^num_downsamples divides both sides, in pixels."""
-        check_multiple(height, width, 2**self.num_downsamples)

@@ -15,6 +15,7 @@ Data flow, for 32 pixels and two downsamplings:
     z_q (B, 64, 8, 8) -> decoder -> reconstruction (B, 3, 32, 32)
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
@@ -32,20 +33,17 @@ class AutoencoderOutput(NamedTuple):
     loss: Tensor  # (), of the quantizer: every term but the reconstruction
 
 
-class VQAutoencoder(nn.Module):
-    """The data flow that VQ-VAE and VQGAN share. A subclass builds the three networks.
-
-    A prior knows this model as a tokenizer: `tokens`, `decode_tokens`, `grids`, `num_embeddings`.
+class Autoencoder(nn.Module):
+    """What every model with an encoder and a decoder shares: the images that it takes.
 
     Args:
-        image_size: the side in pixels of the images that a sequence of tokens stands for. (The
-            networks are convolutional, so `encode` and `decode` take any size that halves evenly.)
+        image_size: the side in pixels of the images that are generated. (Networks that are
+            convolutional take any size that halves evenly.)
         num_downsamples: how often the encoder halves the side.
         in_channels: C, the channels of an image.
     """
 
     encoder: nn.Module
-    quantizer: Quantizer
     decoder: Any  # a Sequential
 
     def __init__(self, image_size: int, num_downsamples: int, in_channels: int):
@@ -59,6 +57,16 @@ class VQAutoencoder(nn.Module):
     def check_resolution(self, height: int, width: int) -> None:
         """Raise `ValueError` unless 2^num_downsamples divides both sides, in pixels."""
         check_multiple(height, width, 2**self.num_downsamples)
+
+
+class VQAutoencoder(Autoencoder):
+    """The data flow that VQ-VAE and VQGAN share. A subclass builds the three networks.
+
+    A prior knows this model as a tokenizer: `tokens`, `decode_tokens`, `grids`, `num_embeddings`.
+    A sequence of tokens stands for an image of `image_size`.
+    """
+
+    quantizer: Quantizer
 
     def encode(self, x: Tensor) -> Quantized:
         """x (B, C, H, W) in [-1, 1] -> z_q (B, D, h, w), indices (B, h, w), loss ().
@@ -125,6 +133,17 @@ def residual_stack(channels: int, hidden_channels: int, num_layers: int) -> nn.S
     return nn.Sequential(*blocks, nn.ReLU())
 
 
+def strided_layers(layer: type[nn.Module], channels: list[int]) -> list[nn.Module]:
+    """A convolution from each of these numbers of channels to the next, each with a ReLU.
+
+    Kernels of 4 with stride 2 and padding 1 halve the side exactly; transposed, they double it.
+    """
+    layers: list[nn.Module] = []
+    for before, after in pairwise(channels):
+        layers += [layer(before, after, kernel_size=4, stride=2, padding=1), nn.ReLU()]
+    return layers
+
+
 def build_encoder(
     in_channels: int,
     out_channels: int,
@@ -138,14 +157,9 @@ def build_encoder(
         raise ValueError(f"num_downsamples must be at least 1, not {num_downsamples}")
     # Channels after each downsampling: half the width first, as in the authors' example.
     widths = [num_hiddens // 2] + [num_hiddens] * (num_downsamples - 1)
-    # Each strided convolution halves the side: kernel 4, stride 2, padding 1.
-    layers, channels = [], in_channels
-    for width in widths:
-        layers += [nn.Conv2d(channels, width, kernel_size=4, stride=2, padding=1), nn.ReLU()]
-        channels = width
     return nn.Sequential(
-        *layers,
-        nn.Conv2d(channels, num_hiddens, kernel_size=3, padding=1),
+        *strided_layers(nn.Conv2d, [in_channels, *widths]),
+        nn.Conv2d(widths[-1], num_hiddens, kernel_size=3, padding=1),
         residual_stack(num_hiddens, num_residual_hiddens, num_residual_layers),
         nn.Conv2d(num_hiddens, out_channels, kernel_size=1),  # to the dimensions of the latent
     )
@@ -161,17 +175,13 @@ def build_decoder(
 ) -> nn.Sequential:
     """The encoder's mirror image, (B, in_channels, h, w) -> images (B, out_channels, H, W)."""
     widths = [num_hiddens // 2] + [num_hiddens] * (num_downsamples - 1)
-    # Transposed convolutions double the side.
-    layers, channels = [], num_hiddens
-    for width in reversed(widths[:-1]):
-        double = nn.ConvTranspose2d(channels, width, kernel_size=4, stride=2, padding=1)
-        layers += [double, nn.ReLU()]
-        channels = width
+    channels = [num_hiddens, *reversed(widths[:-1])]  # before each upsampling
+    layers = strided_layers(nn.ConvTranspose2d, channels)
     return nn.Sequential(
         nn.Conv2d(in_channels, num_hiddens, kernel_size=3, padding=1),
         residual_stack(num_hiddens, num_residual_hiddens, num_residual_layers),
         *layers,
-        nn.ConvTranspose2d(channels, out_channels, kernel_size=4, stride=2, padding=1),
+        nn.ConvTranspose2d(channels[-1], out_channels, kernel_size=4, stride=2, padding=1),
     )
 
 
