@@ -132,8 +132,7 @@ def _open(args: argparse.Namespace) -> tuple[Pipeline, dict, torch.device]:
     pipeline = load_pipeline(args.checkpoint, tokenizer=args.tokenizer)
     pipeline.transformer.to(device)
     pipeline.tokenizer.to(device)
-    names = ("temperature", "top_k", "top_p", "guidance")
-    setting = {name: getattr(args, name) for name in names}
+    setting = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance")}
     with user_input():
         check_sampling(pipeline.transformer.num_embeddings, **setting)
     can_guide = pipeline.condition.kind != "none" and pipeline.supports_guidance

@@ -7,11 +7,10 @@ operation, without workers or Python per image. A larger folder streams through 
 """
 
 import hashlib
-import math
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,8 @@ class ImageDataset:
 
     def first(self, limit: int) -> "ImageDataset":
         """The same set with at most `limit` training and `limit` test images."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        per_image = (name for name in parts if name != "class_names" and parts[name] is not None)
-        return replace(self, **{name: parts[name][:limit] for name in per_image})
+        parts = {k: v for k, v in vars(self).items() if k != "class_names" and v is not None}
+        return replace(self, **{name: part[:limit] for name, part in parts.items()})
 
 
 def load_dataset(
@@ -84,7 +82,7 @@ def load_dataset(
     if source == "cifar10":
         return _load_cifar10(Path(root))
     if Path(source).is_dir():
-        return ImageDataset(**read_folder(Path(source), image_size=image_size))
+        return ImageDataset(*read_folder(Path(source), image_size=image_size))
     known = "cifar10, shapes, textures, or a folder"
     raise InputError(f"data={source} is unknown, or has moved: give {known}")
 
@@ -114,12 +112,10 @@ def _load_cifar10(root: Path) -> ImageDataset:
         print(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {root}")
     advice = f": place {CIFAR10.url} there, or give another data_root=FOLDER, or data=shapes"
     with file_input(f"CIFAR-10 is not in {root} and cannot be downloaded", advice):
-        train, test = (CIFAR10(root=root, train=part, download=True) for part in (True, False))
-    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2) for part in (train, test)]
-    train_images, test_images = (part.contiguous() for part in images)
-    train_labels, test_labels = (torch.tensor(part.targets) for part in (train, test))
-    names = tuple(train.classes)
-    return ImageDataset(train_images, test_images, train_labels, test_labels, names)
+        parts = [CIFAR10(root=root, train=part, download=True) for part in (True, False)]
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    labels = [torch.tensor(part.targets) for part in parts]
+    return ImageDataset(images[0], images[1], labels[0], labels[1], tuple(parts[0].classes))
 
 
 # --- batches -----------------------------------------------------------------------------------
@@ -265,15 +261,14 @@ def pixel_variance(images: Images) -> float:
     It is the unit of the error in van den Oord's code: MSE / variance is 1 for a model that always
     predicts the mean of all pixels. Of a streamed folder only the first 2,000 images are measured.
     """
-    total, total_squares, count = 0.0, 0.0, 0
-    lowest, highest = torch.full((3,), math.inf), torch.full((3,), -math.inf)  # per channel
+    total, total_squares, count, is_one_color = 0.0, 0.0, 0, True
     subset = images if isinstance(images, Tensor) else images[:2000]
+    color = next(eval_batches(subset[:1]))[..., :1, :1]  # (1, 3, 1, 1), of the first pixel
     for x in eval_batches(subset, 1000):
+        is_one_color = is_one_color and bool((x == color).all())
         x = x.double()
         total, total_squares = total + x.sum().item(), total_squares + x.square().sum().item()
         count += x.numel()
-        lowest = torch.minimum(lowest, x.amin(dim=(0, 2, 3)).float())
-        highest = torch.maximum(highest, x.amax(dim=(0, 2, 3)).float())
-    if torch.equal(lowest, highest):
+    if is_one_color:
         raise InputError("the training images all have one color: give others")
     return total_squares / count - (total / count) ** 2

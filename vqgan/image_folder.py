@@ -30,10 +30,10 @@ MAX_NAMED = 100  # unreadable files to name; the rest are only counted
 MEMORY_LIMIT = 4 * 2**30  # bytes of uint8 images to hold at once; a larger folder streams
 
 
-def read_folder(folder: Path, *, image_size: int) -> dict:
+def read_folder(folder: Path, *, image_size: int) -> tuple:
     """List the files, read them, and split them unless the folder does.
 
-    Returns the keyword arguments of `data.ImageDataset`.
+    Returns the arguments of `data.ImageDataset`: images, labels and the names of the classes.
 
     Raises:
         InputError: the folder or a class has no readable image, or the parts do not match.
@@ -68,14 +68,10 @@ def read_folder(folder: Path, *, image_size: int) -> dict:
         train, test = order[num_test:], order[:num_test]
     if len(train) == 0 or len(test) == 0:
         raise InputError(f"{folder} has {len(train)} train and {len(test)} test images: add more")
-    all_labels = torch.tensor(labels) if class_names else None
-    return {
-        "train_images": images[train],
-        "test_images": images[test],
-        "train_labels": None if all_labels is None else all_labels[train],
-        "test_labels": None if all_labels is None else all_labels[test],
-        "class_names": class_names,
-    }
+    if not class_names:
+        return images[train], images[test], None, None, ()
+    all_labels = torch.tensor(labels)
+    return images[train], images[test], all_labels[train], all_labels[test], class_names
 
 
 def list_images(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
@@ -220,10 +216,8 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: "int | slice | np.ndarray") -> "Tensor | ImageFiles":
         """Read one image, or select the subset of a slice or an array of indices."""
-        if isinstance(index, slice):
-            return ImageFiles(self.paths[index], self.image_size)
-        if isinstance(index, np.ndarray):
-            return ImageFiles([self.paths[i] for i in index], self.image_size)
+        if isinstance(index, slice | np.ndarray):
+            return ImageFiles(np.array(self.paths)[index].tolist(), self.image_size)
         with file_input(f"{self.paths[index]} is unreadable", ": restore it and resume"):
             # torch.tensor copies, because torch warns when it shares a read-only array.
             return torch.tensor(read_image(self.paths[index], self.image_size))

@@ -85,9 +85,7 @@ def checkpoint_path(path: str | Path) -> Path:
     Raises:
         InputError: there is no such file, or the folder holds several.
     """
-    if str(path) in PRETRAINED and not Path(path).is_file():
-        path = PRETRAINED[str(path)]
-    path = Path(path)
+    path = Path(path) if Path(path).is_file() else PRETRAINED.get(str(path), Path(path))
     if (path / "checkpoint.pt").is_file():
         path = path / "checkpoint.pt"
     if path.is_dir():

@@ -128,9 +128,7 @@ class Quantizer(nn.Module):
     def __init__(self, num_embeddings: int, embedding_dim: int, beta: float, data_init: bool):
         super().__init__()
         if num_embeddings < 1 or embedding_dim < 1:
-            raise ValueError(
-                f"num_embeddings={num_embeddings}, embedding_dim={embedding_dim}: give 1 or more"
-            )
+            raise ValueError(f"{num_embeddings=}, {embedding_dim=}: give 1 or more")
         self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
         # A Python bool, so that no step has to wait for the GPU to read it.
         self.initialized = not data_init
