@@ -140,25 +140,15 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def build_model(name: str, args: argparse.Namespace) -> tuple[GaussianAutoencoder | VQVAE, dict]:
     """The model and its constructor arguments, which its checkpoint keeps."""
-    model_args = {
-        "image_size": args.image_size,
-        "likelihood": args.likelihood,
-        "kl_weight": args.kl_weight,
+    classes = {"vae": VAE, "vae-spatial": SpatialVAE, "vqvae": VQVAE}
+    codebook = ("num_embeddings", "quantizer", "data_init", "restart_dead_codes")
+    flags = {
+        "vae": ("likelihood", "kl_weight"),
+        "vae-spatial": ("num_downsamples", "likelihood", "kl_weight"),
+        "vqvae": ("num_downsamples", *codebook),
     }
-    if name == "vae":
-        return VAE(**model_args), model_args
-    if name == "vae-spatial":
-        model_args["num_downsamples"] = args.num_downsamples
-        return SpatialVAE(**model_args), model_args
-    model_args = {
-        "image_size": args.image_size,
-        "num_embeddings": args.num_embeddings,
-        "num_downsamples": args.num_downsamples,
-        "quantizer": args.quantizer,
-        "data_init": args.data_init,
-        "restart_dead_codes": args.restart_dead_codes,
-    }
-    return VQVAE(**model_args), model_args
+    model_args = {flag: getattr(args, flag) for flag in ("image_size", *flags[name])}
+    return classes[name](**model_args), model_args
 
 
 def parse() -> argparse.Namespace:
@@ -170,34 +160,16 @@ def parse() -> argparse.Namespace:
         lr=5e-4,
     )
     add = parser.add_argument
-    add(
-        "--models",
-        nargs="+",
-        choices=("vae", "vae-spatial", "vqvae"),
-        default=["vae", "vqvae"],
-        help="models to train and compare; vae-spatial is a VAE with the VQ-VAE's network",
-    )
-    add(
-        "--batch-sizes",
-        "--batch-size",
-        nargs="+",
-        type=positive_int,
-        default=[128],
-        help="images per step; given several, each model is trained once with each",
-    )
+    models = ("vae", "vae-spatial", "vqvae")
+    help = "models to train and compare; vae-spatial is a VAE with the VQ-VAE's network"
+    add("--models", nargs="+", choices=models, default=["vae", "vqvae"], help=help)
+    help = "images per step; given several, each model is trained once with each"
+    add("--batch-sizes", "--batch-size", nargs="+", type=positive_int, default=[128], help=help)
     vae = parser.add_argument_group("VAEs").add_argument
-    vae(
-        "--likelihood",
-        choices=LIKELIHOODS,
-        default="optimal",
-        help="distribution of the pixels, which defines the reconstruction error (vqgan/vae.py)",
-    )
-    vae(
-        "--kl-weight",
-        type=non_negative_float,
-        default=1.0,
-        help="weight of the KL term; 1 is the ELBO, a larger weight gives fewer bits and more blur",
-    )
+    help = "distribution of the pixels, which defines the reconstruction error (vqgan/vae.py)"
+    vae("--likelihood", choices=LIKELIHOODS, default="optimal", help=help)
+    help = "weight of the KL term; 1 is the ELBO, a larger weight gives fewer bits and more blur"
+    vae("--kl-weight", type=non_negative_float, default=1.0, help=help)
     vqvae = parser.add_argument_group("VQ-VAE").add_argument
     on_off = argparse.BooleanOptionalAction
     vqvae("--quantizer", choices=("ema", "gradient"), default="ema", help="update of the codebook")

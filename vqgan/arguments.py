@@ -90,8 +90,7 @@ def common_parser(
     add = parser.add_argument
     sources = "cifar10, shapes, textures, or a folder of images"
     add("--data", type=path_text, default="cifar10", help=sources)
-    root = "folder that CIFAR-10 is in, or is downloaded to"
-    add("--data-root", type=path_text, default="data", help=root)
+    add("--data-root", type=path_text, default="data", help="where CIFAR-10 is or is downloaded to")
     add("--image-size", type=small_int, default=32, help="side in pixels, of a folder's images")
     add("--limit", type=positive_int, help="use only this many training and as many test images")
     add("--num-rendered", type=positive_int, default=NUM_TRAIN, help="training images to render")

@@ -71,8 +71,7 @@ def _result(checkpoint: str, state: dict) -> dict:
 def export_flags(add) -> None:
     """The flags of `vqgan export`."""
     add("checkpoint", type=path_text, metavar="CHECKPOINT", help="of train_transformer.py")
-    out = "folder to write to (default: exported, or its next unused name)"
-    add("--out", type=path_text, help=out)
+    add("--out", type=path_text, help="new folder (default: exported, or its next unused name)")
 
 
 def export(args: argparse.Namespace) -> None:

@@ -45,8 +45,7 @@ def image_flags(add, *, model: str, out: str) -> None:
 def reconstruct_flags(add) -> None:
     """The flags of `vqgan reconstruct`."""
     image_flags(add, model="any model (of a transformer, its tokenizer)", out=RECONSTRUCTIONS)
-    config = "config of a published VQGAN, as YAML or JSON"
-    add("--config", type=path_text, metavar="FILE", help=config)
+    add("--config", type=path_text, metavar="FILE", help="config of a published VQGAN (YAML, JSON)")
 
 
 def encode_flags(add) -> None:

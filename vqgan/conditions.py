@@ -43,11 +43,10 @@ class Condition:
     transform: str = ""
 
     def __post_init__(self):
-        named = self.kind in ("class", "caption")
         if (
             self.kind not in KINDS
             or not all(isinstance(name, str) for name in self.names)
-            or (named and len(self.names) != self.vocabulary)
+            or (self.kind in ("class", "caption") and len(self.names) != self.vocabulary)
             or (self.kind == "caption" and PADDING not in self.names)
             or (self.kind == "image" and self.transform not in TRANSFORMS)
         ):

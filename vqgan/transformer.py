@@ -123,8 +123,8 @@ class GPT(nn.Module):
 
         self.cond_emb = nn.Embedding(condition_vocabulary + 1, n_embd)
         self.tok_emb = nn.Embedding(num_embeddings, n_embd)
-        length = condition_length + seq_len - 1  # positions that are read: "block size"
-        self.pos_emb = nn.Parameter(torch.empty(length, n_embd))
+        # One row per position that is read; their number is the "block size" of other code.
+        self.pos_emb = nn.Parameter(torch.empty(condition_length + seq_len - 1, n_embd))
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
         self.norm = nn.LayerNorm(n_embd, eps=1e-5)

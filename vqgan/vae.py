@@ -116,8 +116,7 @@ class GaussianAutoencoder(Autoencoder):
         """
         check_channels(x, self.in_channels)
         self.check_resolution(*x.shape[-2:])
-        mean, log_var = self.encoder(x).float().chunk(2, dim=1)
-        return mean, log_var
+        return self.encoder(x).float().chunk(2, dim=1)  # mean, log_var
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, Z) -> images (B, C, H, W), about [-1, 1]: the mean of p(x|z)."""
