@@ -140,7 +140,6 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def build_model(name: str, args: argparse.Namespace) -> tuple[GaussianAutoencoder | VQVAE, dict]:
     """The model and its constructor arguments, which its checkpoint keeps."""
-    classes = {"vae": VAE, "vae-spatial": SpatialVAE, "vqvae": VQVAE}
     codebook = ("num_embeddings", "quantizer", "data_init", "restart_dead_codes")
     flags = {
         "vae": ("likelihood", "kl_weight"),
@@ -148,7 +147,11 @@ def build_model(name: str, args: argparse.Namespace) -> tuple[GaussianAutoencode
         "vqvae": ("num_downsamples", *codebook),
     }
     model_args = {flag: getattr(args, flag) for flag in ("image_size", *flags[name])}
-    return classes[name](**model_args), model_args
+    if name == "vae":
+        return VAE(**model_args), model_args
+    if name == "vae-spatial":
+        return SpatialVAE(**model_args), model_args
+    return VQVAE(**model_args), model_args
 
 
 def parse() -> argparse.Namespace:

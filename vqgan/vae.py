@@ -116,7 +116,8 @@ class GaussianAutoencoder(Autoencoder):
         """
         check_channels(x, self.in_channels)
         self.check_resolution(*x.shape[-2:])
-        return self.encoder(x).float().chunk(2, dim=1)  # mean, log_var
+        mean, log_var = self.encoder(x).float().chunk(2, dim=1)
+        return mean, log_var
 
     def decode(self, z: Tensor) -> Tensor:
         """z (B, Z) -> images (B, C, H, W), about [-1, 1]: the mean of p(x|z)."""
@@ -208,6 +209,7 @@ class VAE(GaussianAutoencoder):
     ):
         if image_size % 16:
             raise ValueError(f"image_size must be a multiple of 16, not {image_size}")
+        # It halves the side four times.
         super().__init__(image_size, 4, (latent_dim,), likelihood, kl_weight, in_channels)
         widths = [num_hiddens, 2 * num_hiddens, 4 * num_hiddens, 8 * num_hiddens]
         side = image_size // 16  # of the grid after four halvings
