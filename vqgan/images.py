@@ -30,7 +30,8 @@ def check_channels(x: Tensor, in_channels: int) -> None:
     if x.dim() != 4 or x.shape[1] != in_channels:
         is_gray = x.dim() == 4 and (x.shape[1], in_channels) == (1, 3)
         remedy = "; x.expand(-1, 3, -1, -1) makes gray images RGB" if is_gray else ""
-        raise ValueError(f"give images (B, {in_channels}, H, W), not {tuple(x.shape)}{remedy}")
+        shape = tuple(x.shape)
+        raise ValueError(f"images (B, {in_channels}, H, W) were expected, not {shape}{remedy}")
 
 
 def check_multiple(height: int, width: int, factor: int) -> None:
