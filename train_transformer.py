@@ -253,13 +253,11 @@ def main(args: argparse.Namespace) -> None:
 
 def parse() -> argparse.Namespace:
     """Parse the flags, in groups: condition, network, samples for the evaluation."""
-    parser = common_parser(
+    about, needed = (
         "Train a transformer to generate the tokens of images.",
-        out="runs/transformer",
-        epochs=10,
-        lr=1e-3,
-        required="--tokenizer CHECKPOINT ",
+        "--tokenizer CHECKPOINT ",
     )
+    parser = common_parser(about, out="runs/transformer", epochs=10, lr=1e-3, required=needed)
     parser.set_defaults(data=None, image_size=None)  # not given: the tokenizer's
     add = parser.add_argument
     source = "checkpoint.pt of a VQ-VAE or VQGAN; its --data and --image-size are the defaults"

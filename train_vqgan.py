@@ -284,12 +284,8 @@ def check_discriminator(run: Run, args: argparse.Namespace) -> None:
 
 def parse() -> argparse.Namespace:
     """Parse the flags, in groups: network, perceptual distance, discriminator."""
-    parser = common_parser(
-        "Train a VQGAN, which encodes an image as a grid of codebook indices and decodes it.",
-        out="runs/vqgan",
-        epochs=20,
-        lr=3e-4,
-    )
+    about = "Train a VQGAN, which encodes an image as a grid of codebook indices and decodes it."
+    parser = common_parser(about, out="runs/vqgan", epochs=20, lr=3e-4)
     add = parser.add_argument
     add("--batch-size", type=positive_int, default=64, help="images per step")
     add(

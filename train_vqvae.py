@@ -156,12 +156,8 @@ def build_model(name: str, args: argparse.Namespace) -> tuple[GaussianAutoencode
 
 def parse() -> argparse.Namespace:
     """Parse the flags; several --batch-sizes or --models are trained one after the other."""
-    parser = common_parser(
-        "Train VAEs and a VQ-VAE on the same images and compare them.",
-        out="runs/study",
-        epochs=40,
-        lr=5e-4,
-    )
+    about = "Train VAEs and a VQ-VAE on the same images and compare them."
+    parser = common_parser(about, out="runs/study", epochs=40, lr=5e-4)
     add = parser.add_argument
     models = ("vae", "vae-spatial", "vqvae")
     help = "models to train and compare; vae-spatial is a VAE with the VQ-VAE's network"
