@@ -94,9 +94,8 @@ def load_eval_classifier(
         return trained_classifier(path, run, width=width, epochs=epochs, seed=EVAL_SEED)
     eval_classifier, test_accuracy = load_classifier(Path(file), run.device)
     if (found := eval_classifier.head.out_features) != num_classes:
-        raise InputError(
-            f"eval_classifier={file}: {found} classes, not {num_classes}: give another"
-        )
+        message = f"eval_classifier={file} has {found} classes, not {num_classes}: give another"
+        raise InputError(message)
     return eval_classifier, test_accuracy
 
 
