@@ -10,6 +10,7 @@ import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ def frame(axes: Axes, color: str) -> None:
         spine.set_color(color)
 
 
-# --- JPEG ----------------------------------------------------------------------------------------
+# --- image files ---------------------------------------------------------------------------------
 
 
 def scan_bytes(jpeg: bytes) -> int:
@@ -106,12 +107,26 @@ def scan_bytes(jpeg: bytes) -> int:
     return len(jpeg) - (start + 2 + header) - 2  # the last two are the end-of-image marker
 
 
-def through_jpeg(images: Tensor, quality: int) -> tuple[Tensor, list[bytes]]:
-    """What JPEG (Pillow's, color at half resolution) keeps of uint8 images (N, 3, H, W); files."""
+def frame_bytes(webp: bytes) -> int:
+    """Bytes of a lossy WebP file's image data, without the container and the frame's header.
+
+    (The container has 20 bytes. The header has 10, which are a tag and the image's size.)
+    """
+    start = webp.index(b"VP8 ")
+    return int.from_bytes(webp[start + 4 : start + 8], "little") - 10
+
+
+def through_file(images: Tensor, format: str, **options: Any) -> tuple[Tensor, list[bytes]]:
+    """What an image format (Pillow's) keeps of uint8 images (N, 3, H, W), and the files."""
     decoded, files = torch.empty_like(images), []
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        Image.fromarray(image).save(file, format, **options)
         files.append(file.getvalue())
         decoded[i] = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)
     return decoded, files
+
+
+def through_jpeg(images: Tensor, quality: int) -> tuple[Tensor, list[bytes]]:
+    """What JPEG (color at half resolution) keeps of uint8 images (N, 3, H, W), and the files."""
+    return through_file(images, "JPEG", quality=quality)

@@ -5,9 +5,19 @@ import json
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
+from commands import save
+
+from vqgan import prices
+from vqgan.data import ImageDataset
+from vqgan.images import from_uint8
+from vqgan.metrics import nats_to_bits
+from vqgan.vae import SpatialVAE
+from vqgan.vqvae import VQVAE
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -21,12 +31,23 @@ def test_docs_has_no_other_python():
     assert others == [Path("conf.py")]
 
 
+@pytest.fixture
+def load(monkeypatch):
+    """Loads an experiment as a module."""
+
+    def load(path):
+        monkeypatch.syspath_prepend(path.parent)  # where Python looks when it is run
+        spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+        experiment = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(experiment)
+        return experiment
+
+    return load
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_an_experiment_writes_the_folder_of_its_name(path, monkeypatch):
-    monkeypatch.syspath_prepend(path.parent)  # where Python looks when it is run
-    spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
-    experiment = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(experiment)
+def test_an_experiment_writes_the_folder_of_its_name(path, load):
+    experiment = load(path)
     assert experiment.OUT == Path("docs/results") / path.stem
     assert f"docs/results/{path.stem}/" in experiment.__doc__
     assert f"python docs/experiments/{path.name}" in experiment.__doc__
@@ -56,3 +77,65 @@ def test_an_experiment_repeats_what_is_committed(tmp_path):
     for name, tensor in old["tensors"].items():
         assert all(new["tensors"][name][key] == tensor[key] for key in ("shape", "dtype"))
     assert new["ssim"] == pytest.approx(old["ssim"], abs=0.01)
+
+
+@torch.no_grad()
+def test_the_fair_comparison_prices_the_runs_that_are_there(
+    tmp_path, monkeypatch, load, shapes, capsys
+):
+    """Of a spatial VAE with two seeds, and of two VQ-VAEs, one of which has a transformer."""
+    fair = load(DOCS / "experiments" / "fair_comparison.py")
+
+    def write(name, nmse, kind=None, **result):
+        result = {"nmse_sampled": nmse, "ssim_sampled": 0.5, "nmse": 0.1, "epochs": 3} | result
+        (tmp_path / "fair" / name).mkdir(parents=True)
+        metrics = {"models": {"transformer" if kind is None else "any": result}}
+        metrics |= {"command": "python train_vqvae.py", "device": "cpu", "seconds": 1.0}
+        (tmp_path / "fair" / name / "metrics.json").write_text(json.dumps(metrics))
+        return kind and save(tmp_path / "fair" / name / "checkpoint.pt", kind)
+
+    model = write("vae-spatial-w1-seed0", 0.2, SpatialVAE)
+    write("vae-spatial-w1-seed1", 0.3, SpatialVAE)
+    write("vqvae-8x8-k32-seed0", 0.4, VQVAE)
+    write("vqvae-8x8-k128-seed0", 0.4, VQVAE)
+    write("prior-vqvae-8x8-k32-seed0", None, bits_per_image=123.0)
+    images = ImageDataset(**vars(shapes) | {"test_images": shapes.test_images[:50]})
+    monkeypatch.setattr(fair, "load_dataset", lambda source: images)
+    monkeypatch.chdir(tmp_path)
+    fair.main(Namespace(data="shapes", runs=tmp_path))
+
+    written = json.loads((fair.OUT / "metrics.json").read_text())
+    assert (fair.OUT / "rate_distortion.png").exists()
+    models, seed0 = written["models"], written["runs"]["vae-spatial-w1-seed0"]
+    assert models.keys() == {"vae-spatial-w1", "vqvae-8x8-k32", "vqvae-8x8-k128"}
+    spatial = models["vae-spatial-w1"]
+    assert spatial["nmse_sampled"] == pytest.approx(0.25) and spatial["seeds"] == 2
+    assert spatial["nmse_sampled_range"] == [0.2, 0.3]
+    bits = nats_to_bits(model(from_uint8(images.test_images)).kl.mean().item())
+    assert seed0["fixed_bits_per_image"] == pytest.approx(bits, rel=1e-4)
+    train, test = (
+        [part.flatten(1) for part in model.encode(from_uint8(x))]
+        for x in (images.train_images, images.test_images)
+    )
+    for prior, bits in prices.gaussian_prices(train, test).items():
+        assert seed0[f"{prior}_bits_per_image"] == pytest.approx(bits, rel=1e-3)
+    assert models["vqvae-8x8-k32"]["fixed_bits_per_image"] == 64 * 4  # 16 codes
+    assert models["vqvae-8x8-k32"]["context_bits_per_image"] == 123
+    assert models["vqvae-8x8-k128"]["context_bits_per_image"] is None
+    text = capsys.readouterr().out
+    assert "there is no finished run " + str(tmp_path / "fair" / "vae-seed0") in text
+    assert "prior-vqvae-8x8-k128-seed0" in text and "prior-vqvae-8x8-k32" not in text
+    for points in written["landmarks"].values():
+        sizes, errors = ([p[key] for p in points] for key in ("bits_per_image", "nmse_sampled"))
+        assert sizes == sorted(sizes) and errors == sorted(errors, reverse=True)
+
+
+def test_bytes_of_image_files_leave_out_headers(load):
+    fair = load(DOCS / "experiments" / "fair_comparison.py")
+    header, data = b"tag, size.", b"12345"  # of 15 bytes together, and one more is padding
+    webp = b"RIFF" + bytes([28, 0, 0, 0]) + b"WEBPVP8 " + bytes([15, 0, 0, 0]) + header + data
+    assert fair.frame_bytes(webp + b"\0") == 5
+    image = torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8)
+    for format, payload in fair.FORMATS.items():
+        decoded, (file,) = fair.through_file(image, format, quality=20, **fair.OPTIONS[format])
+        assert decoded.shape == image.shape and 100 < payload(file) <= len(file) - 30
