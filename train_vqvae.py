@@ -140,35 +140,64 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def build_model(name: str, args: argparse.Namespace) -> tuple[GaussianAutoencoder | VQVAE, dict]:
     """The model and its constructor arguments, which its checkpoint keeps."""
-    codebook = ("num_embeddings", "quantizer", "data_init", "restart_dead_codes")
-    flags = {
-        "vae": ("likelihood", "kl_weight"),
-        "vae-spatial": ("num_downsamples", "likelihood", "kl_weight"),
-        "vqvae": ("num_downsamples", *codebook),
+    model_args = {
+        "image_size": args.image_size,
+        "likelihood": args.likelihood,
+        "kl_weight": args.kl_weight,
     }
-    model_args = {flag: getattr(args, flag) for flag in ("image_size", *flags[name])}
     if name == "vae":
         return VAE(**model_args), model_args
     if name == "vae-spatial":
+        model_args["num_downsamples"] = args.num_downsamples
         return SpatialVAE(**model_args), model_args
+    model_args = {
+        "image_size": args.image_size,
+        "num_embeddings": args.num_embeddings,
+        "num_downsamples": args.num_downsamples,
+        "quantizer": args.quantizer,
+        "data_init": args.data_init,
+        "restart_dead_codes": args.restart_dead_codes,
+    }
     return VQVAE(**model_args), model_args
 
 
 def parse() -> argparse.Namespace:
     """Parse the flags; several --batch-sizes or --models are trained one after the other."""
-    about = "Train VAEs and a VQ-VAE on the same images and compare them."
-    parser = common_parser(about, out="runs/study", epochs=40, lr=5e-4)
+    parser = common_parser(
+        "Train VAEs and a VQ-VAE on the same images and compare them.",
+        out="runs/study",
+        epochs=40,
+        lr=5e-4,
+    )
     add = parser.add_argument
-    models = ("vae", "vae-spatial", "vqvae")
-    help = "models to train and compare; vae-spatial is a VAE with the VQ-VAE's network"
-    add("--models", nargs="+", choices=models, default=["vae", "vqvae"], help=help)
-    help = "images per step; given several, each model is trained once with each"
-    add("--batch-sizes", "--batch-size", nargs="+", type=positive_int, default=[128], help=help)
+    add(
+        "--models",
+        nargs="+",
+        choices=("vae", "vae-spatial", "vqvae"),
+        default=["vae", "vqvae"],
+        help="models to train and compare; vae-spatial is a VAE with the VQ-VAE's network",
+    )
+    add(
+        "--batch-sizes",
+        "--batch-size",
+        nargs="+",
+        type=positive_int,
+        default=[128],
+        help="images per step; given several, each model is trained once with each",
+    )
     vae = parser.add_argument_group("VAEs").add_argument
-    help = "distribution of the pixels, which defines the reconstruction error (vqgan/vae.py)"
-    vae("--likelihood", choices=LIKELIHOODS, default="optimal", help=help)
-    help = "weight of the KL term; 1 is the ELBO, a larger weight gives fewer bits and more blur"
-    vae("--kl-weight", type=non_negative_float, default=1.0, help=help)
+    vae(
+        "--likelihood",
+        choices=LIKELIHOODS,
+        default="optimal",
+        help="distribution of the pixels, which defines the reconstruction error (vqgan/vae.py)",
+    )
+    vae(
+        "--kl-weight",
+        type=non_negative_float,
+        default=1.0,
+        help="weight of the KL term; 1 is the ELBO, a larger weight gives fewer bits and more blur",
+    )
     vqvae = parser.add_argument_group("VQ-VAE").add_argument
     on_off = argparse.BooleanOptionalAction
     vqvae("--quantizer", choices=("ema", "gradient"), default="ema", help="update of the codebook")

@@ -118,8 +118,8 @@ def test_networks_that_look_at_images_know_no_data_set_no_flags_and_no_figures(n
 MODELS = {*PARTS, "perceptual", "classifier", "compvis", "pretrained"} - {"images"}
 
 
-@pytest.mark.parametrize("name", ["figures", "metrics"])
-def test_figures_and_metrics_know_no_model(name):
+@pytest.mark.parametrize("name", ["figures", "metrics", "prices"])
+def test_figures_and_measures_know_no_model(name):
     assert not {*reached(name)} & (MODELS | SURROUNDINGS - {name})
 
 
@@ -244,7 +244,7 @@ def test_scripts_show_their_mathematics_soon():
 
 def test_the_package_is_one_that_a_student_can_read():
     lengths = {name: len(code_lines(name)) for name in ["__init__", *MODULES]}
-    assert sum(lengths.values()) <= 4059, sorted(lengths.items(), key=lambda item: -item[1])
+    assert sum(lengths.values()) <= 4090, sorted(lengths.items(), key=lambda item: -item[1])
 
 
 # --- what a library speaks of ------------------------------------------------------------------

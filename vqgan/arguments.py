@@ -174,7 +174,7 @@ def read_flags(parser: argparse.ArgumentParser, path: Path) -> dict[str, Any]:
                 is_given = bool(typed) or action.nargs == "*"
                 is_valid = is_given and parser._get_values(action, typed) == value
             if not is_valid:
-                raise ValueError("a value of another type")
+                raise ValueError("not a value of this flag")
     return stored | {"command": command}
 
 

@@ -106,7 +106,9 @@ def train_classifier(
         torch.manual_seed(seed)
         model = prepare_model(Classifier(num_classes, width), device, compile=False)
     fused = has_fused_optimizers(device)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=WEIGHT_DECAY, fused=fused)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=MAX_LR, weight_decay=WEIGHT_DECAY, fused=fused
+    )
     steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=MAX_LR, total_steps=steps)
     generator = torch.Generator().manual_seed(seed)

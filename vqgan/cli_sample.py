@@ -137,7 +137,9 @@ def _open(args: argparse.Namespace) -> tuple[Pipeline, dict, torch.device]:
         check_sampling(pipeline.transformer.num_embeddings, **setting)
     can_guide = pipeline.condition.kind != "none" and pipeline.supports_guidance
     if args.guidance != 1 and not can_guide:
-        raise InputError("--guidance needs a condition and --condition-drop above 0: leave it out")
+        lacks = "no dropped conditions (--condition-drop above 0)"
+        lacks = "no condition" if pipeline.condition.kind == "none" else lacks
+        raise InputError(f"--guidance: the model was trained with {lacks}: leave it out")
     return pipeline, setting, device
 
 

@@ -145,6 +145,8 @@ def decode(args: argparse.Namespace) -> None:
             raise ValueError(f"a grid of {h}x{w}")
         if names.ndim != 1 or names.dtype.kind != "U" or not isinstance(path, str):
             raise ValueError("names that are no texts")
+    except FileNotFoundError:
+        raise
     except Exception as error:  # numpy, zipfile and zlib raise many types
         reason = "damaged?" if "pickle" in str(error) else error  # for numpy all else is one
         raise InputError(f"{args.indices} is not a file of `encode` ({reason})") from error

@@ -123,7 +123,8 @@ def load_compvis_transformer(
 
 def read_config(path: str | Path) -> dict:
     """Read a file with their config. Raises InputError unless it is YAML or JSON of an object."""
-    is_yaml, advice = Path(path).suffix in (".yaml", ".yml"), ": YAML needs the extra 'yaml'"
+    is_yaml = Path(path).suffix in (".yaml", ".yml")
+    advice = ": YAML needs the extra 'yaml'" if is_yaml else ""
     with file_input(f"{path} cannot be read as a config in JSON or YAML", advice):
         parse = importlib.import_module("yaml").safe_load if is_yaml else json.loads
         config = parse(Path(path).read_text(encoding="utf-8"))

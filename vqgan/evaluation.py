@@ -46,7 +46,9 @@ def evaluate_autoencoder(
     """
     model.eval()
     generator = torch.Generator().manual_seed(0)  # the global one belongs to training
-    usage = metrics.CodebookUsage(getattr(model, "num_embeddings", 0))  # a VAE has no codebook
+    usage: Any = None  # a VAE has no codebook
+    if isinstance(model, VQAutoencoder):
+        usage = metrics.CodebookUsage(model.num_embeddings)
     per_image, features, features_hat = defaultdict(list), [], []
     for x in eval_batches(run.data.test_images, device=run.device):
         output = model(x)

@@ -216,7 +216,9 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: "int | slice | np.ndarray") -> "Tensor | ImageFiles":
         """Read one image, or select the subset of a slice or an array of indices."""
-        if isinstance(index, slice | np.ndarray):
+        if isinstance(index, slice):
+            return ImageFiles(self.paths[index], self.image_size)
+        if isinstance(index, np.ndarray):
             return ImageFiles(np.array(self.paths)[index].tolist(), self.image_size)
         with file_input(f"{self.paths[index]} is unreadable", ": restore it and resume"):
             # torch.tensor copies, because torch warns when it shares a read-only array.

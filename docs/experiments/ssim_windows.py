@@ -5,7 +5,7 @@
 reads the run folder that `RUN` names, below runs/, and needs scikit-image. Writes
 docs/results/ssim_windows/:
 
-    metrics.json   the mean of each over all test images
+    metrics.json   the mean of each over all test images, and the images' own variances
 """
 
 import argparse
@@ -27,6 +27,17 @@ RUN, MODEL = "fair/vqvae-8x8-k512-seed0", "vqvae"
 GRAY = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # weights of red, green and blue
 
 
+def variances(images: torch.Tensor) -> dict[str, float]:
+    """Mean variance of uint8 images, in [0, 1], in SSIM's windows, whole images, and the set."""
+    x = images.double() / 255
+    in_windows = metrics.gaussian_mean(x * x) - metrics.gaussian_mean(x).square()
+    return {
+        "in_window": in_windows.mean().item(),
+        "in_image": x.flatten(2).var(dim=2, unbiased=False).mean().item(),
+        "in_set": x.var(unbiased=False).item(),
+    }
+
+
 @torch.no_grad()
 def main(args: argparse.Namespace) -> None:
     try:
@@ -43,7 +54,8 @@ def main(args: argparse.Namespace) -> None:
     watch, folder = Stopwatch(), args.runs / RUN
     model = load_model(model_folder(folder, MODEL))
     values = {name: [] for name in ("standard", "skimage", "skimage_range_2", "gray", "global")}
-    for x in eval_batches(load_dataset(args.data).test_images, 500):
+    test_images = load_dataset(args.data).test_images
+    for x in eval_batches(test_images, 500):
         x, y = to_unit(x), to_unit(model(x).reconstruction)
         values["standard"].append(metrics.ssim(x, y).numpy())
         values["skimage"].append(skimage(x, y))
@@ -58,8 +70,9 @@ def main(args: argparse.Namespace) -> None:
         "epochs": of_the_run["models"][MODEL]["epochs"],
         "nmse": of_the_run["models"][MODEL]["nmse"],
         "ssim": means,
+        "variance": variances(test_images),
     }
-    data = {"source": args.data, "test_images": sum(len(part) for part in values["global"])}
+    data = {"source": args.data, "test_images": len(test_images)}
     write_metrics(OUT, watch, data, results)
     print(means)
 
