@@ -39,7 +39,7 @@ def load_model(path: str | Path, *, config: dict | None = None) -> Model:
 def read_checkpoint(path: str | Path) -> dict:
     """The content of a checkpoint of this package, whatever its model; see `load_model`."""
     remedy = "name the checkpoint.pt of a run; "
-    remedy += "one of the authors is opened by `vqgan reconstruct` and its config"
+    remedy += "one of the VQGAN's authors is opened by `vqgan reconstruct` with config=FILE"
     state = load_checkpoint(checkpoint_path(path), remedy=remedy)
     if state["model"] not in MODELS:
         raise InputError(f"{path} is of a {state['model']!r}: give one of {', '.join(MODELS)}")
