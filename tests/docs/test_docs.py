@@ -108,6 +108,13 @@ def test_links_to_files_lead_somewhere(document):
             assert (document.parent / link).exists(), link
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_by_name_are_defined_on_a_line_each(document):
+    text = document.read_text()
+    names = {name for name in re.findall(r"\]\[([\w-]+)\]", text)}
+    assert names == set(re.findall(r"^\[([\w-]+)\]: \S+$", text, re.MULTILINE))
+
+
 # --- the README ----------------------------------------------------------------------------------
 
 SET_UP = "python3 -m venv .venv && "  # begins a line that is pasted into a fresh clone
