@@ -349,7 +349,7 @@ def samples_of(pipeline, labels: Tensor, **setting) -> tuple[Tensor, Tensor]:
     return codes, decode_tokens(pipeline.tokenizer, codes)
 
 
-def judged(eval_classifier: Classifier, codes: Tensor, images: Tensor, labels: Tensor) -> dict:
+def evaluate(eval_classifier: Classifier, codes: Tensor, images: Tensor, labels: Tensor) -> dict:
     """What the classifier makes of samples, and how much they differ among themselves."""
     features = extract_features(eval_classifier, images.split(500))
     usage = metrics.CodebookUsage(256)
@@ -382,7 +382,7 @@ def sampling(name: str, settings: list[dict], shown: list[str], title: str) -> d
     for setting in settings:
         watch = Stopwatch()
         codes, images = samples_of(pipeline, labels, **setting)
-        results_of_setting = judged(eval_classifier, codes, images, labels)
+        results_of_setting = evaluate(eval_classifier, codes, images, labels)
         ((flag, value),) = setting.items()
         results[f"{flag}-{value:g}".replace(".", "_")] = measured(
             watch, f"vqgan sample shapes --{flag} {value:g}", **setting, **results_of_setting

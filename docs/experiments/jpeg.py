@@ -43,7 +43,7 @@ from vqgan.script import run_script
 from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)
-TOKENIZERS = {  # name: its run, and the transformer's that writes its codes
+TOKENIZERS = {  # name: its run, and that of the transformer over its codes
     "vqvae": (Path("study"), Path("transformer-vqvae")),
     "vqgan": (Path("vqgan"), Path("transformer")),
 }
@@ -66,22 +66,22 @@ def main(args: argparse.Namespace) -> None:
     watch, data = Stopwatch(), load_dataset(args.data)
     images, labels = data.test_images[::EVERY], data.test_labels[::EVERY]
     eval_classifier, accuracy = load_classifier(args.runs / "vqgan" / "eval_classifier.pt", CPU)
-    judge = Judge(images, labels, eval_classifier)
+    evaluate = Evaluation(images, labels, eval_classifier)
 
     results, pictures = {}, {}
-    for name, (run, writer) in TOKENIZERS.items():
+    for name, (run, transformer) in TOKENIZERS.items():
         model = load_model(model_folder(args.runs / run, name))
         batches = eval_batches(images, BATCH_SIZE)
         pictures[name] = torch.cat([to_uint8(model(x).reconstruction) for x in batches])
         seq_len = model.tokens(from_uint8(images[:1])).shape[1]
         bits = metrics.fixed_length_bits(seq_len, model.num_embeddings)
-        written = read_metrics(args.runs / writer)
+        measured = read_metrics(args.runs / transformer)
         results[name] = {
             "bytes": bits / 8,
-            "bytes_with_transformer": written["models"]["transformer"]["bits_per_image"] / 8,
+            "bytes_with_transformer": measured["models"]["transformer"]["bits_per_image"] / 8,
             # The codebook is moved by averages, and no parameter.
             "weights": sum(p.numel() for p in [*model.parameters(), model.quantizer.codebook]),
-        } | judge(pictures[name])
+        } | evaluate(pictures[name])
 
     jpeg = {}
     for quality in tqdm(QUALITIES, desc="JPEG"):
@@ -90,7 +90,7 @@ def main(args: argparse.Namespace) -> None:
             "bytes": float(np.mean([scan_bytes(file) for file in files])),
             "bytes_of_the_file": float(np.mean([len(file) for file in files])),
         }
-        jpeg[quality] = {"quality": quality} | sizes | judge(pictures[quality])
+        jpeg[quality] = {"quality": quality} | sizes | evaluate(pictures[quality])
     vqgan = results["vqgan"]
     chosen = {
         "jpeg-size": min(jpeg, key=lambda q: abs(jpeg[q]["bytes"] - vqgan["bytes"])),
@@ -113,8 +113,8 @@ def main(args: argparse.Namespace) -> None:
     print(json.dumps(results, indent=2))
 
 
-class Judge:
-    """What is lost of uint8 images (N, 3, H, W), labels (N,), in the eyes of several measures."""
+class Evaluation:
+    """What is lost of uint8 images (N, 3, H, W), labels (N,), by several measures."""
 
     def __init__(self, images: Tensor, labels: Tensor, eval_classifier: Classifier):
         self.images, self.labels, self.eval_classifier = images, labels, eval_classifier

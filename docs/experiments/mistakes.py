@@ -6,7 +6,7 @@ Needs no run and no data: the pictures are drawn, and the tokenizer and transfor
 package. Two transformers of the smallest size are trained for a few seconds each. Writes, in
 docs/results/mistakes/:
 
-    noise.png       what the decoder makes of noise, of random codes, and of codes that were written
+    noise.png       what the decoder makes of noise, of random codes, and of generated codes
     metrics.json    the numbers of chapter 9
 """
 
@@ -96,19 +96,19 @@ def noise(pipeline: Pipeline, codes: Tensor, condition: Tensor) -> dict:
     anything = torch.randint(quantizer.num_embeddings, codes.shape, generator=generator)
     order = torch.randperm(codes.numel(), generator=generator)
     shuffled = codes.flatten()[order].view(codes.shape)  # as often as in pictures, anywhere
-    written = pipeline.transformer.sample(condition, guidance=3.0, generator=generator)
-    written = written.view_as(codes)  # grids again
+    generated = pipeline.transformer.sample(condition, guidance=3.0, generator=generator)
+    generated = generated.view_as(codes)  # grids again
     rows = {
         "noise": tokenizer.decode(z),
         "random codes": tokenizer.decode_indices(anything[:TRANSFORMS]),
         "frequent codes,\nrandom positions": tokenizer.decode_indices(shuffled[:TRANSFORMS]),
-        "codes that a\ntransformer generated": tokenizer.decode_indices(written[:TRANSFORMS]),
+        "codes that a\ntransformer generated": tokenizer.decode_indices(generated[:TRANSFORMS]),
         "codes of images": tokenizer.decode_indices(codes[:TRANSFORMS]),
     }
     title = "Decoded: noise, codes in random positions, codes of the transformer, codes of images"
     named = [(name, to_unit(images)) for name, images in rows.items()]
     figures.image_rows(OUT / "noise.png", named, title=title)
-    grids = {"random": anything, "shuffled": shuffled, "written": written, "images": codes}
+    grids = {"random": anything, "shuffled": shuffled, "generated": generated, "images": codes}
     return {
         "nats_per_token": {
             name: pipeline.transformer.loss(condition, grid.flatten(1)).item()
@@ -322,7 +322,7 @@ def ssim_ranges(tokenizer: VQAutoencoder, x: Tensor) -> dict:
     x_hat = torch.cat([tokenizer(part).reconstruction for part in x.split(100)])
     answers = {
         "reconstruction": to_unit(x_hat),
-        "its mean colour": images.mean(dim=(2, 3), keepdim=True).expand_as(images),
+        "its mean color": images.mean(dim=(2, 3), keepdim=True).expand_as(images),
     }
     return {
         name: {
@@ -401,10 +401,10 @@ def off_by_one(pipeline: Pipeline, data) -> dict:
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        written = model.sample(condition[:200], generator=torch.Generator().manual_seed(0))
+        generated = model.sample(condition[:200], generator=torch.Generator().manual_seed(0))
         result[name] = {
             "last_loss": sum(losses[-20:]) / 20,
-            "different_codes_a_grid": different(written),
+            "different_codes_a_grid": different(generated),
             "cpu_seconds": time.process_time() - start,
         }
     return result

@@ -34,10 +34,10 @@ OUT = results_of(__file__)
 TEST_IMAGE = 6  # a large shape, and a texture behind it
 NUM_CHANNELS = 4  # of z_e and z_q that are shown
 CLASS, GUIDANCE, SEEDS = "ring", 3.0, (0, 1, 2)
-WRITTEN = (1, 28, 64)  # codes on the page when a picture of it is taken
+GENERATED = (1, 28, 64)  # codes on the page in each of its figures
 COLUMNS = 3
 DOTS_PER_INCH = 110
-FRAME = "0.6"  # grey
+FRAME = "0.6"  # gray
 ARROW = {"arrowstyle": "-|>", "color": "0.35", "linewidth": 1.5, "mutation_scale": 16}
 
 
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     pipeline = load_pipeline("shapes")
     tokenizer = pipeline.tokenizer
     data = load_dataset("shapes")
-    colors = colours_of_codes(tokenizer)
+    colors = colors_of_codes(tokenizer)
 
     image = data.test_images[TEST_IMAGE]  # uint8 (3, 32, 32)
     x = from_uint8(image[None])  # (1, 3, 32, 32)
@@ -58,12 +58,12 @@ def main(args: argparse.Namespace) -> None:
 
     condition = pipeline.condition.encode_classes([CLASS])  # (1, 1)
     draws = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    written = torch.cat(
+    generated = torch.cat(
         [pipeline.transformer.sample(condition, guidance=GUIDANCE, generator=g) for g in draws]
     )  # (3, 64)
-    new = tokenizer.decode_tokens(written)  # (3, 3, 32, 32)
-    written = written.unflatten(1, tokenizer.grids[0])  # (3, 8, 8)
-    draw_new_pictures(condition.item(), written, new, colors)
+    new = tokenizer.decode_tokens(generated)  # (3, 3, 32, 32)
+    generated = generated.unflatten(1, tokenizer.grids[0])  # (3, 8, 8)
+    draw_new_pictures(condition.item(), generated, new, colors)
 
     K = tokenizer.num_embeddings
     bits = metrics.fixed_length_bits(indices[0].numel(), K)
@@ -81,13 +81,13 @@ def main(args: argparse.Namespace) -> None:
                 "reconstruction": x_hat,
                 "uint8 reconstruction": to_uint8(x_hat),
                 "condition": condition,
-                "indices written": written,
+                "indices generated": generated,
                 "new images": new,
             }.items()
         },
         "codes": K,
         "different_codes": len(indices.unique()),
-        "different_codes_written": len(written[0].unique()),
+        "different_codes_generated": len(generated[0].unique()),
         "image_bits": 8 * image.numel(),
         "fixed_length_bits": bits,
         "ssim": quality["ssim"].item(),
@@ -104,8 +104,8 @@ def about(tensor: Tensor) -> dict:
     return {"shape": list(tensor.shape), "dtype": kind, "smallest": low, "largest": high}
 
 
-def colours_of_codes(tokenizer: VQAutoencoder) -> Tensor:
-    """The mean colour of a picture that consists of one code alone: (K, 3) in [0, 1]."""
+def colors_of_codes(tokenizer: VQAutoencoder) -> Tensor:
+    """The mean color of a picture that consists of one code alone: (K, 3) in [0, 1]."""
     codes = torch.arange(tokenizer.num_embeddings)
     pictures = tokenizer.decode_indices(codes[:, None, None].expand(-1, 8, 8))
     return to_unit(pictures).mean(dim=(2, 3))
@@ -120,12 +120,12 @@ def show_image(axes: Axes, unit: Tensor) -> None:
     frame(axes, FRAME)
 
 
-def show_codes(axes: Axes, indices: Tensor, colors: Tensor, written: int | None = None) -> None:
-    """A grid of codes (8, 8) with their numbers, each in its colour; the first `written` of it."""
+def show_codes(axes: Axes, indices: Tensor, colors: Tensor, generated: int | None = None) -> None:
+    """A grid of codes (8, 8) with their numbers, each in its color; the first `generated` of it."""
     h, w = indices.shape
     shown = torch.ones(h, w, 3)
     for i, code in enumerate(indices.flatten().tolist()):
-        if written is not None and i >= written:
+        if generated is not None and i >= generated:
             continue
         row, column = divmod(i, w)
         shown[row, column] = colors[code]
@@ -227,11 +227,11 @@ def draw_one_picture(
     page.save(OUT / "one_picture.png")
 
 
-def draw_new_pictures(token: int, written: Tensor, new: Tensor, colors: Tensor) -> None:
+def draw_new_pictures(token: int, generated: Tensor, new: Tensor, colors: Tensor) -> None:
     page = Page(["A transformer generates codes", "The decoder turns them into images"])
-    for count in WRITTEN:
-        show_codes(page.axes(), written[0], colors, count)
-        is_first, is_last = count == WRITTEN[0], count == WRITTEN[-1]
+    for count in GENERATED:
+        show_codes(page.axes(), generated[0], colors, count)
+        is_first, is_last = count == GENERATED[0], count == GENERATED[-1]
         page.close_stage(
             f"after {count} code{'' if count == 1 else 's'}",
             f'condition: class "{CLASS}",\ntoken {token}'

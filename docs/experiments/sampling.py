@@ -11,8 +11,7 @@ another pair:
 Writes, in docs/results/sampling/:
 
     temperature.png, top_k.png, top_p.png, guidance.png   a row for each value
-    next_code.png    the probabilities of the next code at two positions, and what is cut from them
-    known.png        upper halves continued, and lower halves that could not be foreseen
+    given.png        upper halves continued, and lower halves that could not be foreseen
     conditions.png   edges, gray and small copies of images, and their reconstructions
     metrics.json     what was measured beside them
 """
@@ -24,12 +23,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from _common import CPU, results_of, write_metrics
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from vqgan import figures
@@ -56,10 +52,8 @@ FAMILIES = {  # of settings: the file's name, and the values of its rows (None: 
 DRAWN = 6  # pictures of each class in a row
 MEASURED = 30  # samples of each class that are measured
 TEST_IMAGES = 20  # of each class
-KNOWN, CONDITIONS = 10, 9  # test images in known.png and conditions.png
-TOP_K, TOP_P = 100, 0.9  # in next_code.png
-SURE, UNSURE = 0.02, 0.9  # which places it shows, as quantiles of the entropy
-TIMED = 16  # grids that are written with the cache and without
+GIVEN, CONDITIONS = 10, 9  # test images in given.png and conditions.png
+TIMED = 16  # grids that are generated with the cache and without
 BATCH_SIZE = 100
 
 
@@ -98,8 +92,7 @@ def main(args: argparse.Namespace) -> None:
         "test_perplexity": usage(pipeline, tokens).perplexity,
         "test_nats_per_token": nats(pipeline, labels[:, None], tokens).mean().item(),
         "samples": samples,
-        "next_code": draw_next_code(pipeline, labels, tokens),
-        "known": draw_known(pipeline, x, labels, tokens),
+        "given": draw_given(pipeline, x, labels, tokens),
         "class": worth_of_the_class(pipeline, labels, tokens),
         "cache": time_the_cache(pipeline),
     }
@@ -196,96 +189,10 @@ def draw_family(
     return results
 
 
-# --- the next code -------------------------------------------------------------------------------
+# --- what is given -------------------------------------------------------------------------------
 
 
-def draw_next_code(pipeline: Pipeline, labels: Tensor, tokens: Tensor) -> dict:
-    """Where the transformer is sure of the next code, and where it is not."""
-    h, w = pipeline.tokenizer.grids[0]
-    parts = zip(labels[:, None].split(BATCH_SIZE), tokens.split(BATCH_SIZE), strict=True)
-    logits = torch.cat([pipeline.transformer(*part) for part in parts])  # (M, N, K)
-    probabilities = logits.softmax(dim=-1)
-    entropy = -(probabilities * logits.log_softmax(dim=-1)).sum(dim=-1)  # nats, (M, N)
-    # In the lower half, where there is something to be sure of.
-    lower = entropy[:, h * w // 2 :]
-    places = {}
-    for name, share in (("sure", SURE), ("unsure", UNSURE)):
-        wanted = lower.flatten().quantile(share)
-        image, place = divmod((lower - wanted).abs().argmin().item(), lower.shape[1])
-        places[name] = (image, place + h * w // 2)
-
-    figure = Figure(figsize=(9.0, 5.4))
-    results = {}
-    for row, (name, (image, place)) in enumerate(places.items()):
-        sorted_p = probabilities[image, place].sort(descending=True).values  # (K,)
-        before = sorted_p.cumsum(dim=0) - sorted_p
-        kept = int((before < TOP_P).sum())
-        results[name] = {
-            "class": pipeline.condition.names[labels[image]],
-            "position": place,
-            "entropy_nats": entropy[image, place].item(),
-            "perplexity": entropy[image, place].exp().item(),
-            "likeliest": sorted_p[0].item(),
-            f"mass_of_top_{TOP_K}": sorted_p[:TOP_K].sum().item(),
-            f"codes_of_top_p_{TOP_P:g}": kept,
-        }
-        picture = to_unit(pipeline.tokenizer.decode_tokens(tokens[image : image + 1]))[0]
-        pixels = pipeline.tokenizer.image_size // h
-        top, left = place // w * pixels, place % w * pixels
-        picture[:, top + pixels :] = 0.6  # gray: what is not generated yet
-        picture[:, top : top + pixels, left:] = 0.6
-        square = Rectangle((left - 0.5, top - 0.5), pixels, pixels)
-        draw_next(figure, row, name, results[name]["class"], picture, square, sorted_p, kept)
-    figures.save_figure(figure, OUT / "next_code.png")
-    return results
-
-
-def draw_next(
-    figure: Figure,
-    row: int,
-    name: str,
-    label: str,
-    picture: Tensor,
-    square: Rectangle,
-    sorted_p: Tensor,
-    kept: int,
-) -> None:
-    """A row of next_code.png: the image so far, and the probabilities of the codes, sorted."""
-    bottom, K = 0.57 - 0.48 * row, len(sorted_p)
-    axes = figure.add_axes((0.01, bottom, 0.2, 0.36))
-    axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
-    square.set(fill=False, color="#D55E00", linewidth=2.5)
-    axes.add_patch(square)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_title(f"{label}, so far", fontsize=12)
-
-    axes = figure.add_axes((0.3, bottom, 0.67, 0.36))
-    # Both axes are linear, so that areas are probabilities; code k lies from k - 1/2 to k + 1/2.
-    percent, edges = 100 * sorted_p.numpy(), np.arange(K + 1) + 0.5
-    axes.stairs(percent[:kept], edges[: kept + 1], fill=True, color="#0072B2")
-    axes.stairs(percent[kept:], edges[kept:], fill=True, color="0.75")
-    axes.axvline(TOP_K, color="#D55E00", linestyle="--", linewidth=1.5)
-    axes.set_xlim(0, K)
-    axes.set_ylim(0, 1.08 * percent[0])
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}%")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_ylabel("probability", fontsize=11)
-    if row == 1:
-        axes.set_xlabel("codes, from the likeliest", fontsize=11)
-    axes.set_title(f"{name}: top-p {TOP_P:g} keeps {kept} codes (blue)", fontsize=12)
-    axes.text(
-        TOP_K + 0.015 * K, percent[0],
-        f"left of the line: top-k {TOP_K},\n{percent[:TOP_K].sum():.0f}% of the probability",
-        color="#D55E00", fontsize=11, va="top",
-    )  # fmt: skip
-
-
-# --- what is known -------------------------------------------------------------------------------
-
-
-def draw_known(pipeline: Pipeline, x: Tensor, labels: Tensor, tokens: Tensor) -> dict:
+def draw_given(pipeline: Pipeline, x: Tensor, labels: Tensor, tokens: Tensor) -> dict:
     """Upper halves that are continued, and lower halves under which nothing was foreseen."""
     h, w = pipeline.tokenizer.grids[0]
     rows, pixels = h // 2, pipeline.tokenizer.image_size // h
@@ -305,12 +212,12 @@ def draw_known(pipeline: Pipeline, x: Tensor, labels: Tensor, tokens: Tensor) ->
         return to_unit(decode_tokens(pipeline.tokenizer, tokens))
 
     below, above = complete(upper), complete(lower)
-    shown = torch.arange(0, len(x), len(x) // KNOWN)[:KNOWN]
+    shown = torch.arange(0, len(x), len(x) // GIVEN)[:GIVEN]
     given_above, given_below = to_unit(x[shown]), to_unit(x[shown])
     given_above[:, :, rows * pixels :] = 0.5
     given_below[:, :, : rows * pixels] = 0.5
     figures.image_rows(
-        OUT / "known.png",
+        OUT / "given.png",
         [
             ("original", to_unit(x[shown])),
             ("given upper half", given_above),
@@ -320,24 +227,24 @@ def draw_known(pipeline: Pipeline, x: Tensor, labels: Tensor, tokens: Tensor) ->
         ],
         title="Test images of which the transformer is given a half",
     )
-    greyed = x.clone()
-    greyed[:, :, rows * pixels :] = 0.0
-    upper_alone = torch.cat([pipeline.tokenizer.tokens(part) for part in greyed.split(BATCH_SIZE)])
+    grayed = x.clone()
+    grayed[:, :, rows * pixels :] = 0.0
+    upper_alone = torch.cat([pipeline.tokenizer.tokens(part) for part in grayed.split(BATCH_SIZE)])
     changed = (upper_alone != tokens)[:, :half].unflatten(1, (rows, w))
     changed = changed.double().mean(dim=(0, 2))  # of each row of codes
     cost = {
         name: nats(pipeline, condition, sequences)[:, half:].mean().item()
         for name, sequences in {
             "real lower half below its real upper half": tokens,
-            "written lower half below a real upper half": below,
-            "real lower half below a written upper half": above,
+            "generated lower half below a real upper half": below,
+            "real lower half below a generated upper half": above,
         }.items()
     }
     # The same codes, decoded above other codes than their own.
     kept = [images[:, :, : rows * pixels] for images in (decoded(tokens), decoded(below))]
     return {
         "nats_per_token": cost,
-        "upper_codes_changed_if_lower_pixels_are_grey": changed.tolist(),
+        "upper_codes_changed_if_lower_pixels_are_gray": changed.tolist(),
         "psnr_of_upper_pixels_above_other_codes": psnr(*kept).mean().item(),
         "psnr_of_reconstructions": psnr(to_unit(x), decoded(tokens)).mean().item(),
     }
@@ -353,15 +260,15 @@ def worth_of_the_class(pipeline: Pipeline, labels: Tensor, tokens: Tensor) -> di
         [nats(pipeline, torch.full_like(labels, c)[:, None], tokens).sum(dim=1) for c in classes],
         dim=1,
     )  # nats an image, (M, classes)
-    nothing = torch.full_like(labels, pipeline.transformer.null_token)[:, None]
+    dropped = torch.full_like(labels, pipeline.transformer.null_token)[:, None]
     own = by_class.gather(1, labels[:, None])
     others = (by_class.sum(dim=1, keepdim=True) - own) / (len(classes) - 1)
     N = pipeline.transformer.seq_len
     return {
         "nats_per_token": {
-            "told": own.mean().item() / N,
-            "not told": nats(pipeline, nothing, tokens).mean().item(),
-            "a wrong one told": others.mean().item() / N,
+            "conditioned": own.mean().item() / N,
+            "condition dropped": nats(pipeline, dropped, tokens).mean().item(),
+            "conditioned on a wrong class": others.mean().item() / N,
         },
         "likeliest_class_is_right": (by_class.argmin(dim=1) == labels).double().mean().item(),
     }
@@ -372,9 +279,9 @@ def time_the_cache(pipeline: Pipeline) -> dict:
     (h, w), N = pipeline.tokenizer.grids[0], pipeline.transformer.seq_len
     condition = torch.zeros(TIMED, 1, dtype=torch.int64)
 
-    def seconds(write: Callable) -> tuple[float, Tensor]:
+    def seconds(sample: Callable) -> tuple[float, Tensor]:
         start = time.process_time()
-        tokens = write(generator=torch.Generator().manual_seed(0))
+        tokens = sample(generator=torch.Generator().manual_seed(0))
         return time.process_time() - start, tokens.flatten(1)
 
     with_cache, tokens = seconds(partial(pipeline.transformer.sample, condition))

@@ -42,7 +42,7 @@ COLUMNS = {  # of the close-up: title, run folder and model
     "VQGAN, 8 epochs": "vqgan/vqgan",
 }
 CLOSE_UP = (5, 7, 9, 3)  # test images
-SPOILT, JUDGED = 5, 7  # test images
+SPOILT, MAPPED = 5, 7  # test images, in distances.png and in patches.png
 NUM_MEASURED = 2000  # test images
 BLUR = 1.0  # pixels
 
@@ -77,12 +77,12 @@ def main(args: argparse.Namespace) -> None:
     discriminator = PatchDiscriminator(images.shape[-1])
     discriminator.load_state_dict(state["extra_state"]["discriminator"])
     discriminator.eval()
-    judged, maps, originals = {}, {}, logits_of(discriminator, x)
+    scores, maps, originals = {}, {}, logits_of(discriminator, x)
     for title, model in [("original", None), *list(models.items())[:3]]:
         y = x if model is None else torch.cat([model(part).reconstruction for part in x.split(500)])
         logits = logits_of(discriminator, y)
-        maps[title] = (y[JUDGED], logits[JUDGED, 0])
-        judged[title] = {
+        maps[title] = (y[MAPPED], logits[MAPPED, 0])
+        scores[title] = {
             "logit": logits.mean().item(),
             "patches_below_the_original": (logits < originals).double().mean().item(),
         }
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
         "discriminator": {
             "receptive_field": receptive_field(1),
             "logits": list(originals.shape[-2:]),
-            "judges": judged,
+            "scores": scores,
         },
     }
     write_metrics(OUT, watch, {"source": args.data, "test_images": NUM_MEASURED}, results)
