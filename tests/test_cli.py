@@ -25,7 +25,12 @@ def measured(tmp_path, pairs):
     """A copy of the classes' run with its metrics.json, and its tokenizer's with its own."""
     folder = shutil.copytree(pairs / "class", tmp_path / "run")
     models = {
-        "transformer": {"nats_per_token": 2.125, "frechet": None, "epochs": 7},
+        "transformer": {
+            "nats_per_token": 2.125,
+            "frechet": None,
+            "class_accuracy": 0.25,
+            "epochs": 7,
+        },
         "vqvae": {"nmse": 0.0625},
     }
     for result, path in zip(models.values(), (folder, folder / "vqvae"), strict=True):
@@ -49,6 +54,7 @@ def test_info_says_what_a_transformer_is(measured, capsys):
     assert "trained on shapes, 32 pixels: python train_transformer.py --tokenizer" in text
     assert "240 steps, 2.0 minutes" in text
     assert "nats_per_token: 2.125" in text and "epochs: 7" in text and "frechet" not in text
+    assert "class_accuracy: 0.25 (of samples at the command's first setting)" in text
 
 
 def test_info_finds_the_result_of_a_vqvae_in_its_runs_folder(measured, capsys):

@@ -46,9 +46,11 @@ def info(args: argparse.Namespace) -> None:
         print(f"trained on {data}, {size} pixels: {command}")
     if {"step", "seconds"} <= state.keys():
         print(f"{state['step']:,} steps, {state['seconds'] / 60:.1f} minutes")
+    of_samples = ("frechet", "class_accuracy") if "condition" in metadata else ()
     for name, value in _result(args.checkpoint, state).items():
         if isinstance(value, int | float):
-            print(f"    {name}: {value if isinstance(value, int) else f'{value:.6g}'}")
+            note = " (of samples at the command's first setting)" if name in of_samples else ""
+            print(f"    {name}: {value if isinstance(value, int) else f'{value:.6g}'}{note}")
 
 
 def _result(checkpoint: str, state: dict) -> dict:
