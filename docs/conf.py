@@ -6,7 +6,7 @@ equations are MathML, and the code is parsed, not imported.
 For who writes a chapter: pages are plain Markdown that a code host shows as well. `_ext/chapter.py`
 says how to show code and how to link to a line of it, `_ext/annotated.py` how a module is shown,
 `_ext/contents.py` where the sidebar comes from, `_ext/mathml.py` what an equation may hold.
-Pictures are ![what is seen](results/study/losses.png), have a text, and at most 300 KB.
+Pictures are ![what is seen](results/study/reconstructions.png), have a text, and at most 300 KB.
 """
 
 import sys

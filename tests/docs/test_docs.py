@@ -101,6 +101,16 @@ def test_result_pictures_are_small():
     assert not [str(path) for path in pictures if path.stat().st_size > 300_000]
 
 
+def test_every_result_picture_is_on_a_page():
+    shown = {
+        (document.parent / link).resolve()
+        for document in DOCUMENTS
+        for link in re.findall(r"\]\(([^)\s]+\.png)\)", document.read_text())
+    }
+    pictures = set((ROOT / "docs" / "results").resolve().rglob("*.png"))
+    assert pictures and not sorted(str(path) for path in pictures - shown)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_to_files_lead_somewhere(document):
     for link in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
