@@ -202,7 +202,7 @@ def test_independent_codes_cost_their_entropy_also_given_the_one_to_the_left():
     assert -0.003 < found["bigram"] - math.log(K) < 0.01  # unseen codes: nothing to be had for free
 
 
-# --- Frechet distance --------------------------------------------------------------------------
+# --- Fréchet distance --------------------------------------------------------------------------
 
 
 def gaussians():

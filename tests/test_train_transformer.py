@@ -159,7 +159,7 @@ def test_the_table_of_samples_and_the_baselines_are_printed(finished):
     for title in report.BASELINES.values():
         assert title in text
     assert f"{math.log(K):.3f} nats per token: uniform (ln K)" in text
-    assert "samples 1" in text and "Frechet distance of reconstructions" in text
+    assert "samples 1" in text and "Fréchet distance of reconstructions" in text
     frechet = metrics_of(finished)["samples"][0]["frechet"]
     assert f"{frechet:.3f}" in text
 

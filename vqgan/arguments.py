@@ -249,7 +249,7 @@ def sampling_settings(args: argparse.Namespace, num_embeddings: int) -> list[dic
         with user_input():
             check_sampling(num_embeddings, **setting)
     if args.num_samples == 1:
-        raise InputError("--num-samples 1: a Frechet distance needs two or more images")
+        raise InputError("--num-samples 1: a Fréchet distance needs two or more images")
     if set(args.guidance) != {1.0} and (args.condition == "none" or args.condition_drop == 0):
         raise InputError("--guidance needs a --condition, and a --condition-drop above 0")
     return settings

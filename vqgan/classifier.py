@@ -2,7 +2,7 @@
 
 One network is trained for its features, which give a perceptual distance that needs no download
 (`perceptual.py`). Another one, of another seed and width, is the evaluation classifier, which no
-model is trained with. Its features give the Frechet distance between two sets of images
+model is trained with. Its features give the Fréchet distance between two sets of images
 (`metrics.frechet_distance`), and `evaluation.py` measures its accuracy on a model's images.
 
 He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2016, arXiv 1512.03385.

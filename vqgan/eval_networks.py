@@ -2,8 +2,8 @@
 
 classifier.pt        a `Classifier` whose features give the perceptual distance of the VQGAN's loss
 eval_classifier.pt   another `Classifier`, which no model is trained with; its features give a
-                     Frechet distance, and its accuracy on a model's images is measured
-Inception            loaded on request; the Frechet distance in its features is the true FID
+                     Fréchet distance, and its accuracy on a model's images is measured
+Inception            loaded on request; the Fréchet distance in its features is the true FID
 """
 
 from collections.abc import Iterable

@@ -116,7 +116,7 @@ def reconstruction_quality(x: Tensor, reconstruction: Tensor, variance: float) -
 
 
 def frechet_distance(features_x: Tensor, features_y: Tensor) -> float:
-    """Frechet distance between two sets of features (N, F), (M, F), each taken as a Gaussian.
+    """Fréchet distance between two sets of features (N, F), (M, F), each taken as a Gaussian.
 
     Heusel et al. 2017 (arXiv 1706.08500), eq. 6, with means m and covariances C:
 

@@ -36,7 +36,7 @@ VQGAN_TERMS = ("reconstruction", "perceptual", "quantizer")  # adversarial.png h
 FORMATS = {
     "nmse": ("norm. MSE", ".4f"), "psnr": ("PSNR/dB", ".2f"), "ssim": ("SSIM", ".4f"),
     "ssim_global": ("SSIM whole", ".4f"), "perceptual": ("perceptual", ".3f"),
-    "frechet": ("Frechet", ".3f"), "rfid": ("rFID", ".2f"), "class_accuracy": ("class acc.", ".1%"),
+    "frechet": ("Fréchet", ".3f"), "rfid": ("rFID", ".2f"), "class_accuracy": ("class acc.", ".1%"),
     "prompt_accuracy": ("prompt acc.", ".1%"), "perplexity": ("perplexity", ".1f"),
     "codes_used": ("codes used", "d"), "bits_per_image": ("bits/image", ".0f"),
     "guidance": ("guidance", ".3g"), "temperature": ("temperature", ".3g"),
@@ -175,7 +175,7 @@ def print_eval_classifier(accuracy: float | None, num_classes: int) -> None:
         return
     print(f"(accuracy of the evaluation classifier on the test images: {accuracy:.1%})")
     if accuracy < 2 / num_classes:
-        print("warning: that is near chance, so its Frechet distance says little; train it on")
+        print("warning: that is near chance, so its Fréchet distance says little; train it on")
         print("more images, or for more epochs")
 
 
@@ -234,7 +234,7 @@ def print_transformer(result: dict, samples: list[dict], references: Mapping[str
     if samples:
         print_table({f"samples {i}": row for i, row in enumerate(samples, 1)}, SAMPLES_COLUMNS)
     for name, distance in references.items():
-        print(f"Frechet distance of {name} to the test images: {distance:.3f}")
+        print(f"Fréchet distance of {name} to the test images: {distance:.3f}")
 
 
 def token_losses_title(condition: str, condition_drop: float, command: str) -> str:

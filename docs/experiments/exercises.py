@@ -7,7 +7,7 @@ One function an exercise. Where it trains, it calls the script itself with the f
 exercise gives; where the exercise edits the source, it makes the same edit in memory, and says
 which line it stands for. What was trained stays in runs/exercises/, and is not trained again.
 Writes in docs/results/exercises/ metrics.json, with the command, data, device and seconds of each,
-and the pictures. The class accuracy and the Frechet distance are by the evaluation classifier of
+and the pictures. The class accuracy and the Fréchet distance are by the evaluation classifier of
 docs/results/shapes-tokenizer, which is trained again, for some minutes, if its run is not there.
 """
 

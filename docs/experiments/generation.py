@@ -6,7 +6,7 @@ reads the run folders below runs/ that this file names (docs/results/README.md h
 and writes, in docs/results/generation/:
 
     generation.png   twelve samples of each, below twelve real images
-    metrics.json     Frechet distances of samples to the test images, by one evaluation classifier
+    metrics.json     Fréchet distances of samples to the test images, by one evaluation classifier
 
 The transformers were measured by their runs, with the same evaluation classifier. Of the
 settings that these measured, the one with the lowest distance counts. The VAE's samples from its
@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
     samples = [vae.sample(BATCH_SIZE, generator) for _ in range(NUM_SAMPLES // BATCH_SIZE)]
     distance = metrics.frechet_distance(extract_features(eval_classifier, samples), test_features)
     models["vae"] = {"run": str(VAE_RUN), "frechet": distance, "num_samples": NUM_SAMPLES}
-    rows.append((f"VAE's prior\nFrechet {distance:.2f}", to_unit(samples[0][:NUM_SHOWN])))
+    rows.append((f"VAE (without classes)\nFréchet {distance:.2f}", to_unit(samples[0][:NUM_SHOWN])))
 
     for title, folder in TRANSFORMERS.items():
         pipeline = load_pipeline(args.runs / folder / "checkpoint.pt")
@@ -74,12 +74,12 @@ def main(args: argparse.Namespace) -> None:
         setting = {key: best[key] for key in ("guidance", "temperature", "top_k", "top_p")}
         tokens = pipeline.transformer.sample(labels[:, None], generator=generator, **setting)
         images = to_unit(pipeline.tokenizer.decode_tokens(tokens))
-        rows.append((f"{title}\nFrechet {best['frechet']:.2f}", images))
+        rows.append((f"{title}\nFréchet {best['frechet']:.2f}", images))
 
     figures.image_rows(
         OUT / "generation.png",
         rows,
-        title="A test image of each class, and new images: the transformers' are of the same class",
+        title="Test images, and new images by three generators",
     )
     about_data = {"source": args.data, "test_images": len(data.test_images)}
     write_metrics(

@@ -11,7 +11,7 @@ without the file's headers, which are the same for all images.
 Writes, in docs/results/jpeg/:
 
     jpeg.png          ten test images through each
-    metrics.json      bytes, PSNR, SSIM, Frechet distance, class accuracy; of JPEG at each quality
+    metrics.json      bytes, PSNR, SSIM, Fréchet distance, class accuracy; of JPEG at each quality
 """
 
 import argparse

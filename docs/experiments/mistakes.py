@@ -357,7 +357,7 @@ def perplexities(codes: Tensor, num_embeddings: int) -> dict:
 
 
 def few_samples() -> dict:
-    """Frechet distance of two sets that come from the very same distribution, by their size."""
+    """Fréchet distance of two sets that come from the very same distribution, by their size."""
     generator = torch.Generator().manual_seed(0)
     result = {}
     for size in (250, 1000, 10000):

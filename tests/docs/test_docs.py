@@ -35,7 +35,6 @@ KEYS = {
     "fitted": "fitted_bits_per_image",
     "with context": "context_bits_per_image",
     "perceptual": "perceptual",
-    "Frechet": "frechet",
     "Fréchet": "frechet",
     "class accuracy": "class_accuracy",
     "codes used (perplexity)": "codes_used",
