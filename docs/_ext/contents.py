@@ -27,6 +27,7 @@ class Contents(SphinxTransform):
 
     def apply(self) -> None:
         if self.env.docname == self.config.root_doc:
+            self.env.metadata[self.env.docname]["hide-toc"] = ""  # it is a list of links already
             self.sidebar()
         elif self.env.docname in CHAPTERS:
             self.on_this_page()

@@ -1,6 +1,6 @@
-"""Each picture links to its file, where it can be seen larger, and dark pages tame it.
+"""Each picture links to its file, where it can be seen larger.
 
-A chart, which is mostly white, is inverted there; a sheet of images is only dimmed (`site.css`).
+A chart, which is mostly white, is inverted on dark pages (`site.css`); images keep their colors.
 """
 
 import re
@@ -25,8 +25,8 @@ def add_links(app: Sphinx, page: str, template: str, context: dict, doctree) -> 
 
     def linked(match: re.Match) -> str:
         image, file, name = match.groups()
-        kind = "chart" if is_chart(paths[name]) else "sheet"
-        return f'<a class="picture {kind}" href="{file}">{image}</a>'
+        classes = "picture chart" if is_chart(paths[name]) else "picture"
+        return f'<a class="{classes}" href="{file}">{image}</a>'
 
     pattern = r'(<img [^>]*src="([^"]*_images/([^"]+))"[^>]*>)'
     context["body"] = re.sub(pattern, linked, context.get("body", ""))

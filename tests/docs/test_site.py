@@ -306,6 +306,8 @@ MEASURE = """() => {
     return {
         width: Math.max(...scrolled.map((element) => element.scrollWidth)),
         equations: [...document.querySelectorAll("math")].map(box),
+        cut: [...document.querySelectorAll("pre")]
+            .filter((code) => code.scrollWidth > code.clientWidth).length,
         pieces: [...document.querySelectorAll(".piece")]
             .filter((piece) => piece.querySelector(".prose").innerText.trim())
             .filter((piece) => piece.querySelector(".line"))
@@ -404,17 +406,20 @@ def test_no_page_scrolls_sideways(visits):
 
 
 @pytest.mark.parametrize("name", ["path.html", "study.html"])
-def test_pictures_are_no_bright_slabs_on_a_dark_page(browser, site, name):
+def test_on_a_dark_page_charts_are_dark_and_images_keep_their_colors(browser, site, name):
     context = browser.new_context(offline=True, color_scheme="dark")
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
     page.goto((site / name).as_uri())
     for link in page.query_selector_all(".picture"):
         shown = Image.open(io.BytesIO(link.query_selector("img").screenshot()))
-        brightness = ImageStat.Stat(shown.convert("L")).mean[0] / 255
-        address, kind = link.get_attribute("href"), link.get_attribute("class").split()[-1]
-        is_sheet = kind == "sheet" and address.endswith(".png")
-        assert brightness < (0.65 if is_sheet else 0.3), (address, brightness)
+        address, classes = link.get_attribute("href"), link.get_attribute("class").split()
+        colors = ImageStat.Stat(shown.convert("RGB")).mean
+        if "chart" in classes or address.endswith(".svg"):
+            assert max(colors) < 0.3 * 255, (address, colors)
+        else:
+            file = ImageStat.Stat(Image.open(site / address).convert("RGB")).mean
+            assert colors == pytest.approx(file, abs=4), address
     context.close()
 
 
@@ -449,6 +454,7 @@ def test_code_stands_below_its_prose_on_a_narrow_screen(visits):
         for piece in visit[NARROW]["pieces"]:
             prose, code = piece["prose"], piece["code"]
             assert code["top"] >= prose["bottom"] and code["left"] == prose["left"], name
+        assert visit[NARROW]["cut"] == 0, name
 
 
 def test_search_finds_a_word_of_the_source(browser, site):
