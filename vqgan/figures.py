@@ -141,7 +141,8 @@ def losses(
     for name, rows in logs.items():
         groups.setdefault(tuple(term for term in terms if term in rows[0]), []).append(name)
     columns = max(len(shown) for shown in groups)
-    figure = new_figure(3.3 * columns, 2.7 * len(groups) + 0.3, title)
+    # A single panel is wider, so that the title above it is whole.
+    figure = new_figure(max(5.6, 3.3 * columns), 2.7 * len(groups) + 0.3, title)
     for row, (shown, names) in enumerate(groups.items()):
         for panel, term in enumerate(shown, start=1 + row * columns):
             unit = "nats per image" if "KL" in shown else "loss"
@@ -227,13 +228,19 @@ def metric_by_batch_size(
     """Plot one line per model over the batch sizes: {"VAE": {16: 0.61, 64: 0.60}, ...}."""
     figure = new_figure(5.6, 3.8, title)
     axes = plot_axes(figure, xlabel="batch size", ylabel=ylabel)
-    above: dict[str, Any] = {"xytext": (0, 7), "textcoords": "offset points", "fontsize": 8}
+    spread = [value for values in results.values() for value in values.values()]
+    near = (max(spread) - min(spread)) / 10  # a label fits between lines that are farther apart
     for (name, values), color, marker in zip(results.items(), COLORS, "os^Dv<>", strict=False):
         sizes = sorted(values)
         y = [values[size] for size in sizes]
         axes.plot(sizes, y, label=name, color=color, marker=marker)
-        for size in sizes:
-            axes.annotate(f"{values[size]:.3f}", (size, values[size]), ha="center", **above)
+        for size, value in values.items():
+            others = (other[size] for other in results.values() if size in other)
+            is_below = any(0 < other - value < near for other in others)
+            style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "ha": "center"}
+            axes.annotate(
+                f"{value:.3f}", (size, value), xytext=(0, -15 if is_below else 7), **style
+            )
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, labels=[str(size) for size in sizes])
     axes.set_xticks([], minor=True)

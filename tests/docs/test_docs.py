@@ -31,6 +31,8 @@ KEYS = {
     "SSIM": "ssim",
     "SSIM, sampled": "ssim_sampled",
     "SSIM, whole image": "ssim_global",
+    "training loss": "final_loss",
+    "reconstruction loss": "final_reconstruction",
     "fixed": "fixed_bits_per_image",
     "fitted": "fitted_bits_per_image",
     "with context": "context_bits_per_image",

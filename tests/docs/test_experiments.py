@@ -14,6 +14,7 @@ from commands import save
 
 from vqgan import prices
 from vqgan.data import ImageDataset
+from vqgan.errors import InputError
 from vqgan.images import from_uint8
 from vqgan.metrics import nats_to_bits
 from vqgan.vae import SpatialVAE
@@ -139,3 +140,34 @@ def test_bytes_of_image_files_leave_out_headers(load):
     for format, payload in fair.FORMATS.items():
         decoded, (file,) = fair.through_file(image, format, quality=20, **fair.OPTIONS[format])
         assert decoded.shape == image.shape and 100 < payload(file) <= len(file) - 30
+
+
+def test_the_sweep_means_the_losses_of_the_last_epoch_and_compares_equal_epochs(
+    tmp_path, monkeypatch, load, shapes
+):
+    sweep = load(DOCS / "experiments" / "sweep.py")
+    monkeypatch.setattr(sweep, "load_dataset", lambda source: shapes)
+
+    def write(name, epochs, kind=VQVAE):
+        run = tmp_path / "sweep" / name
+        run.mkdir(parents=True)
+        result = {"ssim": 0.5, "ssim_global": 0.75, "epochs": epochs}
+        metrics = {"models": {"any": result}, "device": "cpu", "command": "python train_vqvae.py"}
+        (run / "metrics.json").write_text(json.dumps(metrics))
+        save(run / "checkpoint.pt", kind)
+        log = "step,epoch,loss,reconstruction\n1,0.5,9,8\n2,1.0,7,6\n3,1.5,5,4\n4,2.0,3,1\n"
+        (run / "log.csv").write_text(log)
+
+    write("vqvae-batch16", 2)
+    write("vae-batch16", 2, SpatialVAE)
+    monkeypatch.chdir(tmp_path)
+    sweep.main(Namespace(data="shapes", runs=tmp_path))
+    assert len([*sweep.OUT.glob("*.png")]) == 3
+    written = json.loads((sweep.OUT / "metrics.json").read_text())["models"]
+    assert written.keys() == {"vae-batch16", "vqvae-batch16"}
+    result = written["vqvae-batch16"]
+    assert (result["final_epoch"], result["final_loss"], result["ssim"]) == (2, 4, 0.5)
+    assert result["final_reconstruction"] == 2.5
+    write("vae-batch32", 3, SpatialVAE)
+    with pytest.raises(InputError, match="runs of 2, 3 epochs"):
+        sweep.main(Namespace(data="shapes", runs=tmp_path))
