@@ -190,10 +190,9 @@ def main(args: argparse.Namespace) -> None:
     settings = sampling_settings(args, tokenizer.num_embeddings)
     run = open_run(args, batch_sizes=[args.batch_size])
     condition = build_condition(args.condition, run.data, tokenizer, transform=args.condition_image)
-    grid = tokenizer.grids[0]
     model_args = {
         "num_embeddings": tokenizer.num_embeddings,
-        "seq_len": math.prod(grid),
+        "seq_len": tokenizer.seq_len,
         "condition_vocabulary": condition.vocabulary,
         "condition_length": condition.length,
     }
@@ -207,9 +206,9 @@ def main(args: argparse.Namespace) -> None:
         run, epochs=args.eval_classifier_epochs, file=args.eval_classifier, folder=folder
     )
     dataset = load_tokens(run, tokenizer, condition)
-    train_tokens = dataset.train[..., condition.length :].reshape(-1, *grid).long()
-    test_tokens = dataset.test_tokens.view(-1, *grid)
-    baselines = metrics.token_baselines(train_tokens, test_tokens, tokenizer.num_embeddings)
+    train_grids = tokenizer.split_tokens(dataset.train_tokens)
+    test_grids = tokenizer.split_tokens(dataset.test_tokens)
+    baselines = metrics.token_baselines(train_grids, test_grids, tokenizer.num_embeddings)
     report.print_baselines(baselines)
 
     torch.manual_seed(args.seed)

@@ -46,6 +46,8 @@ from vqgan.arguments import (
     parse_arguments,
     positive_float,
     positive_int,
+    quantizer_args,
+    quantizer_flags,
 )
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
 from vqgan.discriminator import (
@@ -254,9 +256,10 @@ def network_args(args: argparse.Namespace) -> dict:
     Builds the network once, so that an impossible size is reported before anything is written.
     """
     names = ["channels", "channel_multipliers", "num_residual_blocks", "attention_resolutions"]
-    names += ["latent_channels", "embedding_dim", "num_embeddings", "quantizer"]
+    names += ["latent_channels"]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     model_args = NETWORKS[args.network] | {"resolution": args.image_size} | given
+    model_args |= quantizer_args(args)
     with user_input(), torch.device("meta"):  # shapes only
         VQGAN(**model_args)
     if args.image_size < metrics.SSIM_WINDOW:
@@ -308,9 +311,7 @@ def parse() -> argparse.Namespace:
     add("--num-residual-blocks", type=positive_int, help="residual blocks per level")
     add("--attention-resolutions", nargs="*", type=positive_int, help="side lengths with attention")
     add("--latent-channels", type=positive_int, help="channels before and after quantization")
-    add("--embedding-dim", type=positive_int, help="D, dimension of a codebook entry")
-    add("--num-embeddings", type=positive_int, help="K, entries of the codebook")
-    add("--quantizer", choices=("ema", "gradient"), help="update of the codebook")
+    quantizer_flags(parser)
 
     add = parser.add_argument_group("perceptual distance").add_argument
     networks = ("classifier", "lpips", "none")

@@ -4,6 +4,8 @@
     python train_vqvae.py --data shapes --epochs 6           rendered shapes, minutes on a CPU
     python train_vqvae.py --batch-sizes 16 32 64 128 256     a sweep over batch sizes
     python train_vqvae.py --models vae-spatial vqvae         of one network, two bottlenecks
+    python train_vqvae.py --models vqvae --quantizer fsq     another codebook (vqgan/codebooks.py)
+    python train_vqvae.py --models vqvae2                    two levels of codes
     python train_vqvae.py --resume                           continue after an interruption
 
 The setting is that of Zhao, Xie, Tang, "VQ-VAE for image generation on CIFAR-10" (UC Davis): both
@@ -29,18 +31,21 @@ from vqgan.arguments import (
     open_run,
     parse_arguments,
     positive_int,
+    quantizer_args,
+    quantizer_flags,
 )
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
-from vqgan.errors import InputError
+from vqgan.errors import InputError, user_input
 from vqgan.evaluation import evaluate_autoencoder
 from vqgan.script import run_script
 from vqgan.training import Run, Session
 from vqgan.vae import LIKELIHOODS, VAE, GaussianAutoencoder, SpatialVAE
-from vqgan.vqvae import VQVAE
+from vqgan.vqvae import VQVAE, VQAutoencoder
+from vqgan.vqvae2 import VQVAE2
 
 
 def training_losses(
-    model: GaussianAutoencoder | VQVAE, x: Tensor, variance: float
+    model: GaussianAutoencoder | VQAutoencoder, x: Tensor, variance: float
 ) -> dict[str, Tensor]:
     """The loss and its terms, each (), for x (B, 3, H, W) in [-1, 1]."""
     output = model(x)
@@ -63,7 +68,7 @@ def training_losses(
 
 
 def train(
-    model: GaussianAutoencoder | VQVAE,
+    model: GaussianAutoencoder | VQAutoencoder,
     model_args: dict,
     folder: Path,
     *,
@@ -134,11 +139,16 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"--image-size {args.image_size} does not fit: {times} downsamples need a multiple of "
             f"2^{times}, and SSIM at least {metrics.SSIM_WINDOW}"
         )
-    if args.quantizer == "gradient" and not args.restart_dead_codes:
-        raise InputError("--no-restart-dead-codes is for --quantizer ema only: leave it out")
+    if "vqvae2" in args.models and (args.num_downsamples < 2 or args.num_rounds is not None):
+        raise InputError("vqvae2 has two grids: it needs --num-downsamples 2 and no --num-rounds")
+    with user_input(), torch.device("meta"):  # shapes only
+        for name in args.models:
+            build_model(name, args)
 
 
-def build_model(name: str, args: argparse.Namespace) -> tuple[GaussianAutoencoder | VQVAE, dict]:
+def build_model(
+    name: str, args: argparse.Namespace
+) -> tuple[GaussianAutoencoder | VQAutoencoder, dict]:
     """The model and its constructor arguments, which its checkpoint keeps."""
     model_args = {
         "image_size": args.image_size,
@@ -150,15 +160,12 @@ def build_model(name: str, args: argparse.Namespace) -> tuple[GaussianAutoencode
     if name == "vae-spatial":
         model_args["num_downsamples"] = args.num_downsamples
         return SpatialVAE(**model_args), model_args
-    model_args = {
-        "image_size": args.image_size,
-        "num_embeddings": args.num_embeddings,
-        "num_downsamples": args.num_downsamples,
-        "quantizer": args.quantizer,
-        "data_init": args.data_init,
-        "restart_dead_codes": args.restart_dead_codes,
-    }
-    return VQVAE(**model_args), model_args
+    model_args = {"image_size": args.image_size, "num_downsamples": args.num_downsamples}
+    model_args |= quantizer_args(args)
+    if name == "vqvae":
+        return VQVAE(**model_args), model_args
+    model_args["num_downsamples"] -= 1  # of the fine grid; the coarse one is that of the VQ-VAE
+    return VQVAE2(**model_args), model_args
 
 
 def parse() -> argparse.Namespace:
@@ -173,7 +180,7 @@ def parse() -> argparse.Namespace:
     add(
         "--models",
         nargs="+",
-        choices=("vae", "vae-spatial", "vqvae"),
+        choices=report.STUDY_TITLES,
         default=["vae", "vqvae"],
         help="models to train and compare; vae-spatial is a VAE with the VQ-VAE's network",
     )
@@ -198,14 +205,9 @@ def parse() -> argparse.Namespace:
         default=1.0,
         help="weight of the KL term; 1 is the ELBO, a larger weight gives fewer bits and more blur",
     )
-    vqvae = parser.add_argument_group("VQ-VAE").add_argument
-    on_off = argparse.BooleanOptionalAction
-    vqvae("--quantizer", choices=("ema", "gradient"), default="ema", help="update of the codebook")
-    vqvae("--num-embeddings", type=positive_int, default=512, help="K, entries of the codebook")
-    help = "2 turns 32x32 pixels into 8x8 (of vae-spatial too)"
-    vqvae("--num-downsamples", type=positive_int, default=2, help=help)
-    vqvae("--data-init", action=on_off, default=True, help="initialize codes from the first batch")
-    vqvae("--restart-dead-codes", action=on_off, default=True, help="move unused codebook entries")
+    help = "2 turns 32x32 pixels into 8x8 (of all but vae; of vqvae2's coarse grid)"
+    add("--num-downsamples", type=positive_int, default=2, help=help)
+    quantizer_flags(parser)
     return parse_arguments(parser)
 
 

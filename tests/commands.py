@@ -41,10 +41,10 @@ def save(path, kind):
     return model.eval()
 
 
-def save_tokenizer(path, images, seed=0):
+def save_tokenizer(path, images, seed=0, kind=VQVAE, **model_args):
     torch.manual_seed(seed)
-    model_args = {"num_hiddens": 8, "num_embeddings": K, "num_downsamples": 3}
-    model = VQVAE(**model_args)
+    model_args = {"num_hiddens": 8, "num_embeddings": K, "num_downsamples": 3} | model_args
+    model = kind(**model_args)
     with torch.no_grad():
         model.train().encode(from_uint8(images[:64]))  # the codebook starts from them
     save_checkpoint(
@@ -54,13 +54,14 @@ def save_tokenizer(path, images, seed=0):
     return model
 
 
-def save_pair(folder, condition, images, condition_drop=0.1):
+def save_pair(folder, condition, images, condition_drop=0.1, kind=VQVAE, **tokenizer_args):
     """As train_transformer.py writes it, untrained; its codes are far from alike."""
-    tokenizer = save_tokenizer(folder / "vqvae" / "checkpoint.pt", images)
+    path = folder / "vqvae" / "checkpoint.pt"
+    tokenizer = save_tokenizer(path, images, kind=kind, **tokenizer_args)
     save_model(folder / "tokenizer.pt", load_checkpoint(folder / "vqvae" / "checkpoint.pt"))
     model_args = {
-        "num_embeddings": K,
-        "seq_len": 16,
+        "num_embeddings": tokenizer.num_embeddings,
+        "seq_len": tokenizer.seq_len,
         "condition_vocabulary": condition.vocabulary,
         "condition_length": condition.length,
         "n_layer": 1,

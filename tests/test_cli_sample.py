@@ -2,17 +2,89 @@
 
 import zlib
 
+import numpy as np
 import pytest
 import torch
-from commands import CLASSES, error_of, is_picture, main
+from commands import CLASSES, error_of, is_picture, main, save_pair
 
-from vqgan.conditions import (
-    TRANSFORMS,
-)
+from vqgan.conditions import TRANSFORMS, class_condition
 from vqgan.image_folder import read_image
-from vqgan.images import from_uint8
+from vqgan.images import from_uint8, to_uint8
 from vqgan.pretrained import load_model, load_pipeline
 from vqgan.transformer import GPT
+from vqgan.vqvae import VQVAE
+from vqgan.vqvae2 import VQVAE2
+
+# --- tokenizers with another codebook, or several grids ---------------------------------------
+
+TOKENIZERS = {
+    "fsq": (VQVAE, {"quantizer": "fsq", "num_embeddings": 64}),
+    "lfq": (VQVAE, {"quantizer": "lfq", "num_embeddings": 32}),
+    "simvq": (VQVAE, {"quantizer": "simvq"}),
+    "residual": (VQVAE, {"quantizer": "residual", "num_rounds": 2}),
+    "vqvae2": (VQVAE2, {"num_downsamples": 2}),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_tokenizer_encodes_decodes_samples_and_completes(
+    name, tmp_path, shapes, images, rows, monkeypatch
+):
+    kind, model_args = TOKENIZERS[name]
+    condition = class_condition(CLASSES)
+    save_pair(tmp_path, condition, shapes.train_images, kind=kind, **model_args)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = load_model("tokenizer.pt")
+
+    main("sample", "checkpoint.pt", "--class", "dog", "--count", 2)
+    ((drawn, _),) = rows
+    assert [label for label, _ in drawn] == ["dog"] and drawn[0][1].shape == (2, 3, 32, 32)
+
+    main("complete", "checkpoint.pt", images[0], "--class", "dog", "--count", 2, "--keep", "top")
+    assert rows[1][0][1][1].shape == (2, 3, 32, 32)
+
+    main("encode", "tokenizer.pt", *images[:2])
+    main("decode", "indices.npz")
+    with np.load("indices.npz") as file:
+        assert file["grid_size"].tolist() in ([*map(list, tokenizer.grids)], [*tokenizer.grids[0]])
+        tokens = torch.from_numpy(file["indices"]).long().flatten(1)
+    originals = torch.stack([torch.from_numpy(read_image(path, 32)) for path in images[:2]])
+    with torch.no_grad():
+        assert torch.equal(tokens, tokenizer.tokens(from_uint8(originals)))
+        expected = to_uint8(tokenizer.decode_tokens(tokens))
+    for path, pixels in zip(sorted(tmp_path.glob("decoded/*.png")), expected, strict=True):
+        assert torch.equal(torch.from_numpy(read_image(path, 32)), pixels)
+
+    main("reconstruct", "tokenizer.pt", images[0], "--out", "r.png")
+    grids = " and ".join(f"{h}x{w}" for h, w in tokenizer.grids)
+    assert f"{grids} codes of {tokenizer.num_embeddings}" in rows[-1][1]
+
+
+def test_completions_keep_the_tokens_of_every_grid(tmp_path, shapes, images, asked):
+    save_pair(
+        tmp_path, class_condition(CLASSES), shapes.train_images, kind=VQVAE2, num_downsamples=2
+    )
+    main("complete", tmp_path / "checkpoint.pt", images[0], "--class", "dog", "--count", 1)
+    tokenizer = load_model(tmp_path / "tokenizer.pt")
+    tokens = tokenizer.tokens(from_uint8(torch.from_numpy(read_image(images[0], 32)))[None])
+    given = tokenizer.split_tokens(asked[0]["given"])
+    for level, whole in zip(given, tokenizer.split_tokens(tokens), strict=True):
+        half = level.shape[1] // 2
+        assert torch.equal(level[:, :half], whole[:, :half]) and (level[:, half:] == -1).all()
+
+
+def test_the_coarse_image_is_shown_above_the_fine_one(tmp_path, shapes, rows, pairs):
+    save_pair(
+        tmp_path, class_condition(CLASSES), shapes.train_images, kind=VQVAE2, num_downsamples=2
+    )
+    main("sample", tmp_path / "checkpoint.pt", "--class", "dog", "cat", "--count", 2, "--coarse")
+    ((drawn, _),) = rows
+    assert [label for label, _ in drawn] == ["dog, coarse", "dog", "cat, coarse", "cat"]
+    assert not torch.equal(drawn[0][1], drawn[1][1])
+    assert "leave it out" in error_of("sample", pairs / "class" / "checkpoint.pt", "--coarse")
+    message = error_of("sample", tmp_path / "checkpoint.pt", "--height", "64")
+    assert "several grids have one size" in message
+
 
 # --- sample ------------------------------------------------------------------------------------
 

@@ -153,7 +153,7 @@ def test_codes_of_a_codebook_of_any_size_come_back(tmp_path, images, K, monkeypa
         VQVAE, "decode_indices", lambda self, codes: seen.append(codes) or decode(self, codes)
     )
     monkeypatch.chdir(tmp_path)
-    main("encode", "c.pt", *images[:2])
+    main("encode", "c.pt", *images[:2], "--image-size", "48")
     main("decode", "indices.npz")
     assert len([*(tmp_path / "decoded").iterdir()]) == 2
     assert torch.equal(seen[0], indices)

@@ -17,7 +17,8 @@ SCRIPTS = ("train_vqvae", "train_vqgan", "train_transformer")
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 # Models and parts: what a reader opens first, and what a program can use without the rest.
-PARTS = "images vae quantizer vqvae vqgan discriminator transformer sampling conditions".split()
+PARTS = "images vae vqvae vqvae2 vqgan discriminator transformer sampling conditions".split()
+PARTS += "quantizer gradient_estimators finite_scalar simvq residual codebooks".split()
 SURROUNDINGS = (
     "data image_folder shapes arguments script figures report training evaluation eval_networks"
 )
@@ -69,7 +70,7 @@ def test_imports_are_read_from_the_source():
     assert {"quantizer", "torch", "typing"} <= imports("vqvae")
     assert {"images", "training", "tokens"} <= imports("train_transformer")
     assert "torchmetrics" in imports("eval_networks")  # inside of a function
-    assert reached("vqvae")["warnings"] == ("vqvae", "quantizer", "warnings")
+    assert reached("simvq")["warnings"] == ("simvq", "quantizer", "warnings")
 
 
 def test_the_package_itself_is_asked_for_its_version_only():
@@ -244,7 +245,7 @@ def test_scripts_show_their_mathematics_soon():
 
 def test_the_package_is_one_that_a_student_can_read():
     lengths = {name: len(code_lines(name)) for name in ["__init__", *MODULES]}
-    assert sum(lengths.values()) <= 4090, sorted(lengths.items(), key=lambda item: -item[1])
+    assert sum(lengths.values()) <= 4515, sorted(lengths.items(), key=lambda item: -item[1])
 
 
 # --- what a library speaks of ------------------------------------------------------------------

@@ -12,6 +12,7 @@ from vqgan.metrics import (
     CodebookUsage,
     codes_used,
     fixed_length_bits,
+    grid_baselines,
     nats_to_bits,
     normalized_mse,
     psnr,
@@ -163,14 +164,14 @@ def successors(n, K):
 
 def test_uniform_codes_cost_ln_k():
     grids = torch.randint(0, 7, (3, 2, 2))
-    assert token_baselines(grids, grids, 7)["uniform"] == pytest.approx(math.log(7))
+    assert grid_baselines(grids, grids, 7)["uniform"] == pytest.approx(math.log(7))
 
 
 def test_a_single_codes_cost_by_hand():
     """Of K = 3 codes, seen 0, 3 and 1 times, each counts once more: 1/7, 4/7, 2/7."""
     train, test = torch.tensor([[[1, 1], [2, 1]]]), torch.tensor([[[0, 1], [2, 2]]])
     expected = -(math.log(1 / 7) + math.log(4 / 7) + 2 * math.log(2 / 7)) / 4
-    assert token_baselines(train, test, 3)["unigram"] == pytest.approx(expected)
+    assert grid_baselines(train, test, 3)["unigram"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("K", [5, 50])
@@ -182,22 +183,32 @@ def test_baselines_are_those_of_plain_loops(K, width):
     skewed = skewed[..., :width]
     train, test = skewed[:40], skewed[40:]
     unigram, bigram = baselines_by_loops(train, test, K)
-    found = token_baselines(train, test, K)
+    found = grid_baselines(train, test, K)
     assert found["unigram"] == pytest.approx(unigram) and found["bigram"] == pytest.approx(bigram)
 
 
 def test_a_code_that_follows_from_the_one_to_its_left_costs_little():
     K = 8
-    found = token_baselines(successors(2000, K), successors(100, K), K)
+    found = grid_baselines(successors(2000, K), successors(100, K), K)
     assert found["unigram"] == pytest.approx(math.log(K), rel=0.01)
     # Nothing but the first of the six codes of a row, and what the smoothing takes.
     assert math.log(K) / 6 < found["bigram"] < math.log(K) / 6 + 0.1
 
 
+def test_each_grid_of_a_sequence_has_frequencies_of_its_own():
+    """Of K = 8 codes the coarse grid has only 3, and the fine one 5: the mean over all tokens."""
+    coarse, fine = torch.full((200, 2, 2), 3), torch.randint(0, 5, (200, 4, 4))
+    found = token_baselines([coarse, fine], [coarse, fine], 8)
+    for name in ("uniform", "unigram", "bigram"):
+        alone = [grid_baselines(grid, grid, 8)[name] for grid in (coarse, fine)]
+        assert found[name] == pytest.approx((4 * alone[0] + 16 * alone[1]) / 20)
+    assert found["unigram"] == pytest.approx(0.8 * math.log(5), abs=0.03)
+
+
 def test_independent_codes_cost_their_entropy_also_given_the_one_to_the_left():
     K = 16
     train, test = torch.randint(0, K, (1000, 8, 8)), torch.randint(0, K, (500, 8, 8))
-    found = token_baselines(train, test, K)
+    found = grid_baselines(train, test, K)
     assert found["unigram"] == pytest.approx(math.log(K), abs=0.01)
     assert -0.003 < found["bigram"] - math.log(K) < 0.01  # unseen codes: nothing to be had for free
 

@@ -67,8 +67,8 @@ def test_retired_keys_are_gone_from_results():
 def test_the_top_of_the_package_is_what_its_list_says():
     for name in vqgan.__all__:
         assert hasattr(vqgan, name), name
-    models = {"VAE", "SpatialVAE", "VQVAE", "VQGAN", "GPT"}
-    models |= {"VectorQuantizer", "EMAVectorQuantizer"}
+    models = {"VAE", "SpatialVAE", "VQVAE", "VQVAE2", "VQGAN", "GPT", "VectorQuantizer"}
+    models |= {"EMAVectorQuantizer", "FSQ", "LFQ", "SimVQ", "ResidualVQ"}
     assert models | {"load_model", "load_pipeline", "__version__"} == set(vqgan.__all__)
 
 

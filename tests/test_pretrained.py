@@ -281,7 +281,7 @@ def test_a_model_starts_from_the_weights_of_another(tmp_path, kind):
 def test_a_model_starts_from_no_other_kind_or_size(tmp_path):
     save(tmp_path / "c.pt", VQVAE)
     model = VQVAE(**ARGUMENTS[VQVAE] | {"num_embeddings": 17})
-    with pytest.raises(InputError, match=r"quantizer.codebook is \(16, 64\), not \(17, 64\)"):
+    with pytest.raises(InputError, match="num_embeddings is 16, not 17"):
         init_weights(model, tmp_path / "c.pt")
     with pytest.raises(InputError, match="c.pt is a VQVAE"):
         init_weights(VAE(**ARGUMENTS[VAE]), tmp_path / "c.pt")

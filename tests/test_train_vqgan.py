@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import sys
 from unittest import mock
 
 import numpy as np
@@ -375,11 +376,10 @@ def test_yardstick_epochs_change_the_yardstick_and_nothing_else(finished, tmp_pa
 
 def test_a_network_by_name(tmp_path):
     """The paper's, on its arguments alone: it is too large to train here."""
-    args = mock.Mock(network="f16", image_size=64, perceptual="none", objectives=["vqgan"])
-    for name in ("channels", "channel_multipliers", "num_residual_blocks", "quantizer"):
-        setattr(args, name, None)
-    args.attention_resolutions = args.latent_channels = args.embedding_dim = None
-    args.num_embeddings = 1024
+    flags = ("--network", "f16", "--image-size", "64", "--perceptual", "none")
+    flags += ("--num-embeddings", "1024", "--out", str(tmp_path))
+    with mock.patch.object(sys, "argv", ["train_vqgan.py", *flags]):
+        args = train_vqgan.parse()
     model_args = train_vqgan.network_args(args)
     assert model_args["resolution"] == 64 and model_args["num_embeddings"] == 1024
     assert model_args["channel_multipliers"] == [1, 1, 2, 2, 4]

@@ -249,6 +249,27 @@ def test_a_finished_run_can_be_resumed_for_more_epochs(finished, tmp_path):
     run(out, "--resume")  # which has changed nothing
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--models vqvae --quantizer residual --num-rounds 2 --gradient-estimator rotation",
+        "--models vqvae --quantizer simvq",
+        "--models vqvae --cosine --embedding-dim 8",
+        "--models vqvae2 --quantizer lfq",
+    ],
+)
+def test_every_codebook_resumed_is_the_uninterrupted_one(flags, tmp_path):
+    """Two epochs at once, and one and then another. The table says what a sequence costs."""
+    flags = [*SMALL, "--limit", 64, "--batch-size", 16, "--num-embeddings", 32, *flags.split()]
+    whole = run(tmp_path / "whole", *flags, "--epochs", 2)
+    out = run(tmp_path / "out", *flags, "--epochs", 1)
+    run(out, "--resume", "--epochs", 2)
+    assert same_weights(weights(out, ""), weights(whole, ""))
+    (result,) = json.loads((out / "metrics.json").read_text())["models"].values()
+    seq_len = {"residual": 128, "simvq": 64, "lfq": 320}.get(flags[flags.index("--models") + 3], 64)
+    assert result["bits_per_image"] == 5 * seq_len
+
+
 def test_a_model_trains_the_same_alone(finished, tmp_path):
     """Each model has its own start: same seed, same run, whatever was trained before it."""
     whole, _ = finished
@@ -405,7 +426,14 @@ def test_help_states_every_default(tmp_path, capsys):
         (["--data", "shapes", "--image-size", "40"], "multiple of 2^4"),
         (["--data", "EMPTY", "--models", "vqvae", "--image-size", "8"], "at least 11"),
         (["--data", "shapes", "--models", "vae-spatial", "--num-downsamples", "6"], "of 2^6"),
-        (["--data", "shapes", "--quantizer", "gradient", "--no-restart-dead-codes"], "ema"),
+        (["--data", "shapes", "--quantizer", "gradient", "--no-restart-dead-codes"], "has no"),
+        (["--data", "shapes", "--quantizer", "fsq", "--levels", "8", "1"], "--levels [8, 1]"),
+        (["--data", "shapes", "--quantizer", "fsq", "--embedding-dim", "3"], "number of --levels"),
+        (["--data", "shapes", "--quantizer", "lfq", "--num-embeddings", "100"], "power of two"),
+        (["--data", "shapes", "--quantizer", "residual", "--num-rounds", "0"], "--num-rounds 0"),
+        (["--data", "shapes", "--levels", "8", "8", "--num-embeddings", "64"], "the product"),
+        (["--data", "shapes", "--models", "vqvae2", "--num-downsamples", "1"], "has two grids"),
+        (["--data", "shapes", "--models", "vqvae2", "--num-rounds", "2"], "has two grids"),
         (["--data", "shapes", "--resume"], "no run in"),
     ],
 )

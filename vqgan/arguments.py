@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from vqgan.codebooks import DEFAULTS, QUANTIZERS
 from vqgan.data import NUM_TRAIN, TrainLoader, load_dataset, pixel_variance
 from vqgan.device import choose_device, choose_precision
 from vqgan.errors import InputError, file_input, user_input
 from vqgan.files import lock_folder, read_json, unused_path, write_json
+from vqgan.gradient_estimators import GRADIENT_ESTIMATORS
 from vqgan.images import MAX_IMAGE_SIZE
 from vqgan.pretrained import checkpoint_path, init_weights, load_tokenizer
 from vqgan.sampling import check_sampling
@@ -107,6 +109,43 @@ def common_parser(
     add("--init-from", type=path_text, metavar="CHECKPOINT", help=start)
     add("--resume", action="store_true", help="continue the run in --out, with the flags it had")
     return parser
+
+
+def quantizer_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the codebook. Those that are not given follow the model's defaults."""
+    add = parser.add_argument_group("codebook (flags not given follow the model)").add_argument
+    on_off = argparse.BooleanOptionalAction
+    add(
+        "--quantizer", choices=QUANTIZERS, help="kind of codebook (vqgan/codebooks.py); usually ema"
+    )
+    add("--num-embeddings", type=positive_int, help="K, entries of the codebook")
+    add("--embedding-dim", type=positive_int, help="D, dimension of a codebook entry")
+    add("--levels", nargs="+", type=positive_int, help="levels per dimension, of fsq")
+    add("--num-rounds", type=non_negative_int, help="codes per position, of residual")
+    add("--cosine", action=on_off, help="unit length for vectors and codes, of ema and gradient")
+    help = "gradient from decoder to encoder, of learned codebooks"
+    add("--gradient-estimator", choices=GRADIENT_ESTIMATORS, help=help)
+    add("--data-init", action=on_off, help="initialize codes from the first batch")
+    add("--restart-dead-codes", action=on_off, help="move unused codebook entries")
+
+
+def quantizer_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a quantizer that were given.
+
+    Raises:
+        InputError: D or K is given, and follows from another flag.
+    """
+    names = ("quantizer", "num_embeddings", "embedding_dim", *DEFAULTS)
+    given = {name: getattr(args, name, None) for name in names}  # (no flag sets beta)
+    given = {name: value for name, value in given.items() if value is not None}
+    if "embedding_dim" in given and args.quantizer in ("fsq", "lfq"):
+        source = (
+            "the number of --levels" if args.quantizer == "fsq" else "--num-embeddings, as log2 K"
+        )
+        raise InputError(f"--embedding-dim of {args.quantizer} follows from {source}: leave it out")
+    if "num_embeddings" in given and args.levels:
+        raise InputError("--num-embeddings is the product of --levels: give one of the two")
+    return given
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -18,6 +18,7 @@ from vqgan.image_folder import read_images
 from vqgan.images import from_uint8, to_unit
 from vqgan.pretrained import Pipeline, load_pipeline
 from vqgan.sampling import check_sampling, describe_sampling, sample_sliding_window
+from vqgan.vqvae2 import VQVAE2
 
 SAMPLES, COMPLETED = "samples.png", "completed.png"  # --out
 COLUMNS = 8  # images per row
@@ -30,6 +31,7 @@ def sample_flags(add) -> None:
     image = "image to generate from, if that is the model's condition"
     add("--image", type=path_text, metavar="IMAGE", help=image)
     add("--as-is", action="store_true", help="IMAGE is already transformed (edges, gray, lowres)")
+    add("--coarse", action="store_true", help="also show what the coarse tokens give (VQ-VAE-2)")
     add("--height", type=small_int, help="height in pixels, for textures larger than trained")
     add("--width", type=small_int, help="width in pixels, for textures larger than trained")
 
@@ -51,6 +53,8 @@ def sample(args: argparse.Namespace) -> None:
     pipeline, setting, device = _open(args)
     if args.as_is and args.image is None:
         raise InputError("--as-is is about an --image, and none was given: leave it out")
+    if args.coarse and not isinstance(pipeline.tokenizer, VQVAE2):
+        raise InputError("--coarse is about the two grids of a VQ-VAE-2: leave it out")
     height, width = _grid_size(args, pipeline)
     prompts = _prompts(args, pipeline)
     rows = []
@@ -60,9 +64,10 @@ def sample(args: argparse.Namespace) -> None:
         rows = [("original", to_unit(x).cpu())] if not args.as_is else []
         rows.append((pipeline.condition.transform, to_unit(transformed).cpu()))
         prompts = {"samples": pipeline.tokenizer.tokens(transformed)}
-    pixels = 2**pipeline.tokenizer.num_downsamples
+    tokenizer, pixels = pipeline.tokenizer, 2**pipeline.tokenizer.num_downsamples
+    is_larger = (height, width) != tokenizer.grids[-1]
     chunk_size = min(MAX_CHUNK_SIZE, eval_batch_size(height * pixels))
-    total = len(prompts) * args.count * height * width
+    total = len(prompts) * args.count * (height * width if is_larger else tokenizer.seq_len)
     with progress_bar(desc="sampling", total=total, unit="token", unit_scale=True) as bar:
         for label, prompt in prompts.items():
             # Each label has its own generator, so its images are the same without the others. (And
@@ -70,17 +75,21 @@ def sample(args: argparse.Namespace) -> None:
             seed = zlib.crc32(f"{args.seed} {label}".encode(errors="surrogateescape"))
             generator = torch.Generator().manual_seed(seed)
             options = setting | {"generator": generator, "progress": bar.update}
-            images = []
+            images, coarse = [], []
             for part in prompt.to(device).expand(args.count, -1).split(chunk_size):
-                if (height, width) == pipeline.tokenizer.grids[0]:
-                    tokens = pipeline.transformer.sample(part, **options)
-                    indices = tokens.unflatten(1, (height, width))
+                if is_larger:
+                    window = (pipeline.transformer, tokenizer, part, height, width)
+                    x = tokenizer.decode_indices(sample_sliding_window(*window, **options))
                 else:
-                    models = (pipeline.transformer, pipeline.tokenizer)
-                    indices = sample_sliding_window(*models, part, height, width, **options)
-                images.append(to_unit(pipeline.tokenizer.decode_indices(indices)).cpu())
-            chunks = torch.cat(images).split(COLUMNS)
-            rows += [(label if i == 0 else "", chunk) for i, chunk in enumerate(chunks)]
+                    tokens = pipeline.transformer.sample(part, **options)
+                    x = tokenizer.decode_tokens(tokens)
+                    if args.coarse and isinstance(tokenizer, VQVAE2):
+                        coarse.append(to_unit(tokenizer.decode_coarse(tokens)).cpu())
+                images.append(to_unit(x).cpu())
+            grids = {f"{label}, coarse": coarse} if args.coarse else {}
+            for name, parts in (grids | {label: images}).items():
+                chunks = torch.cat(parts).split(COLUMNS)
+                rows += [(name if i == 0 else "", chunk) for i, chunk in enumerate(chunks)]
     figures.image_rows(out, rows, title=f"Samples ({describe_sampling(setting)})")
     print(f"images of {', '.join(prompts)}, {args.count} of each: written to {out}")
 
@@ -95,7 +104,8 @@ def complete(args: argparse.Namespace) -> None:
     images = read_images([args.image], pipeline.tokenizer.image_size)
     x = from_uint8(images).to(device)  # (1, 3, H, W)
     tokens = pipeline.tokenizer.tokens(x)  # (1, N)
-    mask = _mask(args.keep, pipeline)  # (h, w)
+    masks = _masks(args.keep, pipeline)  # (h, w) for each grid
+    mask = torch.cat([mask.flatten() for mask in masks])  # (N,)
     kind = pipeline.condition.kind
     if kind == "none" or args.classes is not None or args.caption is not None:
         (condition, *others) = _prompts(args, pipeline).values()
@@ -109,7 +119,7 @@ def complete(args: argparse.Namespace) -> None:
         raise InputError("--guidance strengthens a condition, and none was given: leave it out")
     else:  # the condition is dropped
         condition = torch.full((1, pipeline.condition.length), pipeline.transformer.null_token)
-    given = torch.where(mask.to(device).flatten(), tokens, -1).expand(args.count, -1)
+    given = torch.where(mask.to(device), tokens, -1).expand(args.count, -1)
     with progress_bar(desc="sampling", total=given.numel(), unit="token", unit_scale=True) as bar:
         generator = torch.Generator().manual_seed(args.seed)
         options = setting | {"generator": generator, "progress": bar.update}
@@ -117,7 +127,7 @@ def complete(args: argparse.Namespace) -> None:
         samples = pipeline.transformer.sample(prompt, given=given, **options)
     completed = to_unit(decode_tokens(pipeline.tokenizer, samples))
     pixels = 2**pipeline.tokenizer.num_downsamples
-    mask = mask.repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
+    mask = masks[-1].repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
     masked = torch.where(mask, to_unit(x).cpu(), 0.5)
     rows = [("original, and what is kept", torch.cat([to_unit(x).cpu(), masked]))]
     rows += [("completions" if i == 0 else "", c) for i, c in enumerate(completed.split(COLUMNS))]
@@ -144,14 +154,17 @@ def _open(args: argparse.Namespace) -> tuple[Pipeline, dict, torch.device]:
 
 
 def _grid_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
-    """The height and width in tokens."""
+    """The height and width in tokens, of the finest grid."""
     pixels = 2**pipeline.tokenizer.num_downsamples  # per token, in each direction
     size = pipeline.tokenizer.image_size
     height, width = args.height or size, args.width or size
     if height % pixels or width % pixels or min(height, width) < size:
         raise InputError(f"height={height}, width={width}: give multiples of {pixels} from {size}")
-    if (height, width) != (size, size) and pipeline.condition.kind == "image":
+    is_larger = (height, width) != (size, size)
+    if is_larger and pipeline.condition.kind == "image":
         raise InputError("a model conditioned on images has one size: leave --height, --width out")
+    if is_larger and len(pipeline.tokenizer.grids) > 1:
+        raise InputError("tokens of several grids have one size: leave --height, --width out")
     return height // pixels, width // pixels
 
 
@@ -179,20 +192,22 @@ def _prompts(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Tensor]:
     return {"samples": condition.start_tokens(1)}
 
 
-def _mask(keep: str, pipeline: Pipeline) -> Tensor:
-    """The mask of tokens to keep, (h, w) bool: those whose pixels all lie inside the box."""
-    size, (h, w) = pipeline.tokenizer.image_size, pipeline.tokenizer.grids[0]
+def _masks(keep: str, pipeline: Pipeline) -> list[Tensor]:
+    """The tokens to keep, (h, w) bool for each grid: those whose pixels all lie inside the box."""
+    size, masks = pipeline.tokenizer.image_size, []
     boxes = {"top": (0, 0, size, size // 2), "left": (0, 0, size // 2, size)}
     try:
         x0, y0, x1, y1 = boxes.get(keep) or (int(number) for number in keep.split(","))
     except ValueError as error:
         raise InputError(f"--keep {keep}: give top, left, or a box, as in 0,0,16,16") from error
-    pixels = size // h
-    top, left = torch.arange(h)[:, None] * pixels, torch.arange(w) * pixels
-    mask = (left >= x0) & (left + pixels <= x1) & (top >= y0) & (top + pixels <= y1)
+    for h, w in pipeline.tokenizer.grids:
+        pixels = size // h
+        top, left = torch.arange(h)[:, None] * pixels, torch.arange(w) * pixels
+        masks.append((left >= x0) & (left + pixels <= x1) & (top >= y0) & (top + pixels <= y1))
+    mask = masks[-1]
     if not mask.any() or mask.all():
         raise InputError(
             f"--keep {keep} keeps {int(mask.sum())} of {mask.numel()} tokens: give a box with some "
             f"of the {size}x{size} pixels and not all (a token stands for {pixels}x{pixels})"
         )
-    return mask
+    return masks

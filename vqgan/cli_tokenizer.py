@@ -86,9 +86,10 @@ def reconstruct(args: argparse.Namespace) -> None:
                 rows += zip(("original", "reconstruction"), part, strict=True)
     title = f"{type(model).__name__}, {size}x{size} pixels"
     if isinstance(model, VQAutoencoder):
-        h, w = model.encode(x[:1]).indices.shape[1:]
-        K = model.num_embeddings
-        title += f": {h}x{w} codes of {K}, {metrics.fixed_length_bits(h * w, K):.0f} bits per image"
+        model.image_size, K = size, model.num_embeddings
+        grids = " and ".join(f"{h}x{w}" for h, w in model.grids)
+        bits = metrics.fixed_length_bits(model.seq_len, K)
+        title += f": {grids} codes of {K}, {bits:.0f} bits per image"
     figures.image_rows(out, rows, title=title)
     print(f"{title}; {len(paths)} images, mean PSNR {np.mean(psnr):.2f} dB; written to {out}")
 
@@ -98,15 +99,17 @@ def encode(args: argparse.Namespace) -> None:
     """Compress images to indices into the codebook, a few dozen bytes per image.
 
     The file holds `indices`, int32 (N, h, w), and the same `packed` into just enough bits for each,
-    uint8 (N, bytes). It names the model that decodes it.
+    uint8 (N, bytes). It names the model that decodes it. (A model with several grids has tokens
+    instead, int32 (N, seq_len), and a `grid_size` for each grid.)
     """
     paths = find_images(args.images)
     out, device = output_path(args.out, INDICES, paths), choose_device(args.device)
     model = _tokenizer(args.checkpoint).to(device)
     size, parts = _size(model, args.image_size), []
+    model.image_size = size
     bits = _bits(model.num_embeddings)
     for chunk, pixels in _read_chunks(paths, size):
-        parts.append(model.encode(from_uint8(pixels).to(device)).indices.cpu().int())
+        parts.append(model.tokens(from_uint8(pixels).to(device)).cpu().int())
         num_bytes = -(-parts[0][0].numel() * bits // 8)  # rounded up
         for path, original in zip(chunk, pixels, strict=True):
             if len(paths) > MAX_LINES:
@@ -116,13 +119,15 @@ def encode(args: argparse.Namespace) -> None:
                 f"{len(_image_file(original, 'JPEG'))} bytes as JPEG (quality 75), "
                 f"{len(_image_file(original, 'PNG'))} as PNG"
             )
-    indices = torch.cat(parts).numpy()  # (N, h, w)
+    tokens, grids = torch.cat(parts), np.array(model.grids)
+    grid_size = grids[0] if len(grids) == 1 else grids
+    indices = tokens.unflatten(1, model.grids[0]).numpy() if len(grids) == 1 else tokens.numpy()
     file = io.BytesIO()
     np.savez(
         file,
         indices=indices,
         packed=_pack(indices, model.num_embeddings),
-        grid_size=np.array(indices.shape[1:]),
+        grid_size=grid_size,
         num_embeddings=np.array(model.num_embeddings),
         names=np.array([path.stem for path in paths]),
         checkpoint=np.array(args.checkpoint),
@@ -138,11 +143,12 @@ def decode(args: argparse.Namespace) -> None:
     out, device = output_path(args.out, DECODED), choose_device(args.device)
     try:
         packed, names, grid, *scalars = load_arrays(args.indices, ARRAYS).values()
-        (h, w), (K, path, encoder) = grid.tolist(), (scalar.item() for scalar in scalars)
-        if packed.dtype != np.uint8 or packed.shape != (len(names), -(-h * w * _bits(K) // 8)):
+        grids, (K, path, encoder) = np.atleast_2d(grid), (scalar.item() for scalar in scalars)
+        if grids.ndim != 2 or grids.shape[1] != 2 or grids.min() < 1 or grid.dtype.kind != "i":
+            raise ValueError(f"grids of {grids.tolist()}")
+        seq_len = int(grids.prod(axis=1).sum())
+        if packed.dtype != np.uint8 or packed.shape != (len(names), -(-seq_len * _bits(K) // 8)):
             raise ValueError(f"{packed.dtype} {packed.shape} for {len(names)} images")
-        if min(h, w) < 1 or grid.dtype.kind != "i":
-            raise ValueError(f"a grid of {h}x{w}")
         if names.ndim != 1 or names.dtype.kind != "U" or not isinstance(path, str):
             raise ValueError("names that are no texts")
     except FileNotFoundError:
@@ -160,15 +166,18 @@ def decode(args: argparse.Namespace) -> None:
         wrong = args.checkpoint or path
         raise InputError(f"{wrong} did not encode {args.indices}: give --checkpoint {path}")
     model.to(device)
-    side = max(h, w) * 2**model.num_downsamples
+    side = int(grids.max()) * 2**model.num_downsamples
     if side > MAX_IMAGE_SIZE:
         raise InputError(f"{args.indices} has images of {side} pixels, not 1 to {MAX_IMAGE_SIZE}")
+    model.image_size = side
+    if model.grids != [tuple(shape) for shape in grids.tolist()]:
+        raise InputError(f"{args.indices} is damaged: its model has other grids")
     chunk_size = eval_batch_size(side)
     for start in range(0, len(packed), chunk_size):
-        part = torch.from_numpy(_unpack(packed[start : start + chunk_size], [h, w], K))
+        part = torch.from_numpy(_unpack(packed[start : start + chunk_size], seq_len, K))
         if part.max() >= K:
             raise InputError(f"{args.indices} is damaged: it has an index {part.max()} of {K}")
-        for i, pixels in enumerate(to_uint8(model.decode_indices(part.to(device))).cpu(), start):
+        for i, pixels in enumerate(to_uint8(model.decode_tokens(part.to(device))).cpu(), start):
             # A name from elsewhere may hold anything, and a file system takes 255 bytes.
             name = re.sub(r"[^\w.-]", "_", Path(names[i]).name)[:60]
             file_name = f"{i + 1:0{len(str(len(packed)))}}-{name}.png"
@@ -207,16 +216,16 @@ def _bits(num_embeddings: int) -> int:
 
 
 def _pack(indices: np.ndarray, num_embeddings: int) -> np.ndarray:
-    """int32 (N, h, w) -> uint8 (N, bytes), each index in just enough bits, the lowest first."""
-    binary = (indices[..., None] >> np.arange(_bits(num_embeddings))) & 1  # (N, h, w, bits)
+    """int32 (N, ...) -> uint8 (N, bytes), each index in just enough bits, the lowest first."""
+    binary = (indices[..., None] >> np.arange(_bits(num_embeddings))) & 1  # (N, ..., bits)
     return np.packbits(binary.reshape(len(indices), -1).astype(np.uint8), axis=1)
 
 
-def _unpack(packed: np.ndarray, grid: list[int], num_embeddings: int) -> np.ndarray:
-    """The inverse of `_pack`: uint8 (N, bytes) -> int64 (N, h, w), where `grid` is h, w."""
-    (h, w), bits = grid, _bits(num_embeddings)
-    binary = np.unpackbits(packed, axis=1)[:, : h * w * bits].reshape(len(packed), h, w, bits)
-    return (binary.astype(np.int64) << np.arange(bits)).sum(axis=3)
+def _unpack(packed: np.ndarray, seq_len: int, num_embeddings: int) -> np.ndarray:
+    """The inverse of `_pack`: uint8 (N, bytes) -> int64 (N, seq_len)."""
+    bits = _bits(num_embeddings)
+    binary = np.unpackbits(packed, axis=1)[:, : seq_len * bits].reshape(-1, seq_len, bits)
+    return (binary.astype(np.int64) << np.arange(bits)).sum(axis=2)
 
 
 def _image_file(pixels: Tensor, format: str) -> bytes:

@@ -23,6 +23,9 @@ from vqgan.transformer import GPT
 from vqgan.vae import GaussianAutoencoder, reparameterize
 from vqgan.vqvae import VQAutoencoder
 
+# Keys of the result that not every model, or not every run, has.
+OPTIONAL = ["perceptual", "frechet", "class_accuracy"]
+OPTIONAL += ["perplexity", "codes_used", "entropy_bits_per_image"]
 MAX_CACHED = 2**28  # numbers in the keys and values of sampling, 1 GiB in float32
 
 
@@ -46,9 +49,9 @@ def evaluate_autoencoder(
     """
     model.eval()
     generator = torch.Generator().manual_seed(0)  # the global one belongs to training
-    usage: Any = None  # a VAE has no codebook
+    usages = []  # of each grid; a VAE has no codebook
     if isinstance(model, VQAutoencoder):
-        usage = metrics.CodebookUsage(model.num_embeddings)
+        usages = [metrics.CodebookUsage(model.num_embeddings) for _ in model.grids]
     per_image, features, features_hat = defaultdict(list), [], []
     for x in eval_batches(run.data.test_images, device=run.device):
         output = model(x)
@@ -62,7 +65,9 @@ def evaluate_autoencoder(
             quality["nmse_sampled"] = metrics.normalized_mse(x.cpu(), sampled.cpu(), run.variance)
             quality["ssim_sampled"] = metrics.ssim(to_unit(x).cpu(), to_unit(sampled).cpu())
         else:
-            usage.update(output.indices)
+            split = model.split_tokens(output.indices.flatten(1))
+            for usage, indices in zip(usages, split, strict=True):
+                usage.update(indices)
             quality |= {f"{name}_sampled": quality[name] for name in ("nmse", "ssim")}
         if distance is not None:
             quality["perceptual"] = distance(x, x_hat)
@@ -75,7 +80,7 @@ def evaluate_autoencoder(
             inception.update(to_unit(x).to(inception.device), real=True)
             inception.update(to_unit(x_hat).to(inception.device), real=False)
 
-    result: dict[str, Any] = {"perceptual": None, "frechet": None, "class_accuracy": None}
+    result: dict[str, Any] = dict.fromkeys(OPTIONAL)
     result |= {name: torch.cat(values).mean().item() for name, values in per_image.items()}
     if eval_classifier is not None:
         real, reconstructed = torch.cat(features), torch.cat(features_hat)
@@ -85,16 +90,21 @@ def evaluate_autoencoder(
     if inception is not None:
         result["rfid"] = inception.compute().item()
         inception.reset()
-    result |= {"perplexity": None, "codes_used": None, "entropy_bits_per_image": None}
     if isinstance(model, GaussianAutoencoder):
         return result | {"bits_per_image": metrics.nats_to_bits(result.pop("kl"))}, None
-    seq_len = output.indices[0].numel()
-    return result | {
-        "perplexity": usage.perplexity,
-        "codes_used": usage.codes_used,
-        "bits_per_image": metrics.fixed_length_bits(seq_len, model.num_embeddings),
-        "entropy_bits_per_image": seq_len * usage.entropy,
-    }, usage.counts
+    counts = torch.stack([usage.counts for usage in usages]).sum(dim=0)
+    return result | _codebook_result(model, usages), counts
+
+
+def _codebook_result(model: VQAutoencoder, usages: list[metrics.CodebookUsage]) -> dict:
+    """What the tokens cost, and how many codes are used; `usages` are those of each grid."""
+    entropy_bits = sum(h * w * u.entropy for (h, w), u in zip(model.grids, usages, strict=True))
+    return {
+        "perplexity": 2 ** (entropy_bits / model.seq_len),
+        "codes_used": int(torch.stack([u.counts for u in usages]).any(dim=0).sum()),  # in any grid
+        "bits_per_image": metrics.fixed_length_bits(model.seq_len, model.num_embeddings),
+        "entropy_bits_per_image": entropy_bits,
+    }
 
 
 # --- samples -------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ since a wrong range would silently change every number.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -181,8 +182,10 @@ class CodebookUsage:
 SMOOTHING = 100
 
 
-def token_baselines(train: Tensor, test: Tensor, num_embeddings: int) -> dict[str, float]:
-    """Losses of three simple models of grids, in nats per token, which a transformer must beat.
+def token_baselines(
+    train: Sequence[Tensor], test: Sequence[Tensor], num_embeddings: int
+) -> dict[str, float]:
+    """Losses of three simple models of tokens, in nats per token, which a transformer must beat.
 
         uniform   ln K
         unigram   -mean log p(s), from how often token s occurs
@@ -194,8 +197,19 @@ def token_baselines(train: Tensor, test: Tensor, num_embeddings: int) -> dict[st
     token of a row has none to its left, and costs -log p(s).)
 
     Args:
-        train, test: (N, h, w) int64, 0 to K - 1.
+        train, test: the grids of a sequence, (images, h, w) int64 each, 0 to K - 1. Each grid has
+            frequencies of its own.
     """
+    sizes = [grid[0].numel() for grid in test]
+    levels = [grid_baselines(*grids, num_embeddings) for grids in zip(train, test, strict=True)]
+    return {
+        name: sum(n * nats[name] for n, nats in zip(sizes, levels, strict=True)) / sum(sizes)
+        for name in levels[0]
+    }
+
+
+def grid_baselines(train: Tensor, test: Tensor, num_embeddings: int) -> dict[str, float]:
+    """`token_baselines` of a single grid, (images, h, w)."""
     K = num_embeddings
     counts = torch.bincount(train.flatten(), minlength=K).double() + 1
     unigram = counts / counts.sum()  # p(s), (K,)

@@ -1,6 +1,5 @@
 """Loads trained models from checkpoints, of this package or published by the VQGAN's authors."""
 
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,9 +13,10 @@ from vqgan.transformer import GPT
 from vqgan.vae import VAE, SpatialVAE
 from vqgan.vqgan import VQGAN
 from vqgan.vqvae import VQVAE, VQAutoencoder
+from vqgan.vqvae2 import VQVAE2
 
-Model = VAE | SpatialVAE | VQVAE | VQGAN | GPT
-MODELS = {model.__name__: model for model in (VAE, SpatialVAE, VQVAE, VQGAN, GPT)}
+Model = VAE | SpatialVAE | VQVAE | VQVAE2 | VQGAN | GPT
+MODELS = {model.__name__: model for model in (VAE, SpatialVAE, VQVAE, VQVAE2, VQGAN, GPT)}
 # Transformers that come with the package, each with its tokenizer.
 PRETRAINED = {"shapes": Path(__file__).parent / "pretrained" / "shapes" / "checkpoint.pt"}
 
@@ -69,7 +69,12 @@ def init_weights(model: nn.Module, path: str | Path, config: str | None = None) 
     with file_input(f"{path} is a {type(source).__name__} of other sizes or kind"):
         if type(model) is not type(source):
             raise ValueError(f"this run trains a {type(model).__name__}")
-        for name in ("n_head", "norm_groups", "likelihood"):  # which no shape of a weight tells
+        for name in (
+            "n_head",
+            "norm_groups",
+            "likelihood",
+            "num_embeddings",
+        ):  # which no shape of a weight tells
             ours, theirs = (getattr(m, name, None) for m in (model, source))
             if ours != theirs:
                 raise ValueError(f"{name} is {theirs}, not {ours}")
@@ -158,7 +163,7 @@ def load_pipeline(path: str | Path, *, tokenizer: str | Path | None = None) -> P
     with file_input(f"{path} has damaged metadata", ": name another file"):
         model.check_resolution(size, size)
         model.image_size = size
-        expected = (condition.vocabulary, condition.length, math.prod(model.grids[0]))
+        expected = (condition.vocabulary, condition.length, model.seq_len)
         found = (transformer.condition_vocabulary, transformer.condition_length)
         if expected != (*found, transformer.seq_len):
             raise ValueError("the condition or the grid is of another model")

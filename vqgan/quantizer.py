@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqgan.gradient_estimators import GRADIENT_ESTIMATORS
+
 # Distances held at once. 2^22 floats are 16 MiB, in reach of a CPU's cache; a GPU wants more work
 # in a kernel, and has room for 64 MiB.
 MAX_DISTANCES_CPU, MAX_DISTANCES_GPU = 2**22, 2**24
@@ -76,22 +78,6 @@ def _(vectors: Tensor, codebook: Tensor) -> Tensor:
     return vectors.new_empty(vectors.shape[0], dtype=torch.int64)
 
 
-def straight_through(z_e: Tensor, z_q: Tensor) -> Tensor:
-    """The value of z_q, but the gradient of z_e: the decoder's gradient reaches the encoder.
-
-    The detached difference is a constant for the gradient. What remains is z_e plus a constant,
-    whose derivative with respect to z_e is one; nothing reaches the codes.
-    """
-    return z_e + (z_q - z_e).detach()
-
-
-def as_vectors(z_e: Tensor, embedding_dim: int) -> Tensor:
-    """One row for each position: z_e (B, D, h, w) -> vectors (N, D), N = B h w."""
-    if z_e.dim() != 4 or z_e.shape[1] != embedding_dim:
-        raise ValueError(f"z_e must be (B, {embedding_dim}, h, w), not {tuple(z_e.shape)}")
-    return z_e.permute(0, 2, 3, 1).reshape(-1, embedding_dim)
-
-
 def init_vectors(vectors: Tensor, num_embeddings: int) -> Tensor:
     """Choose K of the first batch's vectors as the first codebook: (N, D) -> (K, D).
 
@@ -121,17 +107,29 @@ def check_range(ids: Tensor, lowest: int, highest: int, what: str) -> None:
 
 
 class Quantizer(nn.Module):
-    """What both quantizers share: the sizes, the lookup, and whether the codes are initialized."""
+    """What an autoencoder and a prior know of any quantizer. A subclass has `forward` too.
 
-    codebook: Tensor  # (K, D)
+        z_q, indices, loss = quantizer(z_e)        `Quantized`; z_e (B, D, h, w) of any float type
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, beta: float, data_init: bool):
+    Args:
+        num_embeddings: K, the number of codes.
+        embedding_dim: D, the dimensions of a code.
+    """
+
+    num_rounds = 1  # indices for each position; only `ResidualVQ` has more
+
+    def __init__(self, num_embeddings: int, embedding_dim: int):
         super().__init__()
         if num_embeddings < 1 or embedding_dim < 1:
             raise ValueError(f"{num_embeddings=}, {embedding_dim=}: give 1 or more")
-        self.num_embeddings, self.embedding_dim, self.beta = num_embeddings, embedding_dim, beta
-        # A Python bool, so that no step has to wait for the GPU to read it.
-        self.initialized = not data_init
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+
+    def as_vectors(self, z_e: Tensor) -> Tensor:
+        """One row for each position: z_e (B, D, h, w) -> vectors (N, D) float32, N = B h w."""
+        if z_e.dim() != 4 or z_e.shape[1] != self.embedding_dim:
+            shape = tuple(z_e.shape)
+            raise ValueError(f"z_e must be (B, {self.embedding_dim}, h, w), not {shape}")
+        return z_e.float().permute(0, 2, 3, 1).reshape(-1, self.embedding_dim)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Look up a grid of codes: indices (B, h, w) int64, 0 to K - 1 -> z_q (B, D, h, w).
@@ -139,8 +137,54 @@ class Quantizer(nn.Module):
         Raises:
             ValueError: an index is outside 0 to K - 1.
         """
+        raise NotImplementedError
+
+
+class Codebook(Quantizer):
+    """What quantizers with a table of codes share: the lookup, and whether codes are initialized.
+
+    Args:
+        beta: the weight of the commitment.
+        data_init: whether the codes are initialized from the first training batch.
+        cosine: whether vectors and codes are brought to unit length before they are compared (Yu
+            et al. 2021, ViT-VQGAN, arXiv 2110.04627, section 3.2, with D of 8 to 32). The nearest
+            code is then the one at the smallest angle, and no code is too long or too short to be
+            chosen.
+        gradient_estimator: "straight-through" or "rotation", see `gradient_estimators.py`.
+    """
+
+    codebook: Tensor  # (K, D)
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        beta: float,
+        data_init: bool,
+        cosine: bool,
+        gradient_estimator: str,
+    ):
+        super().__init__(num_embeddings, embedding_dim)
+        if gradient_estimator not in GRADIENT_ESTIMATORS:
+            names = ", ".join(GRADIENT_ESTIMATORS)
+            raise ValueError(f"gradient_estimator must be one of {names}, not {gradient_estimator}")
+        self.beta, self.cosine, self.gradient_estimator = beta, cosine, gradient_estimator
+        # A Python bool, so that no step has to wait for the GPU to read it.
+        self.initialized = not data_init
+
+    def embeddings(self) -> Tensor:
+        """The codes as vectors are compared with them, (K, D) float32."""
+        codebook = self.codebook.float()  # the same tensor, unless the model is .half()
+        return F.normalize(codebook, dim=1) if self.cosine else codebook
+
+    def as_vectors(self, z_e: Tensor) -> Tensor:
+        vectors = super().as_vectors(z_e)
+        return F.normalize(vectors, dim=1) if self.cosine else vectors
+
+    def lookup(self, indices: Tensor) -> Tensor:
         check_range(indices.cpu(), 0, self.num_embeddings - 1, "indices")
-        return F.embedding(indices, self.codebook).permute(0, 3, 1, 2)
+        codes = F.embedding(indices, self.embeddings())  # (B, h, w, D)
+        return codes.to(self.codebook.dtype).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def init_from_batch(self, vectors: Tensor) -> None:
@@ -171,7 +215,7 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class VectorQuantizer(Quantizer):
+class VectorQuantizer(Codebook):
     """A codebook that the gradient of the codebook term moves (eq. 3 of the paper).
 
     The codes move at the optimizer's learning rate. An encoder that moves faster leaves codes
@@ -182,13 +226,19 @@ class VectorQuantizer(Quantizer):
         num_embeddings: K, the number of codes.
         embedding_dim: D, the dimensions of a code.
         beta: the weight of the commitment; the paper saw no difference from 0.1 to 2.0.
-        data_init: whether the codes are initialized from the first training batch.
+        data_init, cosine, gradient_estimator: see `Codebook`.
     """
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, beta: float = 0.25, data_init: bool = True
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        beta: float = 0.25,
+        data_init: bool = True,
+        cosine: bool = False,
+        gradient_estimator: str = "straight-through",
     ):
-        super().__init__(num_embeddings, embedding_dim, beta=beta, data_init=data_init)
+        super().__init__(num_embeddings, embedding_dim, beta, data_init, cosine, gradient_estimator)
         embeddings = torch.empty(num_embeddings, embedding_dim)
         # The range of zalandoresearch/pytorch-vq-vae; `init_from_batch` soon replaces these.
         self.codebook = nn.Parameter(embeddings.uniform_(-1 / num_embeddings, 1 / num_embeddings))
@@ -197,12 +247,11 @@ class VectorQuantizer(Quantizer):
         """Quantize z_e (B, D, h, w) of any float type, in float32; z_q has the codebook's type."""
         # Distances in half precision choose wrong codes, so autocast is switched off here.
         with torch.autocast(device_type=z_e.device.type, enabled=False):
-            z_e = z_e.float()
-            vectors = as_vectors(z_e, self.embedding_dim)  # (N, D), N = B h w
+            vectors = self.as_vectors(z_e)  # (N, D), N = B h w
             B, D, h, w = z_e.shape
             if self.training and not self.initialized:
                 self.init_from_batch(vectors)
-            codebook = self.codebook.float()  # the same tensor, unless the model is .half()
+            codebook = self.embeddings()  # (K, D)
             indices = nearest_indices(vectors, codebook)  # (N,)                        eq. 1, 2
             quantized = F.embedding(indices, codebook)  # (N, D)
 
@@ -212,11 +261,12 @@ class VectorQuantizer(Quantizer):
             commitment = F.mse_loss(vectors, quantized.detach())
             loss = codebook_loss + self.beta * commitment
 
-            z_q = straight_through(z_e, quantized.view(B, h, w, D).permute(0, 3, 1, 2))
+            estimator = GRADIENT_ESTIMATORS[self.gradient_estimator]
+            z_q = estimator(vectors, quantized).view(B, h, w, D).permute(0, 3, 1, 2)
             return Quantized(z_q.to(self.codebook.dtype), indices.view(B, h, w), loss)
 
 
-class EMAVectorQuantizer(Quantizer):
+class EMAVectorQuantizer(Codebook):
     """A codebook whose codes follow the mean of the vectors that chose them (appendix A.1).
 
     With gamma the decay, and n_i the number of vectors that choose code i in a batch:
@@ -238,9 +288,9 @@ class EMAVectorQuantizer(Quantizer):
         beta: the weight of the commitment, which is the whole loss here.
         decay: gamma; 0.99 averages over the last hundred batches.
         epsilon: the constant of the smoothing.
-        data_init: whether the codes are initialized from the first training batch.
         restart_dead_codes: whether a code that is hardly chosen any more is moved onto a vector of
             the current batch.
+        data_init, cosine, gradient_estimator: see `Codebook`.
     """
 
     ema_counts: Tensor
@@ -258,8 +308,10 @@ class EMAVectorQuantizer(Quantizer):
         epsilon: float = 1e-5,
         data_init: bool = True,
         restart_dead_codes: bool = True,
+        cosine: bool = False,
+        gradient_estimator: str = "straight-through",
     ):
-        super().__init__(num_embeddings, embedding_dim, beta=beta, data_init=data_init)
+        super().__init__(num_embeddings, embedding_dim, beta, data_init, cosine, gradient_estimator)
         self.decay, self.epsilon, self.restart_dead_codes = decay, epsilon, restart_dead_codes
         # These are buffers and not parameters, because no optimizer may move them.
         embeddings = torch.randn(num_embeddings, embedding_dim)  # as in the paper's authors' code
@@ -273,12 +325,11 @@ class EMAVectorQuantizer(Quantizer):
         """Quantize z_e (B, D, h, w) of any float type, in float32; z_q has the codebook's type."""
         # Distances in half precision choose wrong codes, so autocast is switched off here.
         with torch.autocast(device_type=z_e.device.type, enabled=False):
-            z_e = z_e.float()
-            vectors = as_vectors(z_e, self.embedding_dim)  # (N, D), N = B h w
+            vectors = self.as_vectors(z_e)  # (N, D), N = B h w
             B, D, h, w = z_e.shape
             if self.training and not self.initialized:
                 self.init_from_batch(vectors)
-            codebook = self.codebook.float()  # the same tensor, unless the model is .half()
+            codebook = self.embeddings()  # (K, D)
             indices = nearest_indices(vectors, codebook)  # (N,)                        eq. 1, 2
             quantized = F.embedding(indices, codebook)  # (N, D)
 
@@ -300,7 +351,8 @@ class EMAVectorQuantizer(Quantizer):
                         self._restart_dead_codes(vectors)
                     self.codebook.copy_(self.ema_sums / self._smoothed_counts()[:, None])  # eq. 8
 
-            z_q = straight_through(z_e, quantized.view(B, h, w, D).permute(0, 3, 1, 2))
+            estimator = GRADIENT_ESTIMATORS[self.gradient_estimator]
+            z_q = estimator(vectors, quantized).view(B, h, w, D).permute(0, 3, 1, 2)
             return Quantized(z_q.to(self.codebook.dtype), indices.view(B, h, w), loss)
 
     def _smoothed_counts(self) -> Tensor:
@@ -346,26 +398,6 @@ class EMAVectorQuantizer(Quantizer):
         if prefix + "codebook" in state_dict and prefix + "ema_sums" not in state_dict:
             self.ema_counts.fill_(1.0)
             self.ema_sums.copy_(self.codebook)
-
-
-def make_quantizer(
-    kind: str,
-    num_embeddings: int,
-    embedding_dim: int,
-    *,
-    beta: float = 0.25,
-    data_init: bool = True,
-    restart_dead_codes: bool = True,
-) -> Quantizer:
-    """Build the quantizer of a kind, "ema" or "gradient". Only the first restarts dead codes."""
-    sizes = (num_embeddings, embedding_dim, beta)
-    if kind == "ema":
-        return EMAVectorQuantizer(
-            *sizes, data_init=data_init, restart_dead_codes=restart_dead_codes
-        )
-    if kind == "gradient":
-        return VectorQuantizer(*sizes, data_init=data_init)
-    raise ValueError(f"quantizer must be 'ema' or 'gradient', not {kind!r}")
 
 
 # --- precision of the search ---------------------------------------------------------------------

@@ -23,7 +23,7 @@ from vqgan.vqvae import VQAutoencoder
 
 NUM_SHOWN = 12  # test images per row
 SAMPLES_PER_ROW = 8  # of one class or caption
-STUDY_TITLES = {"vae": "VAE", "vae-spatial": "spatial VAE", "vqvae": "VQ-VAE"}
+STUDY_TITLES = {"vae": "VAE", "vae-spatial": "spatial VAE", "vqvae": "VQ-VAE", "vqvae2": "VQ-VAE-2"}
 OBJECTIVES = {"mse": "MSE", "perceptual": "L1 + perceptual", "vqgan": "VQGAN"}
 BASELINES = {  # titles of `metrics.token_baselines`
     "uniform": "uniform (ln K)",
@@ -293,11 +293,11 @@ def save_transformer_figures(
         figures.image_rows(path, rows, title=f"Samples by {condition.kind} ({how})")
 
     # completions.png: the tokens of the upper half are given, those to be generated are -1.
-    (h, w) = tokenizer.grids[0]
     given = dataset.test_tokens[: len(x)].clone()
-    given[:, h // 2 * w :] = -1
+    for level in tokenizer.split_tokens(given):
+        level[:, level.shape[1] // 2 :] = -1
     masked = to_unit(x)
-    masked[:, :, h // 2 * (masked.shape[2] // h) :] = 0.5  # gray where tokens are generated
+    masked[:, :, masked.shape[2] // 2 :] = 0.5  # gray where tokens are generated
     rows = [("original", to_unit(x)), ("given", masked)]
     rows += [(f"completion {i}", sample(conditions, given)) for i in (1, 2, 3)]
     title = f"Lower halves generated below given upper halves ({how})"

@@ -47,8 +47,8 @@ def build_condition(
         condition.encode_captions(data.test_captions)  # raises if a word is unknown
         return condition
     if kind == "image":
-        seq_len = math.prod(tokenizer.grids[0])
-        return conditions.image_condition(transform, tokenizer.num_embeddings, seq_len)
+        sizes = (tokenizer.num_embeddings, tokenizer.seq_len)
+        return conditions.image_condition(transform, *sizes)
     return conditions.NO_CONDITION
 
 
@@ -61,6 +61,11 @@ class TokenDataset(NamedTuple):
     condition: Condition
     train: Tensor
     test: Tensor
+
+    @property
+    def train_tokens(self) -> Tensor:
+        """(images x augmentations, N) int64."""
+        return self.train[..., self.condition.length :].flatten(0, 1).long()
 
     @property
     def test_conditions(self) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqgan.quantizer import make_quantizer
+from vqgan.codebooks import code_dimensions, make_quantizer
 from vqgan.vqvae import VQAutoencoder
 
 # Networks by name, as in `VQGAN(**NETWORKS["f16"])`. Compression counts 24 bits per pixel.
@@ -132,16 +132,25 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
 
 
-def level(
-    in_channels: int, width: int, num_blocks: int, num_groups: int, *, attention: bool
+def resolution_levels(
+    in_channels: int,
+    widths: Sequence[int],
+    sides: Sequence[int],
+    attention_resolutions: Sequence[int],
+    num_blocks: int,
+    num_groups: int,
+    between: type[nn.Module],
 ) -> list[nn.Module]:
-    """Residual blocks of one resolution, each followed by attention if the level has it."""
+    """Residual blocks of each resolution, with attention at some, and `between` two resolutions."""
     layers: list[nn.Module] = []
-    for _ in range(num_blocks):
-        layers.append(ResNetBlock(in_channels, width, num_groups))
-        if attention:
-            layers.append(AttentionBlock(width, num_groups))
-        in_channels = width
+    for width, side in zip(widths, sides, strict=True):
+        for _ in range(num_blocks):
+            layers.append(ResNetBlock(in_channels, width, num_groups))
+            if side in attention_resolutions:
+                layers.append(AttentionBlock(width, num_groups))
+            in_channels = width
+        if side != sides[-1]:
+            layers.append(between(width))
     return layers
 
 
@@ -174,10 +183,7 @@ class VQGAN(VQAutoencoder):
             takes the smallest. (The middle, which has the same side, always has attention.)
         latent_channels: the channels between the 3x3 and the 1x1 convolution on both sides of the
             quantizer.
-        embedding_dim: D, the dimensions of a code.
-        num_embeddings: K, the number of codes.
-        quantizer: "ema" or "gradient", see `quantizer.py`.
-        beta: the weight of the commitment.
+        quantizer: one of `codebooks.QUANTIZERS`, whose arguments are all that are not named here.
         norm_groups: the groups of every GroupNorm. None takes channels / 4, which is 32 at the
             paper's width of 128. (With their 32 groups at width 32, each group would be a single
             channel. That is instance normalization, which erases brightness and contrast.)
@@ -201,6 +207,12 @@ class VQGAN(VQAutoencoder):
         beta: float = 0.25,
         norm_groups: int | None = None,
         in_channels: int = 3,
+        data_init: bool = True,
+        restart_dead_codes: bool = True,
+        cosine: bool = False,
+        gradient_estimator: str = "straight-through",
+        levels: Sequence[int] | None = None,
+        num_rounds: int | None = None,
     ):
         super().__init__(resolution, len(channel_multipliers) - 1, in_channels)
         sides = [resolution // 2**level for level in range(len(channel_multipliers))]
@@ -213,41 +225,34 @@ class VQGAN(VQAutoencoder):
         self.num_residual_blocks = num_residual_blocks
         self.norm_groups = groups = norm_groups or max(1, channels // 4)
         widths = [channels * multiplier for multiplier in channel_multipliers]
+        D = code_dimensions(quantizer, num_embeddings, embedding_dim, levels)
 
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, kernel_size=3, padding=1)]
-        width = channels
-        for next_width, side in zip(widths, sides, strict=True):
-            attention = side in attention_resolutions
-            layers += level(width, next_width, num_residual_blocks, groups, attention=attention)
-            width = next_width
-            if side != sides[-1]:
-                layers.append(Downsample(width))
+        blocks = (attention_resolutions, num_residual_blocks, groups)
         self.encoder = nn.Sequential(
-            *layers,
+            nn.Conv2d(in_channels, channels, kernel_size=3, padding=1),
+            *resolution_levels(channels, widths, sides, *blocks, Downsample),
             *middle(widths[-1], groups),
-            group_norm(width, groups),
+            group_norm(widths[-1], groups),
             nn.SiLU(),
-            nn.Conv2d(width, latent_channels, kernel_size=3, padding=1),
-            nn.Conv2d(latent_channels, embedding_dim, kernel_size=1),  # to the codebook's space
+            nn.Conv2d(widths[-1], latent_channels, kernel_size=3, padding=1),
+            nn.Conv2d(latent_channels, D, kernel_size=1),  # to the codebook's space
         )
 
-        self.quantizer = make_quantizer(quantizer, num_embeddings, embedding_dim, beta=beta)
+        options: dict[str, Any] = {"beta": beta, "data_init": data_init}
+        options |= {"restart_dead_codes": restart_dead_codes, "cosine": cosine}
+        options |= {"gradient_estimator": gradient_estimator}
+        options |= {"levels": levels, "num_rounds": num_rounds}
+        self.quantizer = make_quantizer(quantizer, num_embeddings, embedding_dim, **options)
 
-        layers = []
-        for next_width, side in zip(reversed(widths), reversed(sides), strict=True):
-            attention = side in attention_resolutions
-            layers += level(width, next_width, num_residual_blocks + 1, groups, attention=attention)
-            width = next_width
-            if side != sides[0]:
-                layers.append(Upsample(width))
+        blocks = (attention_resolutions, num_residual_blocks + 1, groups)
         self.decoder = nn.Sequential(
-            nn.Conv2d(embedding_dim, latent_channels, kernel_size=1),
+            nn.Conv2d(D, latent_channels, kernel_size=1),
             nn.Conv2d(latent_channels, widths[-1], kernel_size=3, padding=1),
             *middle(widths[-1], groups),
-            *layers,
-            group_norm(width, groups),
+            *resolution_levels(widths[-1], widths[::-1], sides[::-1], *blocks, Upsample),
+            group_norm(widths[0], groups),
             nn.SiLU(),
-            nn.Conv2d(width, in_channels, kernel_size=3, padding=1),
+            nn.Conv2d(widths[0], in_channels, kernel_size=3, padding=1),
         )
 
     @property

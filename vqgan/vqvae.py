@@ -15,14 +15,17 @@ Data flow, for 32 pixels and two downsamplings:
     z_q (B, 64, 8, 8) -> decoder -> reconstruction (B, 3, 32, 32)
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqgan.codebooks import code_dimensions, make_quantizer
 from vqgan.images import check_channels, check_multiple
-from vqgan.quantizer import Quantized, Quantizer, make_quantizer
+from vqgan.quantizer import Quantized, Quantizer
 
 
 class AutoencoderOutput(NamedTuple):
@@ -82,7 +85,10 @@ class VQAutoencoder(Autoencoder):
         return self.decoder(z_q)
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """indices (B, h, w) int64, 0 to K - 1 -> images (B, C, H, W), about [-1, 1]."""
+        """indices (B, h, w) int64, 0 to K - 1 -> images (B, C, H, W), about [-1, 1].
+
+        (Several rounds of residual quantization are (B, M, h, w).)
+        """
         return self.decode(self.quantizer.lookup(indices))
 
     def forward(self, x: Tensor) -> AutoencoderOutput:
@@ -99,17 +105,28 @@ class VQAutoencoder(Autoencoder):
 
     @property
     def grids(self) -> list[tuple[int, int]]:
-        """The grids (h, w) that a sequence of tokens consists of; here one, in raster order."""
+        """The grids (h, w) of a sequence, each in raster order: one for each round of codes."""
         side = self.image_size // 2**self.num_downsamples
-        return [(side, side)]
+        return [(side, side)] * self.quantizer.num_rounds
+
+    @property
+    def seq_len(self) -> int:
+        """N, the number of tokens of an image."""
+        return sum(h * w for h, w in self.grids)
+
+    def split_tokens(self, tokens: Tensor) -> list[Tensor]:
+        """tokens (B, N) -> the grids that they consist of, (B, h, w) each."""
+        levels = tokens.split([h * w for h, w in self.grids], dim=1)
+        return [level.unflatten(1, grid) for level, grid in zip(levels, self.grids, strict=True)]
 
     def tokens(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) in [-1, 1] -> tokens (B, N) int64, N = h w."""
+        """x (B, C, H, W) in [-1, 1] -> tokens (B, N) int64, grid after grid."""
         return self.encode(x).indices.flatten(1)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """tokens (B, N) int64, 0 to K - 1 -> images (B, C, H, W), about [-1, 1]."""
-        return self.decode_indices(tokens.unflatten(1, self.grids[0]))
+        grids = self.split_tokens(tokens)
+        return self.decode_indices(grids[0] if len(grids) == 1 else torch.stack(grids, dim=1))
 
 
 class ResidualBlock(nn.Module):
@@ -199,14 +216,9 @@ class VQVAE(VQAutoencoder):
         num_hiddens: the width of the network.
         num_residual_hiddens: the channels inside a residual block.
         num_residual_layers: the number of residual blocks in the encoder, and in the decoder.
-        embedding_dim: D, the dimensions of a code.
-        num_embeddings: K, the number of codes.
         num_downsamples: how often the side is halved; 1 gives a 16x16 grid, four times the bits.
-        quantizer: "ema" or "gradient", see `quantizer.py`.
-        beta: the weight of the commitment.
-        data_init, restart_dead_codes: the two guards against collapse, see `quantizer.py`. Only
-            the EMA quantizer has the second.
         in_channels: C, the channels of an image: 3 for RGB, 1 for gray.
+        quantizer: one of `codebooks.QUANTIZERS`, whose arguments are all others.
     """
 
     def __init__(
@@ -223,11 +235,18 @@ class VQVAE(VQAutoencoder):
         data_init: bool = True,
         restart_dead_codes: bool = True,
         in_channels: int = 3,
+        cosine: bool = False,
+        gradient_estimator: str = "straight-through",
+        levels: Sequence[int] | None = None,
+        num_rounds: int | None = None,
     ):
         super().__init__(image_size, num_downsamples, in_channels)
         network = (num_hiddens, num_residual_hiddens, num_residual_layers, num_downsamples)
-        self.encoder = build_encoder(in_channels, embedding_dim, *network)
-        options: dict = {"beta": beta, "data_init": data_init}
-        options["restart_dead_codes"] = restart_dead_codes
+        D = code_dimensions(quantizer, num_embeddings, embedding_dim, levels)
+        self.encoder = build_encoder(in_channels, D, *network)
+        options: dict[str, Any] = {"beta": beta, "data_init": data_init}
+        options |= {"restart_dead_codes": restart_dead_codes, "cosine": cosine}
+        options |= {"gradient_estimator": gradient_estimator}
+        options |= {"levels": levels, "num_rounds": num_rounds}
         self.quantizer = make_quantizer(quantizer, num_embeddings, embedding_dim, **options)
-        self.decoder = build_decoder(embedding_dim, in_channels, *network)
+        self.decoder = build_decoder(D, in_channels, *network)

@@ -6,11 +6,11 @@ the annotated source:
     [`EMAVectorQuantizer.forward`](../vqgan/quantizer.py)
         A class, function or constant, or the module by its file name.
 
-    [`(z_q - z_e).detach()`](../vqgan/quantizer.py)
+    [`(z_q - z_e).detach()`](../vqgan/gradient_estimators.py)
         The one line that holds the text. In a paragraph of its own, below the equation that it
         computes, the line itself is shown, with its number.
 
-    [`straight_through`](../vqgan/quantizer.py)
+    [`straight_through`](../vqgan/gradient_estimators.py)
         In a paragraph of its own, the function is shown.
 
     [`# The generator's step`](../train_vqgan.py) to [`optimizer.step()`](../train_vqgan.py)

@@ -154,14 +154,15 @@ def encoder_gradient(x: Tensor) -> float:
 
 
 def no_straight_through() -> dict:
-    """quantizer.py: `return z_e + (z_q - z_e).detach()` becomes `return z_q`."""
-    edit = patch("vqgan.quantizer.straight_through", lambda z_e, z_q: z_q)
-    words = "vqgan/quantizer.py, straight_through: return z_q"
+    """gradient_estimators.py: `return z_e + (z_q - z_e).detach()` becomes `return z_q`."""
+    estimators = {"straight-through": lambda z_e, z_q: z_q}
+    edit = patch.dict("vqgan.quantizer.GRADIENT_ESTIMATORS", estimators)
+    words = "vqgan/gradient_estimators.py, straight_through: return z_q"
     name = "no-straight-through"
     result = train(train_vqvae, SMALL_VQVAE, name, edit=edit, words=words)
     x = test_batches()[0][:128]
     result["encoder_gradient_with"] = encoder_gradient(x)
-    with patch("vqgan.quantizer.straight_through", lambda z_e, z_q: z_q):
+    with patch.dict("vqgan.quantizer.GRADIENT_ESTIMATORS", estimators):
         result["encoder_gradient_without"] = encoder_gradient(x)
     log = read_log(RUNS / name / "log.csv")
     result["quantizer_in_log"] = [row["quantizer"] for row in log]

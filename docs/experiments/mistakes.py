@@ -30,9 +30,10 @@ from vqgan.discriminator import (
     generator_loss,
     receptive_field,
 )
+from vqgan.gradient_estimators import straight_through
 from vqgan.images import from_uint8, to_unit
 from vqgan.pretrained import Pipeline, load_pipeline
-from vqgan.quantizer import EMAVectorQuantizer, nearest_indices, straight_through
+from vqgan.quantizer import EMAVectorQuantizer, nearest_indices
 from vqgan.script import run_script
 from vqgan.training import Stopwatch
 from vqgan.transformer import GPT
