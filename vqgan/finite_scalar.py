@@ -4,10 +4,9 @@ Their codes are all points of a fixed grid in a space of few dimensions. No code
 a gradient, there is no table to search, and the index of a code is a number whose digits are those
 of its coordinates.
 
-- FSQ: Mentzer, Minnen, Agustsson, Tschannen, "Finite Scalar Quantization: VQ-VAE Made Simple",
-  2023, arXiv 2309.15505.
-- LFQ: Yu et al., "Language Model Beats Diffusion: Tokenizer is Key to Visual Generation", 2023,
-  arXiv 2310.05737 (MAGVIT-2).
+FSQ is from Mentzer, Minnen, Agustsson, Tschannen, "Finite Scalar Quantization: VQ-VAE Made Simple",
+2023, arXiv 2309.15505, and LFQ from Yu et al., "Language Model Beats Diffusion: Tokenizer is Key to
+Visual Generation", 2023, arXiv 2310.05737 (MAGVIT-2).
 
 Data flow: encoder -> z_e (B, D, h, w) -> quantizer -> z_q (B, D, h, w), indices (B, h, w).
 """

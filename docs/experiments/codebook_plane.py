@@ -9,6 +9,7 @@ docs/results/codebook_plane/:
     guarded.png     EMA: codes start from data, dead ones are restarted
     unguarded.png   EMA: neither
     gradient.png    codes moved by a gradient, from data (this quantizer restarts none)
+    others.png      codes of FSQ, LFQ and SimVQ, which no vector moves on its own
     metrics.json    codes used, perplexity and squared error of these, and of each guard alone
 """
 
@@ -24,10 +25,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from vqgan.figures import COLORS
+from vqgan.figures import COLORS, new_figure, save_figure
+from vqgan.finite_scalar import FSQ, LFQ
 from vqgan.metrics import CodebookUsage
 from vqgan.quantizer import EMAVectorQuantizer, Quantizer, VectorQuantizer, nearest_indices
 from vqgan.script import run_script
+from vqgan.simvq import SimVQ
 from vqgan.training import Stopwatch
 
 OUT = results_of(__file__)
@@ -128,8 +131,9 @@ def main(args: argparse.Namespace) -> None:
             draw(OUT / file, codes, restarts, starts_from_data=not make().initialized, title=title)
     data = {"source": "points in the plane", "steps": STEPS, "points_a_step": POINTS}
     results = {"num_embeddings": K, "gradient_learning_rate": LEARNING_RATE, "models": models}
+    results["others"] = draw_fixed_grids(OUT / "others.png")
     write_metrics(OUT, watch, data, results)
-    print(f"three pictures and metrics.json are in {OUT}")
+    print(f"four pictures and metrics.json are in {OUT}")
 
 
 # --- drawing -----------------------------------------------------------------------------------
@@ -173,6 +177,55 @@ def draw(
     figure.savefig(path, dpi=DOTS_PER_INCH)
 
 
+def draw_fixed_grids(path: Path) -> dict:
+    """A panel each for FSQ, LFQ and SimVQ: points of the last step, codes, and their cells.
+
+    FSQ and LFQ have codes around the origin and nothing to learn, so the points are first
+    standardized, as an encoder would learn to put them.
+    """
+    points = test_points(STEPS)
+    mean, deviation = points.mean(dim=0), points.std(dim=0)
+    standardized = (points - mean) / deviation
+    torch.manual_seed(SEED)
+    simvq = SimVQ(K, D)
+    optimizer = torch.optim.Adam(simvq.parameters(), lr=LEARNING_RATE)
+    for _ in range(STEPS):
+        batch = standardized[torch.randint(len(standardized), (POINTS,))]
+        optimizer.zero_grad(set_to_none=True)
+        simvq(as_grid(batch)).loss.backward()
+        optimizer.step()
+    panels = {
+        "FSQ, 4 x 4 levels": FSQ([4, 4]),
+        "LFQ, 2 bits": LFQ(4),
+        "SimVQ, 16 codes": simvq,
+    }
+    figure = new_figure(9.6, 3.7, "Points in the plane, and the codes that they are replaced by")
+    left, right, bottom, top = frame_of_codes = (-2.6, 2.6, -2.6, 2.6)
+    x, y = torch.linspace(left, right, 500), torch.linspace(bottom, top, 500)
+    plane = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).reshape(-1, 2)
+    results = {}
+    for number, (title, quantizer) in enumerate(panels.items()):
+        quantizer.eval()
+        with torch.no_grad():
+            output = quantizer(as_grid(standardized))
+            owner = quantizer(as_grid(plane)).indices.view(500, 500)
+            codes = quantizer.lookup(torch.arange(quantizer.num_embeddings).view(1, 1, -1))
+        used = torch.bincount(output.indices.flatten(), minlength=quantizer.num_embeddings) > 0
+        axes = figure.add_axes((0.01 + 0.331 * number, 0.02, 0.318, 0.8))
+        draw_borders(axes, owner, frame_of_codes)
+        axes.scatter(*standardized[:500].T.numpy(), s=3, color="0.6", linewidths=0, zorder=2)
+        for (a, b), is_used in zip(codes[0, :, 0].T.tolist(), used.tolist(), strict=True):
+            fill, edge = (ALIVE, "white") if is_used else ("white", DEAD)
+            axes.plot(a, b, "o", markersize=7, markerfacecolor=fill, markeredgecolor=edge, zorder=5)
+        axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
+        frame(axes, "0.8")
+        count = f"{int(used.sum())} of {len(used)} codes used"
+        axes.set_title(f"{title}: {count}", fontsize=10.5, pad=4)
+        results[type(quantizer).__name__] = {"codes_used": int(used.sum()), "codes": len(used)}
+    save_figure(figure, path)
+    return results
+
+
 def draw_panel(
     axes: Axes, way: Tensor, restarts: Tensor, step: int, *, starts_from_data: bool
 ) -> None:
@@ -209,13 +262,17 @@ def draw_cells(axes: Axes, codes: Tensor) -> None:
     left, right, bottom, top = FRAME
     x, y = torch.linspace(left, right, 660), torch.linspace(bottom, top, 490)
     plane = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (490, 660, 2)
-    owner = nearest_indices(plane.reshape(-1, 2), codes).view(plane.shape[:2])
+    draw_borders(axes, nearest_indices(plane.reshape(-1, 2), codes).view(plane.shape[:2]), FRAME)
+
+
+def draw_borders(axes: Axes, owner: Tensor, extent: tuple[float, float, float, float]) -> None:
+    """Lines where the index of one place, (height, width), is not that of the next."""
     border = torch.zeros_like(owner, dtype=torch.bool)
     border[1:] |= owner[1:] != owner[:-1]
     border[:, 1:] |= owner[:, 1:] != owner[:, :-1]
     picture = torch.ones(*owner.shape, 4)
     picture[..., :3], picture[..., 3] = float(CELLS), border.float()
-    axes.imshow(picture.numpy(), extent=FRAME, origin="lower", zorder=1)
+    axes.imshow(picture.numpy(), extent=extent, origin="lower", zorder=1)
 
 
 if __name__ == "__main__":
