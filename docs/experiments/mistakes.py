@@ -380,7 +380,7 @@ def off_by_one(pipeline: Pipeline, data) -> dict:
         tokens = torch.cat([pipeline.tokenizer.tokens(part) for part in x.split(100)])  # (M, N)
     condition = data.train_labels[:TRAINED_ON, None]
     grids = tokens.unflatten(1, pipeline.tokenizer.grids[0])
-    result = {"steps": STEPS, "baselines": metrics.token_baselines(grids, grids, K)}
+    result = {"steps": STEPS, "baselines": metrics.grid_baselines(grids, grids, K)}
 
     def different(sequences: Tensor) -> float:
         return sum(len(sequence.unique()) for sequence in sequences) / len(sequences)
