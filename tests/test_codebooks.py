@@ -133,8 +133,22 @@ def test_autocast_does_not_change_the_codes_of_a_vector(case):
     expected = quantizer(z_e.float())
     with torch.autocast("cpu", torch.bfloat16):
         z_q, indices, loss = quantizer(z_e)
+        assert torch.allclose(quantizer.lookup(indices), z_q, atol=1e-6)
     assert torch.equal(indices, expected.indices) and torch.equal(z_q, expected.z_q)
     assert z_q.dtype == loss.dtype == torch.float32
+
+
+@EVERY
+def test_a_diverged_encoder_gives_indices_and_a_loss_that_says_so(case):
+    """The training must see NaN in its losses, and not stop in the middle of a step."""
+    model = VQVAE(**VQVAE_SIZES | CASES[case])
+    step(model, images())
+    with torch.no_grad():
+        model.encoder[0].weight.fill_(float("nan"))
+    output = model(images())
+    assert 0 <= output.indices.min() and output.indices.max() < model.num_embeddings
+    losses = F.mse_loss(output.reconstruction, images()) + output.loss
+    assert not losses.isfinite()
 
 
 @EVERY

@@ -114,7 +114,8 @@ def test_levels_that_cannot_be_are_refused(levels):
 @pytest.mark.parametrize("bits", [1, 4, 7])
 def test_the_loss_of_lfq_is_that_of_vector_quantize_pytorch(bits):
     """With the same temperature. (The peer's first dimension is the highest bit.)"""
-    ours = LFQ(2**bits, beta=0.25, entropy_weight=0.1, temperature=2.0)
+    ours = LFQ(2**bits, beta=0.25)
+    ours.temperature = 2.0
     peer = PeerLFQ(dim=bits, commitment_loss_weight=0.25, entropy_loss_weight=0.1)
     z_e = z(bits, scale=0.5).requires_grad_()
     found = ours(z_e)
@@ -128,7 +129,8 @@ def test_the_loss_of_lfq_is_that_of_vector_quantize_pytorch(bits):
 
 @pytest.mark.parametrize("bits", [1, 2, 5])
 def test_the_entropies_of_lfq_by_a_table_of_all_codes(bits):
-    quantizer = LFQ(2**bits, beta=0.0, entropy_weight=1.0, temperature=1.5)
+    quantizer = LFQ(2**bits, beta=0.0)
+    quantizer.entropy_weight, quantizer.temperature = 1.0, 1.5
     z_e = z(bits, scale=0.3)
     codes = quantizer.lookup(torch.arange(2**bits).view(1, 1, -1))[0, :, 0].T  # (K, D)
     vectors = z_e.permute(0, 2, 3, 1).reshape(-1, bits)
@@ -148,7 +150,8 @@ def test_the_gradient_of_the_loss_of_lfq_by_finite_differences():
 
 def test_the_entropy_term_separates_vectors_that_are_alike():
     """All vectors near one corner: following the gradient of the entropies, they spread."""
-    quantizer = LFQ(16, beta=0.0, entropy_weight=1.0, temperature=1.0)
+    quantizer = LFQ(16, beta=0.0)
+    quantizer.entropy_weight = 1.0
     z_e = (0.1 + 0.05 * torch.randn(1, 4, 8, 8)).requires_grad_()
     optimizer = torch.optim.SGD([z_e], lr=2.0)
     used = []
@@ -163,7 +166,9 @@ def test_the_entropy_term_separates_vectors_that_are_alike():
 
 def test_a_far_vector_gives_finite_losses():
     z_e = torch.full((1, 12, 2, 2), 1e4).requires_grad_()
-    loss = LFQ(2**12, temperature=0.01)(z_e).loss
+    quantizer = LFQ(2**12)
+    quantizer.temperature = 0.01
+    loss = quantizer(z_e).loss
     loss.backward()
     assert loss.isfinite() and z_e.grad.isfinite().all()
 

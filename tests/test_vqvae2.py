@@ -31,7 +31,6 @@ def test_the_fine_codes_know_the_coarse_ones_and_not_the_other_way_round():
     model, x = trained(), images()
     before = model.split_tokens(model.tokens(x))
     model.coarse_quantizer.codebook.mul_(-3).add_(1)  # what the coarse codes decode to
-    model.coarse_quantizer.codebook.copy_(model.coarse_quantizer.codebook)
     after = model.split_tokens(model.tokens(x))
     assert (before[1] != after[1]).any()
     model.quantizer.codebook.mul_(-3)
@@ -63,7 +62,7 @@ def test_every_parameter_learns():
     x = images()
     output = model(x)
     ((output.reconstruction - x).square().mean() + output.loss).backward()
-    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
 def test_sizes_that_do_not_halve_twice_are_refused():

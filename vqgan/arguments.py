@@ -125,8 +125,8 @@ def quantizer_flags(parser: argparse.ArgumentParser) -> None:
     add("--cosine", action=on_off, help="unit length for vectors and codes, of ema and gradient")
     help = "gradient from decoder to encoder, of learned codebooks"
     add("--gradient-estimator", choices=GRADIENT_ESTIMATORS, help=help)
-    add("--data-init", action=on_off, help="initialize codes from the first batch")
-    add("--restart-dead-codes", action=on_off, help="move unused codebook entries")
+    add("--data-init", action=on_off, help="initialize codes from the first batch (usually on)")
+    add("--restart-dead-codes", action=on_off, help="move unused codebook entries (usually on)")
 
 
 def quantizer_args(args: argparse.Namespace) -> dict[str, Any]:

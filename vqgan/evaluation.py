@@ -99,9 +99,12 @@ def evaluate_autoencoder(
 def _codebook_result(model: VQAutoencoder, usages: list[metrics.CodebookUsage]) -> dict:
     """What the tokens cost, and how many codes are used; `usages` are those of each grid."""
     entropy_bits = sum(h * w * u.entropy for (h, w), u in zip(model.grids, usages, strict=True))
+    used = torch.stack([usage.counts for usage in usages]) > 0  # (grids, K)
+    is_shared = model.quantizer.num_rounds > 1  # one codebook for all grids
     return {
         "perplexity": 2 ** (entropy_bits / model.seq_len),
-        "codes_used": int(torch.stack([u.counts for u in usages]).any(dim=0).sum()),  # in any grid
+        # Of several codebooks, the one that is used least.
+        "codes_used": int(used.any(dim=0).sum() if is_shared else used.sum(dim=1).min()),
         "bits_per_image": metrics.fixed_length_bits(model.seq_len, model.num_embeddings),
         "entropy_bits_per_image": entropy_bits,
     }

@@ -39,22 +39,25 @@ FSQ_LEVELS = {
 class FSQ(Quantizer):
     """Finite scalar quantization: number i of a vector is rounded to one of L_i levels.
 
-    The number is first bounded, so that rounding gives L_i integers (section 3.1):
+    The number is first bounded, so that rounding gives L_i integers (section 3.1; for even L as in
+    the code of the paper's appendix):
 
         f(z) = (L - 1)/2 tanh(z + s) - o,      o = 1/2 for even L and 0 for odd L
 
-    where the shift s makes f(0) = 0. The codes are the integers divided by half the levels, all
-    products of L_1, ..., L_D levels, and K is the product. Rounding passes the gradient straight
-    through, and no loss is needed, because the grid does not move.
+    where the shift s makes f(0) = 0. The codes are the integers divided by half the levels. Each
+    combination of levels is a code, so K is the product of L_1 to L_D. Rounding passes the gradient
+    straight through, and no loss is needed, because the grid does not move.
 
     Args:
-        levels: L_1 to L_D, each from 2 to 1,000. The paper recommends at least 5.
+        levels: L_1 to L_D, each from 2 to 1,000 (with more, `epsilon` would add a level). The paper
+            recommends at least 5.
     """
 
     levels: Tensor  # (D,)
     basis: Tensor  # (D,) int64: the index is the sum of digits times 1, L_1, L_1 L_2, ...
 
-    # Widens the bound a little, because tanh comes near its limits only for large z.
+    # Widens the bound a little, as vector-quantize-pytorch does, because tanh comes near its limits
+    # only for large z. (The paper's code narrows it by as much.)
     epsilon = 1e-3
 
     def __init__(self, levels: Sequence[int]):
@@ -77,7 +80,8 @@ class FSQ(Quantizer):
             bounded = half * torch.tanh(z + shift) - offset  # f(z), (N, D)
             rounded = bounded.round()  # -(L // 2) to (L - 1) // 2
             z_q = straight_through(bounded, rounded) / (L // 2)  # within [-1, 1]
-            digits = (rounded + L // 2).long()  # 0 to L - 1
+            # 0 to L - 1; a NaN, which the training will report, must be an index too.
+            digits = (rounded.nan_to_num() + L // 2).long()
             indices = (digits * self.basis).sum(dim=1)  # (N,)
             z_q = z_q.view(B, h, w, D).permute(0, 3, 1, 2).to(self.levels.dtype)
             return Quantized(z_q, indices.view(B, h, w), z.new_zeros(()))
@@ -111,27 +115,23 @@ class LFQ(Quantizer):
     Args:
         num_embeddings: K, a power of two.
         beta: the weight of the commitment.
-        entropy_weight: the weight of both entropies.
-        temperature: how sharply p(c|z) prefers the nearest code. Only vectors with a number of
-            about this size get a gradient from the entropies.
     """
 
     signs: Tensor  # (2,): the value of a bit that is 0, and of one that is 1
 
-    def __init__(
-        self,
-        num_embeddings: int,
-        beta: float = 0.25,
-        entropy_weight: float = 0.1,
-        temperature: float = 1.0,
-    ):
+    entropy_weight = 0.1
+    # How sharply p(c|z) prefers the nearest code: only numbers of about this size get a gradient
+    # from the entropies.
+    temperature = 1.0
+
+    def __init__(self, num_embeddings: int, beta: float = 0.25):
         bits = num_embeddings.bit_length() - 1
         if num_embeddings != 2**bits or not 1 < num_embeddings <= MAX_EMBEDDINGS:
             raise ValueError(
                 f"num_embeddings={num_embeddings}: LFQ takes a power of two, from 2 to 2^24"
             )
         super().__init__(num_embeddings, bits)
-        self.beta, self.entropy_weight, self.temperature = beta, entropy_weight, temperature
+        self.beta = beta
         self.register_buffer("signs", torch.tensor([-1.0, 1.0]))
 
     def forward(self, z_e: Tensor) -> Quantized:

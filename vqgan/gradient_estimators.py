@@ -43,7 +43,7 @@ def rotation(z_e: Tensor, z_q: Tensor) -> Tensor:
     with torch.no_grad():
         a, b = F.normalize(z_e, dim=1), F.normalize(z_q, dim=1)
         r = F.normalize(a + b, dim=1)
-        # A vector of almost no length would make its gradient explode.
+        # The clamp keeps it finite for a vector of no length.
         scale = z_q.norm(dim=1, keepdim=True) / z_e.norm(dim=1, keepdim=True).clamp(min=1e-6)
     turned = z_e - 2 * r * _dot(r, z_e) + 2 * b * _dot(a, z_e)  # R z_e
     rotated = scale * turned

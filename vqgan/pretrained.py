@@ -17,6 +17,8 @@ from vqgan.vqvae2 import VQVAE2
 
 Model = VAE | SpatialVAE | VQVAE | VQVAE2 | VQGAN | GPT
 MODELS = {model.__name__: model for model in (VAE, SpatialVAE, VQVAE, VQVAE2, VQGAN, GPT)}
+# Arguments of a model, or of its quantizer, that no shape of a weight tells.
+WITHOUT_SHAPE = ("n_head", "norm_groups", "likelihood", "num_embeddings", "cosine", "num_rounds")
 # Transformers that come with the package, each with its tokenizer.
 PRETRAINED = {"shapes": Path(__file__).parent / "pretrained" / "shapes" / "checkpoint.pt"}
 
@@ -69,13 +71,12 @@ def init_weights(model: nn.Module, path: str | Path, config: str | None = None) 
     with file_input(f"{path} is a {type(source).__name__} of other sizes or kind"):
         if type(model) is not type(source):
             raise ValueError(f"this run trains a {type(model).__name__}")
-        for name in (
-            "n_head",
-            "norm_groups",
-            "likelihood",
-            "num_embeddings",
-        ):  # which no shape of a weight tells
-            ours, theirs = (getattr(m, name, None) for m in (model, source))
+        for name in WITHOUT_SHAPE:
+            parts = (getattr(m, "quantizer", m) for m in (model, source))
+            ours, theirs = (
+                getattr(m, name, getattr(part, name, None))
+                for m, part in zip((model, source), parts, strict=True)
+            )
             if ours != theirs:
                 raise ValueError(f"{name} is {theirs}, not {ours}")
         weights = source.state_dict()

@@ -297,7 +297,8 @@ def save_transformer_figures(
     for level in tokenizer.split_tokens(given):
         level[:, level.shape[1] // 2 :] = -1
     masked = to_unit(x)
-    masked[:, :, masked.shape[2] // 2 :] = 0.5  # gray where tokens are generated
+    h = tokenizer.grids[-1][0]
+    masked[:, :, h // 2 * (masked.shape[2] // h) :] = 0.5  # gray where tokens are generated
     rows = [("original", to_unit(x)), ("given", masked)]
     rows += [(f"completion {i}", sample(conditions, given)) for i in (1, 2, 3)]
     title = f"Lower halves generated below given upper halves ({how})"

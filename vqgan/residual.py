@@ -60,13 +60,13 @@ class ResidualVQ(Quantizer):
         with torch.autocast(device_type=z_e.device.type, enabled=False):
             vectors = self.as_vectors(z_e)  # (N, D)
             B, D, h, w = z_e.shape
-            residual, indices, losses = z_e.float(), [], []
+            residual, total, indices, losses = z_e.float(), torch.zeros_like(vectors), [], []
             for _ in range(self.num_rounds):
                 codes, index, loss = self.quantizer(residual)
                 residual = residual - codes.detach()
+                total = total + self.as_vectors(codes.detach())
                 indices.append(index)
                 losses.append(loss)
-            total = self.as_vectors(z_e.float() - residual).detach()  # the sum of the codes
             estimator = GRADIENT_ESTIMATORS[self.quantizer.gradient_estimator]
             z_q = estimator(vectors, total).view(B, h, w, D).permute(0, 3, 1, 2)
             z_q = z_q.to(self.quantizer.codebook.dtype)

@@ -15,7 +15,7 @@ Data flow: encoder -> z_e (B, D, h, w) -> quantizer -> z_q (B, D, h, w), indices
 import torch
 from torch import Tensor, nn
 
-from vqgan.quantizer import VectorQuantizer
+from vqgan.quantizer import VectorQuantizer, exact_float32_matmul
 
 
 class SimVQ(VectorQuantizer):
@@ -39,10 +39,13 @@ class SimVQ(VectorQuantizer):
             num_embeddings, embedding_dim, beta, False, gradient_estimator=gradient_estimator
         )
         del self.codebook  # a parameter there, and here a buffer, which no optimizer moves
-        # Deviation 1/sqrt(D) as in the authors' code: the length of a code is about 1.
+        # Deviation 1/sqrt(D) as in the authors' code: the length of c_k is about 1. (Their linear
+        # layer also has a bias.)
         frozen = torch.randn(num_embeddings, embedding_dim) / embedding_dim**0.5
         self.register_buffer("codebook", frozen)
         self.linear = nn.Linear(embedding_dim, embedding_dim, bias=False)  # W
 
     def embeddings(self) -> Tensor:
-        return self.codebook.float() @ self.linear.weight.float().T  # e_k = W c_k, (K, D)
+        device = self.codebook.device.type
+        with torch.autocast(device_type=device, enabled=False), exact_float32_matmul():
+            return self.codebook.float() @ self.linear.weight.float().T  # e_k = W c_k, (K, D)

@@ -245,11 +245,12 @@ class VQGAN(VQAutoencoder):
         self.quantizer = make_quantizer(quantizer, num_embeddings, embedding_dim, **options)
 
         blocks = (attention_resolutions, num_residual_blocks + 1, groups)
+        up = resolution_levels(widths[-1], widths[::-1], sides[::-1], *blocks, Upsample)
         self.decoder = nn.Sequential(
             nn.Conv2d(D, latent_channels, kernel_size=1),
             nn.Conv2d(latent_channels, widths[-1], kernel_size=3, padding=1),
             *middle(widths[-1], groups),
-            *resolution_levels(widths[-1], widths[::-1], sides[::-1], *blocks, Upsample),
+            *up,
             group_norm(widths[0], groups),
             nn.SiLU(),
             nn.Conv2d(widths[0], in_channels, kernel_size=3, padding=1),

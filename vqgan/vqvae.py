@@ -116,6 +116,8 @@ class VQAutoencoder(Autoencoder):
 
     def split_tokens(self, tokens: Tensor) -> list[Tensor]:
         """tokens (B, N) -> the grids that they consist of, (B, h, w) each."""
+        if tokens.shape[1:] != (self.seq_len,):
+            raise ValueError(f"tokens must be (B, {self.seq_len}), not {tuple(tokens.shape)}")
         levels = tokens.split([h * w for h, w in self.grids], dim=1)
         return [level.unflatten(1, grid) for level, grid in zip(levels, self.grids, strict=True)]
 

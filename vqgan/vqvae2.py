@@ -113,7 +113,7 @@ class VQVAE2(VQAutoencoder):
         return self.decode(z_q)
 
     def decode_indices(self, indices: Tensor) -> Tensor:
-        """The same, because the indices of two grids are a sequence already."""
+        """The same, because the indices of two grids are a sequence already, of `image_size`."""
         return self.decode_tokens(indices)
 
     def decode_coarse(self, tokens: Tensor) -> Tensor:
