@@ -141,9 +141,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if "vqvae2" in args.models and (args.num_downsamples < 2 or args.num_rounds is not None):
         raise InputError("vqvae2 has two grids: it needs --num-downsamples 2 and no --num-rounds")
-    has_codebook = any(name.startswith("vqvae") for name in args.models)
-    if not has_codebook and not args.resume and quantizer_args(args) != {"quantizer": "ema"}:
-        raise InputError("flags of a codebook were given, and no model has one: leave them out")
     with user_input(), torch.device("meta"):  # shapes only
         for name in args.models:
             build_model(name, args)

@@ -433,7 +433,6 @@ def test_help_states_every_default(tmp_path, capsys):
         (["--data", "shapes", "--levels", "8", "8", "--num-embeddings", "64"], "the product"),
         (["--data", "shapes", "--models", "vqvae2", "--num-downsamples", "1"], "has two grids"),
         (["--data", "shapes", "--models", "vqvae2", "--num-rounds", "2"], "has two grids"),
-        (["--data", "shapes", "--models", "vae", "--quantizer", "fsq"], "no model has one"),
         (["--data", "shapes", "--resume"], "no run in"),
     ],
 )
