@@ -3,6 +3,7 @@
     python train_transformer.py --tokenizer runs/vqgan/checkpoint.pt            by class
     python train_transformer.py --tokenizer ... --condition caption             by words
     python train_transformer.py --tokenizer ... --condition image --condition-image edges
+    python train_transformer.py --tokenizer ... --prior masked                  any order
     python train_transformer.py --resume                                        continue
 
 Esser, Rombach, Ommer 2021, arXiv 2012.09841, section 3.2. The images are encoded as tokens once;
@@ -10,6 +11,8 @@ the transformer sees only these. Its loss, for a condition c (`conditions.py`) a
 of an image, is
 
     L = -1/N sum_i log p(s_i | s_<i, c)      nats per token                     (eq. 9, 10)
+
+A masked transformer (`masked.py`) predicts tokens from any others, in place of those before them.
 
 The loop comes first, with the schedule and the validation; the flags come last.
 """
@@ -46,10 +49,10 @@ from vqgan.conditions import KINDS, TRANSFORMS
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
 from vqgan.errors import user_input
 from vqgan.eval_networks import load_eval_classifier
-from vqgan.evaluation import decode_tokens, evaluate_samples
+from vqgan.evaluation import decode_tokens, evaluate_likelihood, evaluate_samples
 from vqgan.images import to_uint8
+from vqgan.masked import MASK_SCHEDULES, MaskedTransformer
 from vqgan.pretrained import checkpoint_path
-from vqgan.sampling import eval_mode
 from vqgan.script import run_script
 from vqgan.tokens import TokenDataset, TokenLoader, build_condition, load_tokens
 from vqgan.training import Run, Session, evenly_spaced
@@ -59,11 +62,11 @@ from vqgan.vqvae import VQAutoencoder
 # As GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix B): squared gradients are averaged over
 # twenty steps, gradients have norm 1 at most, the learning rate ends at a tenth of its peak.
 ADAM_BETAS, MAX_GRADIENT_NORM, LAST_LR = (0.9, 0.95), 1.0, 0.1
-MAX_LOGITS = 2**26  # logits per chunk of the validation, 256 MiB
+PRIORS = {"gpt": GPT, "masked": MaskedTransformer}
 
 
 def train(
-    model: GPT,
+    model: GPT | MaskedTransformer,
     model_args: dict,
     tokenizer: VQAutoencoder,
     dataset: TokenDataset,
@@ -127,7 +130,7 @@ def train(
 
         # Validation after every epoch, and the rows of progress.png.
         if session.step % len(loader) == 0:
-            nats = validation_loss(model, dataset, device, run.dtype)
+            nats, _ = evaluate_likelihood(model, dataset, device, run.dtype)
             validation.append({"epoch": session.step // len(loader), "loss": nats})
             if nats <= best_epoch(validation)["loss"]:
                 best.load_state_dict(model.state_dict())
@@ -161,24 +164,6 @@ def attention_kernel(device: torch.device) -> AbstractContextManager:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
-@torch.no_grad()
-def validation_loss(
-    model: GPT, dataset: TokenDataset, device: torch.device, dtype: torch.dtype
-) -> float:
-    """The mean loss over the test images, in nats per token. Keeps the model's mode."""
-    chunk_size = min(250, max(1, MAX_LOGITS // (model.seq_len * model.num_embeddings)))
-    conditions = dataset.test_conditions.split(chunk_size)
-    total = torch.zeros((), device=device)
-    with eval_mode(model):
-        for condition, tokens in zip(
-            conditions, dataset.test_tokens.split(chunk_size), strict=True
-        ):
-            with autocast(device, dtype):
-                loss = model.loss(condition.to(device), tokens.to(device))
-            total += loss * len(tokens)
-    return total.item() / len(dataset.test)
-
-
 def best_epoch(validation: list[dict]) -> dict:
     """The entry with the lowest loss, or the first of several."""
     return min(validation, key=lambda row: row["loss"])
@@ -190,15 +175,18 @@ def main(args: argparse.Namespace) -> None:
     settings = sampling_settings(args, tokenizer.num_embeddings)
     run = open_run(args, batch_sizes=[args.batch_size])
     condition = build_condition(args.condition, run.data, tokenizer, transform=args.condition_image)
-    model_args = {
+    model_args: dict[str, int | float | str] = {
         "num_embeddings": tokenizer.num_embeddings,
         "seq_len": tokenizer.seq_len,
         "condition_vocabulary": condition.vocabulary,
         "condition_length": condition.length,
     }
     model_args |= {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "dropout")}
+    if args.prior == "masked":
+        model_args["mask_schedule"] = args.mask_schedule or MASK_SCHEDULES[0]
+    prior_class = PRIORS[args.prior]
     with user_input(), torch.device("meta"):  # sizes that do not fit raise here
-        GPT(**model_args)
+        prior_class(**model_args)
     save_model(run.out / "tokenizer.pt", tokenizer_state)  # decodes the samples later
     prepare_model(tokenizer, run.device, compile=False)
     folder = None if args.other_data else checkpoint_path(args.tokenizer).parent
@@ -212,7 +200,7 @@ def main(args: argparse.Namespace) -> None:
     report.print_baselines(baselines)
 
     torch.manual_seed(args.seed)
-    model = prepare_model(GPT(**model_args), run.device, compile=args.compile)
+    model = prepare_model(prior_class(**model_args), run.device, compile=args.compile)
     init_from(model, args, run.out)
     metadata = {
         "condition": condition.to_dict(),
@@ -225,11 +213,11 @@ def main(args: argparse.Namespace) -> None:
 
     # In float32, given the condition. The epoch was selected on these same test images, so the
     # loss is slightly optimistic.
-    nats = validation_loss(prior, dataset, run.device, torch.float32)
+    nats = evaluate_likelihood(prior, dataset, run.device, torch.float32)  # and its standard error
     samples, references = evaluate_samples(
         prior, tokenizer, dataset, settings, eval_classifier, num_samples=args.num_samples, run=run
     )
-    result = report.price(nats, prior, args.image_size) | session.summary
+    result = report.price(*nats, prior, args.image_size) | session.summary
     result["best_epoch"] = best_epoch(validation)["epoch"]
     result |= {key: samples[0][key] if samples else None for key in ("frechet", "class_accuracy")}
     run.write_metrics(
@@ -277,6 +265,9 @@ def parse() -> argparse.Namespace:
     add("--condition-drop", type=fraction, default=0.1, help=drop)
 
     add = parser.add_argument_group("network").add_argument
+    add("--prior", choices=PRIORS, default="gpt", help="one token after the other, or any order")
+    share = f"how many tokens --prior masked hides in training (default: {MASK_SCHEDULES[0]})"
+    add("--mask-schedule", choices=MASK_SCHEDULES, help=share)
     add("--n-layer", type=small_int, default=6, help="number of blocks")
     add("--n-head", type=positive_int, default=8, help="attention heads per block")
     add("--n-embd", type=positive_int, default=256, help="width of the embeddings")
@@ -291,6 +282,7 @@ def parse() -> argparse.Namespace:
     add("--temperature", nargs="+", type=number, default=[1.0], help="temperature; 0 is greedy")
     add("--top-k", nargs="+", type=positive_int, help="sample from the k most likely tokens only")
     add("--top-p", nargs="+", type=positive_float, help="sample from the top tokens of this mass")
+    add("--steps", nargs="+", type=positive_int, help="rounds of --prior masked (default: 10)")
     return parse_arguments(parser)
 
 

@@ -54,7 +54,9 @@ def save_tokenizer(path, images, seed=0, kind=VQVAE, **model_args):
     return model
 
 
-def save_pair(folder, condition, images, condition_drop=0.1, kind=VQVAE, **tokenizer_args):
+def save_pair(
+    folder, condition, images, condition_drop=0.1, kind=VQVAE, prior=GPT, **tokenizer_args
+):
     """As train_transformer.py writes it, untrained; its codes are far from alike."""
     path = folder / "vqvae" / "checkpoint.pt"
     tokenizer = save_tokenizer(path, images, kind=kind, **tokenizer_args)
@@ -69,7 +71,7 @@ def save_pair(folder, condition, images, condition_drop=0.1, kind=VQVAE, **token
         "n_embd": 16,
         "dropout": 0.1,
     }
-    model = GPT(**model_args)
+    model = prior(**model_args)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

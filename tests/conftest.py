@@ -14,6 +14,7 @@ from vqgan.conditions import (
     image_condition,
 )
 from vqgan.data import load_dataset
+from vqgan.masked import MaskedTransformer
 from vqgan.shapes import render_shapes
 from vqgan.transformer import GPT
 
@@ -86,6 +87,9 @@ def pairs(tmp_path_factory, shapes):
     for kind, condition in conditions.items():
         save_pair(folder / kind, condition, shapes.train_images[:64])
     save_pair(folder / "undropped", conditions["class"], shapes.train_images[:64], 0.0)
+    save_pair(
+        folder / "masked", conditions["class"], shapes.train_images[:64], prior=MaskedTransformer
+    )
     return folder
 
 
@@ -101,12 +105,13 @@ def rows(monkeypatch):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Keyword arguments (and the condition's tokens) of every call of `GPT.sample`."""
-    calls, sample = [], GPT.sample
+    """Keyword arguments (and the condition's tokens) of every call of a prior's `sample`."""
+    calls = []
+    for prior in (GPT, MaskedTransformer):
 
-    def remember(self, condition, **settings):
-        calls.append(settings | {"condition": condition})
-        return sample(self, condition, **settings)
+        def remember(self, condition, sample=prior.sample, **settings):
+            calls.append(settings | {"condition": condition})
+            return sample(self, condition, **settings)
 
-    monkeypatch.setattr(GPT, "sample", remember)
+        monkeypatch.setattr(prior, "sample", remember)
     return calls

@@ -12,10 +12,10 @@ K, GRID, N, CONDITIONS = 11, (3, 4), 12, 5
 TOKENIZER = SimpleNamespace(grids=[GRID])  # what a sliding window asks of one
 
 
-def make(C=1, dtype=torch.float64, **sizes):
+def make(C=1, dtype=torch.float64, prior=GPT, **sizes):
     """A tiny transformer in eval mode, far enough from its start that everything has an effect."""
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.0} | sizes
-    model = GPT(K, N, CONDITIONS, C, **sizes)
+    model = prior(K, N, CONDITIONS, C, **sizes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

@@ -19,6 +19,7 @@ from vqgan.arguments import (
 )
 from vqgan.errors import InputError
 from vqgan.files import save_plain
+from vqgan.masked import DEFAULT_STEPS
 from vqgan.vqvae import VQVAE
 
 # --- numbers -----------------------------------------------------------------------------------
@@ -349,7 +350,8 @@ def test_no_tokenizer_is_named():
 
 def sampling_flags(**more):
     flags = {"guidance": [1.0], "temperature": [1.0], "top_k": None, "top_p": None}
-    flags |= {"num_samples": None, "condition": "class", "condition_drop": 0.1}
+    flags |= {"num_samples": None, "condition": "class", "condition_drop": 0.1, "prior": "gpt"}
+    flags |= {"steps": None, "mask_schedule": None}
     return argparse.Namespace(**flags | more)
 
 
@@ -364,6 +366,13 @@ def test_every_combination_of_the_sampling_flags():
     assert all((s["top_k"], s["top_p"]) == (4, 0.9) for s in settings)
 
 
+def test_a_masked_transformer_has_rounds_too():
+    (one,) = sampling_settings(sampling_flags(prior="masked"), 16)
+    assert one["steps"] == DEFAULT_STEPS
+    settings = sampling_settings(sampling_flags(prior="masked", steps=[4, 8]), 16)
+    assert [setting["steps"] for setting in settings] == [4, 8]
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -372,6 +381,8 @@ def test_every_combination_of_the_sampling_flags():
         ({"num_samples": 1}, "--num-samples 1"),
         ({"guidance": [1.0, 2.0], "condition": "none"}, "--guidance.*--condition"),
         ({"guidance": [2.0], "condition_drop": 0.0}, "--guidance.*--condition-drop"),
+        ({"steps": [4]}, "--steps is about --prior masked"),
+        ({"mask_schedule": "uniform"}, "--mask-schedule is about --prior masked"),
     ],
 )
 def test_settings_that_cannot_be_sampled_are_refused(flags, expected):

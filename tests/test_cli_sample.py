@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from commands import CLASSES, error_of, is_picture, main, save_pair
+from PIL import Image
 
+from vqgan.completion import paint_over
 from vqgan.conditions import TRANSFORMS, class_condition
 from vqgan.image_folder import read_image
 from vqgan.images import from_uint8, to_uint8
@@ -14,6 +16,11 @@ from vqgan.pretrained import load_model, load_pipeline
 from vqgan.transformer import GPT
 from vqgan.vqvae import VQVAE
 from vqgan.vqvae2 import VQVAE2
+
+
+def pixels_of(path):
+    return from_uint8(torch.from_numpy(read_image(path, 32)))[None]
+
 
 # --- tokenizers with another codebook, or several grids ---------------------------------------
 
@@ -65,12 +72,13 @@ def test_completions_keep_the_tokens_of_every_grid(tmp_path, shapes, images, ask
         tmp_path, class_condition(CLASSES), shapes.train_images, kind=VQVAE2, num_downsamples=2
     )
     main("complete", tmp_path / "checkpoint.pt", images[0], "--class", "dog", "--count", 1)
-    tokenizer = load_model(tmp_path / "tokenizer.pt")
-    tokens = tokenizer.tokens(from_uint8(torch.from_numpy(read_image(images[0], 32)))[None])
+    tokenizer, hole = load_model(tmp_path / "tokenizer.pt"), torch.zeros(32, 32, dtype=torch.bool)
+    hole[16:] = True
+    tokens = tokenizer.tokens(paint_over(pixels_of(images[0]), hole))
     given = tokenizer.split_tokens(asked[0]["given"])
     for level, whole in zip(given, tokenizer.split_tokens(tokens), strict=True):
-        half = level.shape[1] // 2
-        assert torch.equal(level[:, :half], whole[:, :half]) and (level[:, half:] == -1).all()
+        kept = level.shape[1] // 2 - 1  # a ring beside the hole is generated, too
+        assert torch.equal(level[:, :kept], whole[:, :kept]) and (level[:, kept:] == -1).all()
 
 
 def test_the_coarse_image_is_shown_above_the_fine_one(tmp_path, shapes, rows, pairs):
@@ -276,6 +284,15 @@ def test_what_cannot_be_sampled_is_one_line(
     assert rows == [] and images[0].read_bytes() == before
 
 
+def test_a_masked_transformer_samples_in_rounds_and_in_one_size(pairs, rows, asked):
+    path = pairs / "masked" / "checkpoint.pt"
+    main("sample", path, "--class", "dog", "--count", 2, "--steps", 5, "--guidance", 2)
+    assert asked[0]["steps"] == 5 and "steps 5" in rows[0][1]
+    assert rows[0][0][0][1].shape == (2, 3, 32, 32)
+    assert "one size" in error_of("sample", path, "--height", 64)
+    assert "--steps" in error_of("sample", pairs / "class" / "checkpoint.pt", "--steps", 5)
+
+
 def test_top_p_zero_is_named(pairs, capsys):
     with pytest.raises(SystemExit):
         main("sample", pairs / "class" / "checkpoint.pt", "--top-p", 0)
@@ -289,37 +306,59 @@ def test_a_completion_is_a_picture(tmp_path, pairs, images, capsys):
     flags = ["--count", 2, "--out", tmp_path / "out.png"]
     main("complete", pairs / "class" / "checkpoint.pt", images[0], *flags)
     assert is_picture(tmp_path / "out.png")
-    assert "8 of 16 tokens kept; 2 completions" in capsys.readouterr().out
+    assert "4 of 16 tokens kept; 2 completions" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("keep", "kept"),
+    ("flags", "hole", "kept"),
     [
-        ("top", (slice(0, 2), slice(0, 4))),
-        ("left", (slice(0, 4), slice(0, 2))),
-        ("8,0,24,16", (slice(0, 2), slice(1, 3))),
-        ("1,0,31,17", (slice(0, 2), slice(1, 3))),  # codes that are cut are not kept
+        ([], (slice(16, 32), slice(0, 32)), (slice(0, 1), slice(0, 4))),
+        (["--keep", "left"], (slice(0, 32), slice(16, 32)), (slice(0, 4), slice(0, 1))),
+        (["--keep", "0,0,32,9"], (slice(9, 32), slice(0, 32)), None),
+        (["--keep", "0,0,32,31"], (slice(31, 32), slice(0, 32)), (slice(0, 2), slice(0, 4))),
+        (["--hole", "8,0,32,8"], (slice(0, 8), slice(8, 32)), (slice(2, 4), slice(0, 4))),
     ],
 )
-def test_the_kept_codes_are_the_pictures_own(keep, kept, pairs, images, rows, monkeypatch):
-    seen, sample = [], GPT.sample
-
-    def remember(self, condition, *, given, **settings):
-        seen.append((given, sample(self, condition, given=given, **settings)))
-        return seen[-1][1]
-
-    monkeypatch.setattr(GPT, "sample", remember)
-    main("complete", pairs / "none" / "checkpoint.pt", images[0], "--keep", keep, "--count", 3)
-    ((given, written),) = seen
-    x = from_uint8(torch.tensor(read_image(images[0], 32)))[None]
-    own = load_model(pairs / "none" / "tokenizer.pt").encode(x).indices
+@pytest.mark.parametrize("prior", ["class", "masked"])
+def test_the_kept_codes_are_the_pictures_own(prior, flags, hole, kept, pairs, images, rows, asked):
+    command = ["complete", pairs / prior / "checkpoint.pt", images[0], *flags, "--count", 3]
+    if kept is None:
+        assert "leave no token" in error_of(*command)
+        return
+    main(*command)
+    mask = torch.zeros(32, 32, dtype=torch.bool)
+    mask[hole] = True
+    x = pixels_of(images[0])
+    own = load_model(pairs / prior / "tokenizer.pt").encode(paint_over(x, mask)).indices
     expected = torch.full((3, 4, 4), -1)
     expected[:, kept[0], kept[1]] = own[:, kept[0], kept[1]]
-    assert torch.equal(given, expected.flatten(1))
-    assert torch.equal(written[given >= 0], given[given >= 0])
-    shown = rows[0][0][0][1][1]  # the picture with what is not kept in grey
-    grey = (shown == 0.5).all(dim=0)[4::8, 4::8]
-    assert torch.equal(grey, expected[0] < 0)
+    assert torch.equal(asked[0]["given"], expected.flatten(1))
+    (_, shown), (_, completed) = rows[0][0]
+    assert (shown[1][:, mask] == 0.5).all() and torch.equal(shown[1][:, ~mask], shown[0][:, ~mask])
+    # Around the hole the original, to the pixel.
+    assert torch.equal(completed[:, :, ~mask], shown[:1].expand(3, -1, -1, -1)[:, :, ~mask])
+
+
+def test_a_painted_mask_is_a_hole(tmp_path, pairs, images, asked, rows, capsys):
+    mask = np.zeros((32, 32), dtype=np.uint8)
+    mask[:8, 8:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    command = ["complete", pairs / "masked" / "checkpoint.pt", images[0], "--count", 1]
+    main(*command, "--mask", tmp_path / "mask.png", "--steps", 3)
+    main(*command, "--hole", "8,0,32,8", "--no-paste")
+    assert torch.equal(asked[0]["given"], asked[1]["given"]) and asked[0]["steps"] == 3
+    pasted, decoded = (drawn[0][1][1] for drawn in rows)
+    hole = torch.from_numpy(mask > 0)
+    assert (pasted[:, :, ~hole] != decoded[:, :, ~hole]).any()
+    assert "foresee" not in capsys.readouterr().out
+
+
+def test_a_gpt_says_what_it_cannot_foresee(pairs, images, rows, capsys):
+    command = ["complete", pairs / "class" / "checkpoint.pt", images[0], "--count", 1]
+    main(*command)
+    assert "foresee" not in capsys.readouterr().out  # nothing is below the hole
+    main(*command, "--hole", "8,0,32,8")
+    assert "did not foresee" in capsys.readouterr().out
 
 
 def test_a_completion_may_be_told_its_class(pairs, images, rows, asked):
@@ -340,7 +379,9 @@ def test_a_completion_may_be_told_its_caption(pairs, images, rows, asked, shapes
 
 def test_a_model_of_pictures_completes_with_the_pictures_own(pairs, images, rows, asked):
     main("complete", pairs / "image" / "checkpoint.pt", images[0], "--count", 1)
-    x = from_uint8(torch.tensor(read_image(images[0], 32)))[None]
+    hole = torch.zeros(32, 32, dtype=torch.bool)
+    hole[16:] = True
+    x = paint_over(pixels_of(images[0]), hole)
     codes = load_model(pairs / "image" / "tokenizer.pt").encode(TRANSFORMS["gray"](x)).indices
     assert torch.equal(asked[0]["condition"], codes.flatten(1))
 
@@ -350,8 +391,17 @@ def test_a_model_of_pictures_completes_with_the_pictures_own(pairs, images, rows
     [
         (["0.png", "--keep", "bottom"], "--keep bottom: give top, left"),
         (["0.png", "--keep", "1,2,3"], "--keep 1,2,3: give"),
-        (["0.png", "--keep", "0,0,7,32"], "keeps 0 of 16"),
-        (["0.png", "--keep", "0,0,32,32"], "keeps 16 of 16"),
+        (["0.png", "--keep", "0,0,7,32"], "leave no token: make it smaller"),
+        (["0.png", "--keep", "0,0,32,32"], "--keep 0,0,32,32: no pixel of 32x32"),
+        (["0.png", "--hole", "0,0,32,40"], "--hole 0,0,32,40: every pixel of 32x32"),
+        (["0.png", "--hole", "4,4,4,9"], "--hole 4,4,4,9: no pixel of 32x32"),
+        (["0.png", "--hole", "top"], "--hole top: give a box, as in"),
+        (["0.png", "--hole", "0,0,4,4", "--keep", "top"], "--keep and --hole both say"),
+        (["0.png", "--mask", "black.png"], "--mask black.png: no pixel"),
+        (["0.png", "--mask", "white.png"], "--mask white.png: every pixel"),
+        (["0.png", "--mask", "small.png"], "small.png has 8x8 pixels, and 0.png 32x32"),
+        (["0.png", "--mask", "broken.png"], "broken.png cannot be read"),
+        (["0.png", "--steps", "4"], "--steps is about a masked transformer"),
         (["0.png", "--class", "cat", "dog"], "give one"),
         (["gone.png"], "gone.png cannot be read"),
         (["broken.png"], "broken.png cannot be read"),
@@ -361,6 +411,9 @@ def test_a_model_of_pictures_completes_with_the_pictures_own(pairs, images, rows
 def test_what_cannot_be_completed_is_one_line(flags, expected, pairs, images, rows, monkeypatch):
     monkeypatch.chdir(images[0].parent)
     (images[0].parent / "broken.png").write_text("no picture")
+    Image.new("L", (32, 32), 0).save("black.png")
+    Image.new("L", (32, 32), 255).save("white.png")
+    Image.new("L", (8, 8), 255).save("small.png")
     assert expected in error_of("complete", pairs / "class" / "checkpoint.pt", *flags)
     assert rows == []
 

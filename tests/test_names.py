@@ -68,7 +68,7 @@ def test_the_top_of_the_package_is_what_its_list_says():
     for name in vqgan.__all__:
         assert hasattr(vqgan, name), name
     models = {"VAE", "SpatialVAE", "VQVAE", "VQVAE2", "VQGAN", "GPT", "VectorQuantizer"}
-    models |= {"EMAVectorQuantizer", "FSQ", "LFQ", "SimVQ", "ResidualVQ"}
+    models |= {"EMAVectorQuantizer", "FSQ", "LFQ", "SimVQ", "ResidualVQ", "MaskedTransformer"}
     assert models | {"load_model", "load_pipeline", "__version__"} == set(vqgan.__all__)
 
 

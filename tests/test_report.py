@@ -47,8 +47,9 @@ def test_a_title_says_why_validation_is_lower_and_where_losses_rise():
 
 
 def test_a_price_by_hand():
-    prior = SimpleNamespace(seq_len=64, num_embeddings=512)
-    price = report.price(math.log(256), prior, 32)
+    prior = SimpleNamespace(seq_len=64, num_embeddings=512, causal=False)
+    price = report.price(math.log(256), 0.25, prior, 32)
+    assert price["nats_per_token_standard_error"] == 0.25 and price["nats_per_token_is_bound"]
     assert price["nats_per_token"] == math.log(256)
     assert price["bits_per_image"] == pytest.approx(64 * 8)
     assert price["fixed_length_bits_per_image"] == 64 * 9
@@ -78,8 +79,11 @@ def test_the_same_few_test_images_are_shown_and_reconstructed_in_eval_mode(shape
     assert torch.equal(x, model(few).reconstruction)
 
 
-def test_without_samples_no_table_of_them(capsys):
+@pytest.mark.parametrize("bound", [True, False])
+def test_without_samples_no_table_of_them(bound, capsys):
     result = {"nats_per_token": 2.0, "best_epoch": 3, "bits_per_image": 90.0}
+    result |= {"nats_per_token_standard_error": 0.125, "nats_per_token_is_bound": bound}
     report.print_transformer(result | {"fixed_length_bits_per_image": 96.0}, [], {})
     text = capsys.readouterr().out
-    assert "2.000" in text and "epoch 3" in text and "guidance" not in text
+    assert ("at most 2.000" in text) == bound and "2.000 +- 0.125" in text
+    assert "epoch 3" in text and "guidance" not in text

@@ -208,11 +208,11 @@ def test_the_loss_is_that_of_checkpoint_and_codes_by_hand(finished, shapes):
 def test_the_checkpoint_is_the_model_of_the_best_epoch(tmp_path, tokenizer):
     seen, values = [], iter([1.0, 2.0, 1.5])  # after each epoch, and of what is measured
 
-    def validation_loss(model, *args):
+    def evaluate_likelihood(model, *args):
         seen.append(copy.deepcopy(model.state_dict()))
-        return next(values)
+        return next(values), 0.1
 
-    with mock.patch.object(train_transformer, "validation_loss", validation_loss):
+    with mock.patch.object(train_transformer, "evaluate_likelihood", evaluate_likelihood):
         out = run(tmp_path / "run", "--tokenizer", tokenizer, *SMALL)
     first, second, of_the_end = seen
     assert same_weights(checkpoint(out)["weights"], first) and same_weights(of_the_end, first)
@@ -319,6 +319,30 @@ def test_a_resumed_run_stays_the_same_run(flags, expected, tmp_path, finished):
     before = files_of(out)
     assert expected in error_of(out, "--resume", *flags)
     assert files_of(out) == before
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_masked_transformer_trains_resumes_and_is_priced(tmp_path, tokenizer, capsys):
+    flags = ["--tokenizer", tokenizer, *SMALL, "--prior", "masked", "--steps", 2, 4]
+    whole = run(tmp_path / "whole", *flags)
+    state, result = checkpoint(whole), metrics_of(whole)["models"]["transformer"]
+    assert state["model"] == "MaskedTransformer"
+    assert state["model_args"]["mask_schedule"] == "cosine"
+    assert [sample["steps"] for sample in metrics_of(whole)["samples"]] == [2, 4]
+    assert result["nats_per_token_is_bound"] and result["nats_per_token_standard_error"] > 0
+    text = capsys.readouterr().out
+    assert f"at most {result['nats_per_token']:.3f} +- " in text
+    # The estimate is that of the masks of seed 0.
+    model, data = load_model(whole), torch.load(whole / "tokens.pt")["test"][:, 0].long()
+    condition = load_dataset("shapes", seed=0).first(128).test_labels[:, None]
+    nats = model.nats_per_token(condition, data, torch.Generator().manual_seed(0))
+    assert nats.mean().item() == pytest.approx(result["nats_per_token"], rel=1e-5)
+    expected = nats.std(correction=0).item() / 128**0.5
+    assert result["nats_per_token_standard_error"] == pytest.approx(expected, rel=1e-4)
+
+    with interrupted(6), pytest.raises(SystemExit, match="130"):
+        run(tmp_path / "stopped", *flags)
+    assert_same_run(run(tmp_path / "stopped", "--resume"), whole)
 
 
 # --- conditions --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 __version__ = "0.2.0"  # before the imports: checkpoint.py writes it
 
 from vqgan.finite_scalar import FSQ, LFQ
+from vqgan.masked import MaskedTransformer
 from vqgan.pretrained import load_model, load_pipeline
 from vqgan.quantizer import EMAVectorQuantizer, VectorQuantizer
 from vqgan.residual import ResidualVQ
@@ -22,6 +23,6 @@ from vqgan.vqgan import VQGAN
 from vqgan.vqvae import VQVAE
 from vqgan.vqvae2 import VQVAE2
 
-__all__ = ["VAE", "SpatialVAE", "VQVAE", "VQVAE2", "VQGAN", "GPT"]
+__all__ = ["VAE", "SpatialVAE", "VQVAE", "VQVAE2", "VQGAN", "GPT", "MaskedTransformer"]
 __all__ += ["VectorQuantizer", "EMAVectorQuantizer", "FSQ", "LFQ", "SimVQ", "ResidualVQ"]
 __all__ += ["load_model", "load_pipeline", "__version__"]

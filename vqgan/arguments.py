@@ -23,6 +23,7 @@ from vqgan.errors import InputError, file_input, user_input
 from vqgan.files import lock_folder, read_json, unused_path, write_json
 from vqgan.gradient_estimators import GRADIENT_ESTIMATORS
 from vqgan.images import MAX_IMAGE_SIZE
+from vqgan.masked import DEFAULT_STEPS
 from vqgan.pretrained import checkpoint_path, init_weights, load_tokenizer
 from vqgan.sampling import check_sampling
 from vqgan.training import Run
@@ -30,8 +31,9 @@ from vqgan.vqvae import VQAutoencoder
 
 PRECISIONS = ("auto", "fp32", "bf16")  # of the network's matrix multiplications
 # Flags that a resume may change, because the run is still the same one.
+SAMPLING = {"temperature", "top_k", "top_p", "guidance", "num_samples", "steps"}
 MAY_CHANGE_ON_RESUME = {"device", "compile", "checkpoint_every", "epochs", "data_root", "rfid"}
-MAY_CHANGE_ON_RESUME |= {"temperature", "top_k", "top_p", "guidance", "num_samples"}
+MAY_CHANGE_ON_RESUME |= SAMPLING
 
 
 def _number(kind: type, is_valid: Callable, expected: str, highest: int = 10**9) -> Callable:
@@ -186,7 +188,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
         )
     if args.epochs < stored["epochs"]:
         raise InputError(f"--epochs {args.epochs}: give {stored['epochs']} or more, as the run had")
-    if changed & {"epochs", "temperature", "top_k", "top_p", "guidance", "num_samples"}:
+    if changed & ({"epochs"} | SAMPLING):
         args.command = f"{args.command} && {command}"  # both led to the results
     return args
 
@@ -280,9 +282,13 @@ def open_tokenizer(args: argparse.Namespace) -> tuple[VQAutoencoder, dict]:
 
 
 def sampling_settings(args: argparse.Namespace, num_embeddings: int) -> list[dict]:
-    """Every combination of the sampling flags, as keyword arguments of `GPT.sample`."""
+    """Every combination of the sampling flags, as keyword arguments of a prior's `sample`."""
+    for flag, value in (("--steps", args.steps), ("--mask-schedule", args.mask_schedule)):
+        if value is not None and args.prior != "masked":
+            raise InputError(f"{flag} is about --prior masked: leave it out")
     values = {"guidance": args.guidance, "temperature": args.temperature}
     values |= {"top_k": args.top_k or [None], "top_p": args.top_p or [None]}
+    values |= {"steps": args.steps or [DEFAULT_STEPS]} if args.prior == "masked" else {}
     settings = [dict(zip(values, v, strict=True)) for v in itertools.product(*values.values())]
     for setting in settings:
         with user_input():
@@ -304,6 +310,7 @@ def sampling_flags(add, *, count: int, out: str) -> None:
     add("--top-k", type=int, help="sample from the k most likely tokens only")
     add("--top-p", type=positive_float, help="sample from the top tokens of this total probability")
     add("--guidance", type=non_negative_float, default=1.0, help="guidance scale; 1 is no guidance")
+    add("--steps", type=positive_int, help="rounds of a masked transformer (default: 10)")
     add("--seed", type=seed_int, default=0, help="random seed; another one gives other images")
     tokenizer = "tokenizer (default: tokenizer.pt next to CHECKPOINT)"
     add("--tokenizer", type=path_text, metavar="FILE", help=tokenizer)

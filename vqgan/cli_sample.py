@@ -6,16 +6,16 @@ import zlib
 import torch
 from torch import Tensor
 
-from vqgan import figures
+from vqgan import completion, figures
 from vqgan.arguments import output_path, path_text, sampling_flags, small_int
 from vqgan.conditions import TRANSFORMS
 from vqgan.console import progress_bar
 from vqgan.data import eval_batch_size
 from vqgan.device import choose_device
 from vqgan.errors import InputError, user_input
-from vqgan.evaluation import decode_tokens
-from vqgan.image_folder import read_images
+from vqgan.image_folder import read_images, read_mask
 from vqgan.images import from_uint8, to_unit
+from vqgan.masked import MaskedTransformer
 from vqgan.pretrained import Pipeline, load_pipeline
 from vqgan.sampling import check_sampling, describe_sampling, sample_sliding_window
 from vqgan.vqvae2 import VQVAE2
@@ -40,7 +40,11 @@ def complete_flags(add) -> None:
     """The flags of `vqgan complete`."""
     sampling_flags(add, count=8, out=COMPLETED)
     add("image", type=path_text, metavar="IMAGE", help="image, in any format that Pillow opens")
-    add("--keep", default="top", help="part to keep: top or left (half), or x0,y0,x1,y1 in pixels")
+    add("--keep", help="part to keep: top (default) or left (half), or x0,y0,x1,y1 in pixels")
+    add("--hole", metavar="BOX", help="part to generate instead: x0,y0,x1,y1 in pixels")
+    mask = "the same as an image of IMAGE's size, white where pixels are to be generated"
+    add("--mask", type=path_text, metavar="MASK", help=mask)
+    add("--no-paste", action="store_true", help="show the decoder's pixels around the hole, too")
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -95,54 +99,57 @@ def sample(args: argparse.Namespace) -> None:
 
 
 def complete(args: argparse.Namespace) -> None:
-    """Generate the rest of an image with a trained transformer, in one PNG.
+    """Generate a part of an image with a trained transformer, in one PNG.
 
-    The image becomes tokens; those inside --keep stay, and the others are generated.
+    The part is given by --keep, --hole or --mask. Around it, the image stays as it is.
     """
     out = output_path(args.out, COMPLETED, [args.image])
     pipeline, setting, device = _open(args)
-    images = read_images([args.image], pipeline.tokenizer.image_size)
-    x = from_uint8(images).to(device)  # (1, 3, H, W)
-    tokens = pipeline.tokenizer.tokens(x)  # (1, N)
-    masks = _masks(args.keep, pipeline)  # (h, w) for each grid
-    mask = torch.cat([mask.flatten() for mask in masks])  # (N,)
-    kind = pipeline.condition.kind
+    x = from_uint8(read_images([args.image], pipeline.tokenizer.image_size)).to(device)
+    hole, kind = _hole(args, pipeline.tokenizer.image_size), pipeline.condition.kind  # (H, W)
     if kind == "none" or args.classes is not None or args.caption is not None:
         (condition, *others) = _prompts(args, pipeline).values()
         if others:
             raise InputError("a completion has one class or caption: give one")
-    elif kind == "image":
-        condition = pipeline.tokenizer.tokens(TRANSFORMS[pipeline.condition.transform](x))
-    elif not pipeline.supports_guidance:
+        condition = condition.to(device).expand(args.count, -1)
+    elif kind != "image" and not pipeline.supports_guidance:
         raise InputError(f"this model needs a condition: give --{kind}")
-    elif args.guidance != 1:
+    elif kind != "image" and args.guidance != 1:
         raise InputError("--guidance strengthens a condition, and none was given: leave it out")
-    else:  # the condition is dropped
-        condition = torch.full((1, pipeline.condition.length), pipeline.transformer.null_token)
-    given = torch.where(mask.to(device), tokens, -1).expand(args.count, -1)
-    with progress_bar(desc="sampling", total=given.numel(), unit="token", unit_scale=True) as bar:
+    else:
+        condition = None  # that of the image, or a dropped one
+    missing = completion.missing_tokens(hole, pipeline.tokenizer.grids)  # (N,)
+    total = args.count * len(missing)
+    with progress_bar(desc="sampling", total=total, unit="token", unit_scale=True) as bar:
         generator = torch.Generator().manual_seed(args.seed)
         options = setting | {"generator": generator, "progress": bar.update}
-        prompt = condition.to(device).expand(args.count, -1)
-        samples = pipeline.transformer.sample(prompt, given=given, **options)
-    completed = to_unit(decode_tokens(pipeline.tokenizer, samples))
-    pixels = 2**pipeline.tokenizer.num_downsamples
-    mask = masks[-1].repeat_interleave(pixels, 0).repeat_interleave(pixels, 1)
-    masked = torch.where(mask, to_unit(x).cpu(), 0.5)
-    rows = [("original, and what is kept", torch.cat([to_unit(x).cpu(), masked]))]
+        with user_input():
+            copies = x.expand(args.count, -1, -1, -1)
+            completed = completion.complete(pipeline, copies, hole.to(device), condition, **options)
+    completed = to_unit(completed if args.no_paste else completion.paste(x.cpu(), completed, hole))
+    original = to_unit(x).cpu()
+    rows = [("original, and what is kept", torch.cat([original, torch.where(hole, 0.5, original)]))]
     rows += [("completions" if i == 0 else "", c) for i, c in enumerate(completed.split(COLUMNS))]
     figures.image_rows(out, rows, title=f"Completions ({describe_sampling(setting)})")
-    num_given = int((given[0] >= 0).sum())
-    print(f"{num_given} of {given.shape[1]} tokens kept; {args.count} completions: {out}")
+    num_given = int((~missing).sum())
+    print(f"{num_given} of {len(missing)} tokens kept; {args.count} completions: {out}")
+    if pipeline.transformer.causal and not missing[missing.int().argmax() :].all():
+        print(
+            "(a GPT generates row by row, so it did not foresee the tokens right of the hole and "
+            "below it: train_transformer.py --prior masked sees all of them)"
+        )
 
 
 def _open(args: argparse.Namespace) -> tuple[Pipeline, dict, torch.device]:
-    """The models, on the device, and the checked keyword arguments of `GPT.sample`."""
+    """The models, on the device, and the checked keyword arguments of its `sample`."""
     device = choose_device(args.device)
     pipeline = load_pipeline(args.checkpoint, tokenizer=args.tokenizer)
     pipeline.transformer.to(device)
     pipeline.tokenizer.to(device)
     setting = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance")}
+    if args.steps is not None and not isinstance(pipeline.transformer, MaskedTransformer):
+        raise InputError("--steps is about a masked transformer, and this is a GPT: leave it out")
+    setting |= {} if args.steps is None else {"steps": args.steps}
     with user_input():
         check_sampling(pipeline.transformer.num_embeddings, **setting)
     can_guide = pipeline.condition.kind != "none" and pipeline.supports_guidance
@@ -163,6 +170,8 @@ def _grid_size(args: argparse.Namespace, pipeline: Pipeline) -> tuple[int, int]:
     is_larger = (height, width) != (size, size)
     if is_larger and pipeline.condition.kind == "image":
         raise InputError("a model conditioned on images has one size: leave --height, --width out")
+    if is_larger and isinstance(pipeline.transformer, MaskedTransformer):
+        raise InputError("a masked transformer has one size: leave --height, --width out")
     if is_larger and len(pipeline.tokenizer.grids) > 1:
         raise InputError("tokens of several grids have one size: leave --height, --width out")
     return height // pixels, width // pixels
@@ -192,22 +201,29 @@ def _prompts(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Tensor]:
     return {"samples": condition.start_tokens(1)}
 
 
-def _masks(keep: str, pipeline: Pipeline) -> list[Tensor]:
-    """The tokens to keep, (h, w) bool for each grid: those whose pixels all lie inside the box."""
-    size, masks = pipeline.tokenizer.image_size, []
-    boxes = {"top": (0, 0, size, size // 2), "left": (0, 0, size // 2, size)}
-    try:
-        x0, y0, x1, y1 = boxes.get(keep) or (int(number) for number in keep.split(","))
-    except ValueError as error:
-        raise InputError(f"--keep {keep}: give top, left, or a box, as in 0,0,16,16") from error
-    for h, w in pipeline.tokenizer.grids:
-        pixels = size // h
-        top, left = torch.arange(h)[:, None] * pixels, torch.arange(w) * pixels
-        masks.append((left >= x0) & (left + pixels <= x1) & (top >= y0) & (top + pixels <= y1))
-    mask = masks[-1]
-    if not mask.any() or mask.all():
-        raise InputError(
-            f"--keep {keep} keeps {int(mask.sum())} of {mask.numel()} tokens: give a box with some "
-            f"of the {size}x{size} pixels and not all (a token stands for {pixels}x{pixels})"
-        )
-    return masks
+def _hole(args: argparse.Namespace, size: int) -> Tensor:
+    """The pixels to generate, (H, W) bool: white in --mask, inside --hole, or outside --keep."""
+    flags = {name: getattr(args, name) for name in ("keep", "hole", "mask")}
+    given = [name for name, value in flags.items() if value is not None]
+    if len(given) > 1:
+        raise InputError(f"--{given[0]} and --{given[1]} both say what is generated: give one")
+    name = given[0] if given else "keep"
+    flag = f"--{name} {flags[name] or 'top'}"
+    if name == "mask":
+        hole = read_mask(args.mask, args.image, size)
+    else:
+        boxes = {"top": (0, 0, size, size // 2), "left": (0, 0, size // 2, size)}
+        named = boxes if name == "keep" else {}
+        try:
+            x0, y0, x1, y1 = named.get(flags[name] or "top") or map(int, flags[name].split(","))
+        except ValueError as error:
+            raise InputError(
+                f"{flag}: give {'top, left, or ' * bool(named)}a box, as in 0,0,16,16"
+            ) from error
+        inside = torch.zeros(size, size, dtype=torch.bool)
+        inside[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = True
+        hole = inside if name == "hole" else ~inside
+    if not hole.any() or hole.all():
+        part = "no pixel" if not hole.any() else "every pixel"
+        raise InputError(f"{flag}: {part} of {size}x{size} would be generated: give another")
+    return hole

@@ -22,7 +22,14 @@ from vqgan.errors import InputError, user_input
 from vqgan.files import load_arrays, write_atomically
 from vqgan.image_folder import find_images, read_images
 from vqgan.images import MAX_IMAGE_SIZE, from_uint8, to_uint8, to_unit
-from vqgan.pretrained import PRETRAINED, load_model, load_pipeline, load_tokenizer, read_checkpoint
+from vqgan.pretrained import (
+    PRETRAINED,
+    is_prior,
+    load_model,
+    load_pipeline,
+    load_tokenizer,
+    read_checkpoint,
+)
 from vqgan.vae import GaussianAutoencoder
 from vqgan.vqvae import VQAutoencoder
 
@@ -67,7 +74,7 @@ def reconstruct(args: argparse.Namespace) -> None:
     paths = find_images(args.images)
     out, device = output_path(args.out, RECONSTRUCTIONS, paths), choose_device(args.device)
     config = None if args.config is None else read_config(args.config)
-    if config is None and read_checkpoint(args.checkpoint)["model"] == "GPT":
+    if config is None and is_prior(read_checkpoint(args.checkpoint)):
         model: Any = load_pipeline(args.checkpoint).tokenizer.to(device)
     else:
         model = load_model(args.checkpoint, config=config).to(device)
@@ -194,7 +201,7 @@ def _read_chunks(paths: list[Path], size: int) -> Iterator[tuple[list[Path], Ten
 
 def _tokenizer(checkpoint: str) -> VQAutoencoder:
     """Load a VQ-VAE, a VQGAN, or the tokenizer of a transformer."""
-    if read_checkpoint(checkpoint)["model"] == "GPT":
+    if is_prior(read_checkpoint(checkpoint)):
         return load_pipeline(checkpoint).tokenizer
     return load_tokenizer(checkpoint)[0]
 

@@ -1,8 +1,9 @@
-"""A model over a whole test set: the quality of its reconstructions or samples.
+"""A model over a whole test set: its reconstructions, its likelihood, or its samples.
 
 The networks that measure them are in `eval_networks.py`, the formulas in `metrics.py`.
 """
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -13,9 +14,12 @@ from vqgan import metrics
 from vqgan.classifier import Classifier
 from vqgan.console import progress_bar
 from vqgan.data import eval_batch_size, eval_batches
+from vqgan.device import autocast
 from vqgan.eval_networks import extract_features
 from vqgan.images import to_uint8, to_unit
+from vqgan.masked import MaskedTransformer
 from vqgan.perceptual import PerceptualDistance
+from vqgan.sampling import eval_mode
 from vqgan.shapes import detect_colors
 from vqgan.tokens import TokenDataset
 from vqgan.training import Run, Stopwatch
@@ -26,6 +30,7 @@ from vqgan.vqvae import VQAutoencoder
 # Keys of the result that not every model, or not every run, has.
 OPTIONAL = ["perceptual", "frechet", "class_accuracy"]
 OPTIONAL += ["perplexity", "codes_used", "entropy_bits_per_image"]
+MAX_LOGITS = 2**26  # logits per chunk of the likelihood, 256 MiB in float32
 MAX_CACHED = 2**28  # numbers in the keys and values of sampling, 1 GiB in float32
 
 
@@ -110,6 +115,34 @@ def _codebook_result(model: VQAutoencoder, usages: list[metrics.CodebookUsage]) 
     }
 
 
+# --- likelihood ---------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate_likelihood(
+    model: GPT | MaskedTransformer,
+    dataset: TokenDataset,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[float, float]:
+    """The mean nats per token over the test images, and its standard error. Keeps the mode.
+
+    (Of a masked transformer, the bound, estimated with the same masks every time.)
+    """
+    chunk_size = min(250, max(1, MAX_LOGITS // (model.seq_len * model.num_embeddings)))
+    conditions = dataset.test_conditions.split(chunk_size)
+    generator, losses = torch.Generator().manual_seed(0), []
+    with eval_mode(model):
+        for condition, tokens in zip(
+            conditions, dataset.test_tokens.split(chunk_size), strict=True
+        ):
+            with autocast(device, dtype):
+                condition, tokens = condition.to(device), tokens.to(device)
+                losses.append(model.nats_per_token(condition, tokens, generator))
+    nats = torch.cat(losses).double()  # (test images,)
+    return nats.mean().item(), nats.std(correction=0).item() / math.sqrt(len(nats))
+
+
 # --- samples -------------------------------------------------------------------------------------
 
 
@@ -141,7 +174,7 @@ def reference_frechet(
 
 @torch.no_grad()
 def evaluate_samples(
-    prior: GPT,
+    prior: GPT | MaskedTransformer,
     tokenizer: VQAutoencoder,
     dataset: TokenDataset,
     settings: list[dict],
@@ -156,7 +189,7 @@ def evaluate_samples(
     size of the chunks. Without an evaluation classifier there is nothing to measure them with.
 
     Args:
-        settings: keyword arguments of `GPT.sample`, which the results repeat.
+        settings: keyword arguments of the prior's `sample`, which the results repeat.
         num_samples: None means one per test image.
     """
     if eval_classifier is None:

@@ -122,7 +122,7 @@ class LFQ(Quantizer):
     entropy_weight = 0.1
     # How sharply p(c|z) prefers the nearest code: only numbers of about this size get a gradient
     # from the entropies.
-    temperature = 1.0
+    temperature = 0.1
 
     def __init__(self, num_embeddings: int, beta: float = 0.25):
         bits = num_embeddings.bit_length() - 1

@@ -174,6 +174,23 @@ def read_images(paths: Sequence[str | Path], image_size: int) -> Tensor:
     return torch.stack(images)
 
 
+def read_mask(path: str | Path, image_path: str | Path, image_size: int) -> Tensor:
+    """A black and white image of the size of another -> (H, W) bool, true where it is white.
+
+    Raises:
+        InputError: one of both is no image, or their sizes differ.
+    """
+    sizes = []
+    for file in (path, image_path):
+        with file_input(f"{file} cannot be read as an image"), Image.open(file) as image:
+            sizes.append("x".join(map(str, ImageOps.exif_transpose(image).size)))
+    if sizes[0] != sizes[1]:
+        raise InputError(
+            f"{path} has {sizes[0]} pixels, and {image_path} {sizes[1]}: give one size"
+        )
+    return read_images([path], image_size)[0].float().mean(dim=0) > 127.5  # half of white
+
+
 def _read_all(paths: list[Path], image_size: int) -> tuple["Tensor | ImageFiles", list[int]]:
     """Read every file once, so that bad ones are known before training, not hours into it.
 

@@ -1,7 +1,7 @@
 """Loads trained models from checkpoints, of this package or published by the VQGAN's authors."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from torch import nn
 
@@ -9,14 +9,15 @@ from vqgan.checkpoint import build_on_meta, fingerprint, is_float, load_checkpoi
 from vqgan.compvis import load_compvis_vqgan, read_config
 from vqgan.conditions import Condition
 from vqgan.errors import InputError, file_input
-from vqgan.transformer import GPT
+from vqgan.masked import MaskedTransformer
+from vqgan.transformer import GPT, Prior
 from vqgan.vae import VAE, SpatialVAE
 from vqgan.vqgan import VQGAN
 from vqgan.vqvae import VQVAE, VQAutoencoder
 from vqgan.vqvae2 import VQVAE2
 
-Model = VAE | SpatialVAE | VQVAE | VQVAE2 | VQGAN | GPT
-MODELS = {model.__name__: model for model in (VAE, SpatialVAE, VQVAE, VQVAE2, VQGAN, GPT)}
+Model = VAE | SpatialVAE | VQVAE | VQVAE2 | VQGAN | GPT | MaskedTransformer
+MODELS = {model.__name__: model for model in get_args(Model)}
 # Arguments of a model, or of its quantizer, that no shape of a weight tells.
 WITHOUT_SHAPE = ("n_head", "norm_groups", "likelihood", "num_embeddings", "cosine", "num_rounds")
 # Transformers that come with the package, each with its tokenizer.
@@ -46,6 +47,11 @@ def read_checkpoint(path: str | Path) -> dict:
     if state["model"] not in MODELS:
         raise InputError(f"{path} is of a {state['model']!r}: give one of {', '.join(MODELS)}")
     return state
+
+
+def is_prior(state: dict) -> bool:
+    """Whether a checkpoint that was read is of a transformer, and not of an autoencoder."""
+    return issubclass(MODELS[state["model"]], Prior)
 
 
 def build_model(state: dict, path: str | Path) -> Model:
@@ -113,7 +119,7 @@ def checkpoint_path(path: str | Path) -> Path:
 class Pipeline(NamedTuple):
     """A transformer, and the tokenizer whose tokens it generates."""
 
-    transformer: GPT
+    transformer: GPT | MaskedTransformer
     tokenizer: VQAutoencoder
     condition: Condition
     supports_guidance: bool  # trained with some conditions dropped
@@ -150,7 +156,7 @@ def load_pipeline(path: str | Path, *, tokenizer: str | Path | None = None) -> P
     state = read_checkpoint(path)
     transformer, metadata = build_model(state, path), state["metadata"]
     needed = {"condition", "condition_drop", "image_size", "tokenizer", "tokenizer_fingerprint"}
-    if not isinstance(transformer, GPT) or not needed <= metadata.keys():
+    if not isinstance(transformer, Prior) or not needed <= metadata.keys():
         raise InputError(f"{path} is of a {state['model']}, not a transformer: name one of a run")
     file = Path(tokenizer or checkpoint_path(path).with_name("tokenizer.pt"))
     source = metadata["tokenizer"]

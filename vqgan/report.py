@@ -17,7 +17,7 @@ from vqgan.images import from_uint8, to_unit
 from vqgan.sampling import describe_sampling
 from vqgan.tokens import TokenDataset
 from vqgan.training import Run, Session
-from vqgan.transformer import GPT
+from vqgan.transformer import Prior
 from vqgan.vae import GaussianAutoencoder
 from vqgan.vqvae import VQAutoencoder
 
@@ -213,11 +213,15 @@ def print_baselines(baselines: Mapping[str, float]) -> None:
         print(f"{nats:.3f} nats per token: {BASELINES[name]}")
 
 
-def price(nats_per_token: float, prior: GPT, image_size: int) -> dict:
+def price(
+    nats_per_token: float, standard_error: float, prior: Prior, image_size: int
+) -> dict[str, float | bool]:
     """Convert a transformer's loss to the size of a file, for metrics.json."""
     bits, K = metrics.nats_to_bits(nats_per_token * prior.seq_len), prior.num_embeddings
     return {
         "nats_per_token": nats_per_token,
+        "nats_per_token_standard_error": standard_error,  # of the mean over the test images
+        "nats_per_token_is_bound": not prior.causal,  # the true number is at most this
         "bits_per_image": bits,  # of an ideal arithmetic coder
         "fixed_length_bits_per_image": metrics.fixed_length_bits(prior.seq_len, K),
         "compression": 3 * 8 * image_size**2 / bits,  # from three channels of 8 bits
@@ -226,8 +230,10 @@ def price(nats_per_token: float, prior: GPT, image_size: int) -> dict:
 
 def print_transformer(result: dict, samples: list[dict], references: Mapping[str, float]) -> None:
     """Print the transformer's loss, and a table of its samples."""
+    bound = "at most " if result["nats_per_token_is_bound"] else ""
+    nats, error = result["nats_per_token"], result["nats_per_token_standard_error"]
     print(
-        f"{result['nats_per_token']:.3f} nats per token on the test images (after epoch "
+        f"{bound}{nats:.3f} +- {error:.3f} nats per token on the test images (after epoch "
         f"{result['best_epoch']}): an arithmetic coder would spend {result['bits_per_image']:.0f} "
         f"bits per image, and fixed-length tokens take {result['fixed_length_bits_per_image']:.0f}"
     )
@@ -258,7 +264,7 @@ def save_transformer_figures(
     """Save every figure of a transformer's run.
 
     Args:
-        setting: keyword arguments of `GPT.sample`, for all samples.
+        setting: keyword arguments of the prior's `sample`, for all samples.
         baselines: those of `metrics.token_baselines`.
     """
     condition, metadata = dataset.condition, session.metadata["metadata"]

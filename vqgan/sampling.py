@@ -171,7 +171,7 @@ def sample_sliding_window(
 
 
 def describe_sampling(setting: dict) -> str:
-    """Describe a setting of `GPT.sample`, as in "guidance 2, temperature 1, top-k 100"."""
+    """Describe a setting of a prior's `sample`, as in "guidance 2, temperature 1, top-k 100"."""
     if setting["temperature"] < MIN_TEMPERATURE:
         return "greedy: always the likeliest token"
     values = (f"{name.replace('_', '-')} {v:g}" for name, v in setting.items() if v is not None)
@@ -179,9 +179,15 @@ def describe_sampling(setting: dict) -> str:
 
 
 def check_sampling(
-    num_embeddings: int, temperature: float, top_k: int | None, top_p: float | None, guidance: float
+    num_embeddings: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    guidance: float,
+    steps: int = 1,
+    choice_temperature: float = 0.0,
 ) -> None:
-    """Raise `ValueError` for a setting of `GPT.sample` that is out of range."""
+    """Raise `ValueError` for a setting of a prior's `sample` that is out of range."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature={temperature}: give 0 (greedy) or a number above")
     if top_k is not None and not 1 <= top_k <= num_embeddings:
@@ -190,3 +196,7 @@ def check_sampling(
         raise ValueError(f"top_p={top_p}: give a number above 0 and up to 1")
     if not 0 <= guidance <= MAX_GUIDANCE:
         raise ValueError(f"guidance={guidance}: give 0 to {MAX_GUIDANCE}; 1 is none")
+    if steps < 1:
+        raise ValueError(f"steps={steps}: give 1 or more rounds")
+    if not 0 <= choice_temperature < math.inf:
+        raise ValueError(f"choice_temperature={choice_temperature}: give 0 or a number above")

@@ -30,16 +30,20 @@ from vqgan import sampling
 from vqgan.quantizer import check_range
 
 
-class CausalSelfAttention(nn.Module):
-    """softmax(q k^T / sqrt(d) + mask) v in H heads of d = n_embd / H, masked for later positions.
+class SelfAttention(nn.Module):
+    """softmax(q k^T / sqrt(d) + mask) v in H heads of d = n_embd / H.
 
     Vaswani et al., "Attention Is All You Need", 2017, arXiv 1706.03762, section 3.2. (Here H is the
     number of heads, `n_head`, and not the height of an image as elsewhere.)
+
+    Args:
+        causal: a position sees those before it and itself; the mask is -inf for later positions.
+            If not, it sees all positions, and there is no mask.
     """
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float):
+    def __init__(self, n_embd: int, n_head: int, dropout: float, causal: bool):
         super().__init__()
-        self.n_head, self.dropout = n_head, dropout
+        self.n_head, self.dropout, self.causal = n_head, dropout, causal
         self.qkv = nn.Linear(n_embd, 3 * n_embd)
         self.proj = nn.Linear(n_embd, n_embd)
 
@@ -50,8 +54,9 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         # With a cache, all positions come at once, or a single one that may see all before it.
+        is_causal = self.causal and T > 1
         y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=T > 1
+            q, k, v, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal
         )  # (B, H, T, d)
         return self.proj(y.transpose(1, 2).reshape(B, T, n_embd))
 
@@ -59,10 +64,10 @@ class CausalSelfAttention(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm, as in GPT-2."""
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float):
+    def __init__(self, n_embd: int, n_head: int, dropout: float, causal: bool):
         super().__init__()
         self.norm1 = nn.LayerNorm(n_embd, eps=1e-5)
-        self.attention = CausalSelfAttention(n_embd, n_head, dropout)
+        self.attention = SelfAttention(n_embd, n_head, dropout, causal)
         self.norm2 = nn.LayerNorm(n_embd, eps=1e-5)
         self.mlp = nn.Sequential(
             nn.Linear(n_embd, 4 * n_embd),  # four times as wide inside, as in every GPT
@@ -76,15 +81,18 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
-class GPT(nn.Module):
-    """A transformer over sequences of tokens.
+class Prior(nn.Module):
+    """A transformer over the tokens of an image: what `GPT` and `MaskedTransformer` share.
+
+    Each is trained by `loss(condition, tokens)`, priced by `nats_per_token(condition, tokens)`, and
+    generates with `sample(condition, ...)`.
 
     Args:
         num_embeddings: K, the size of the tokenizer's codebook.
         seq_len: N, the number of tokens of an image.
         condition_vocabulary: the number of different condition tokens, 0 to this - 1.
-        condition_length: C, the number of tokens of a condition. It is at least 1, because the
-            first token of the image is predicted from the last of them.
+        condition_length: C, the number of tokens of a condition. It is at least 1, because a GPT
+            predicts the first token of the image from the last of them.
         n_layer, n_head, n_embd: the number of blocks, the attention heads of each, and the width.
         dropout: the fraction of activations that are dropped in training.
 
@@ -94,6 +102,8 @@ class GPT(nn.Module):
     Raises:
         ValueError: a size is below 1, or the heads do not divide the width.
     """
+
+    causal: bool  # whether a position sees only those before it
 
     def __init__(
         self,
@@ -122,11 +132,14 @@ class GPT(nn.Module):
         self.null_token = condition_vocabulary  # replaces a condition that was dropped
 
         self.cond_emb = nn.Embedding(condition_vocabulary + 1, n_embd)
-        self.tok_emb = nn.Embedding(num_embeddings, n_embd)
+        # What is read: a GPT never reads the last token, and a masked model also a mask token.
+        num_read = condition_length + (seq_len - 1 if self.causal else seq_len)
+        self.tok_emb = nn.Embedding(num_embeddings + (not self.causal), n_embd)
         # One row per position that is read; their number is the "block size" of other code.
-        self.pos_emb = nn.Parameter(torch.empty(condition_length + seq_len - 1, n_embd))
+        self.pos_emb = nn.Parameter(torch.empty(num_read, n_embd))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout) for _ in range(n_layer))
+        blocks = (Block(n_embd, n_head, dropout, self.causal) for _ in range(n_layer))
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(n_embd, eps=1e-5)
         self.head = nn.Linear(n_embd, num_embeddings, bias=False)
         self._initialize(n_layer)
@@ -157,6 +170,40 @@ class GPT(nn.Module):
         decaying = {"params": matrices, "weight_decay": weight_decay}
         return [decaying, {"params": others, "weight_decay": 0.0}]
 
+    def with_unconditioned(self, condition: Tensor, guidance: float) -> Tensor:
+        """Append null tokens as conditions: (B, C) -> (2 B, C), or (B, C) for a scale of 1."""
+        if guidance == 1:
+            return condition
+        return torch.cat([condition, torch.full_like(condition, self.null_token)])
+
+    def forward_blocks(self, condition: Tensor, tokens: Tensor) -> Tensor:
+        """Read a condition (B, C) and the T tokens after it: features (B, C + T, n_embd)."""
+        x = torch.cat([self.cond_emb(condition), self.tok_emb(tokens)], dim=1)
+        x = self.dropout(x + self.pos_emb[: x.shape[1]])
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def check_condition(self, condition: Tensor) -> None:
+        """Raise `ValueError` for another shape than (B, C), or tokens out of range."""
+        if condition.dim() != 2 or condition.shape[1] != self.condition_length:
+            shape = tuple(condition.shape)
+            raise ValueError(f"condition must be (B, {self.condition_length}), not {shape}")
+        check_range(condition, 0, self.null_token, "tokens of a condition")
+
+    def check_given(self, given: Tensor, batch_size: int) -> None:
+        """Raise `ValueError` for another shape than (B, N), or tokens out of range."""
+        if given.shape != (batch_size, self.seq_len):
+            shape = (batch_size, self.seq_len)
+            raise ValueError(f"given must be {shape}, not {tuple(given.shape)}")
+        check_range(given.cpu(), -1, self.num_embeddings - 1, "given tokens")
+
+
+class GPT(Prior):
+    """Predicts each token from those before it; see `Prior` for the arguments."""
+
+    causal = True
+
     # --- training -----------------------------------------------------------------------------
 
     def forward(self, condition: Tensor, tokens: Tensor) -> Tensor:
@@ -177,29 +224,26 @@ class GPT(nn.Module):
 
     def forward_features(self, condition: Tensor, tokens: Tensor) -> Tensor:
         """The features that the head predicts each token from, (B, T, n_embd); see `forward`."""
-        self._check_condition(condition)
+        self.check_condition(condition)
         if tokens.dim() != 2 or len(tokens) != len(condition):
             raise ValueError(f"tokens must be ({len(condition)}, T), not {tuple(tokens.shape)}")
         if not 1 <= tokens.shape[1] <= self.seq_len:
             raise ValueError(f"{tokens.shape[1]} tokens were given: give 1 to {self.seq_len}")
         check_range(tokens, 0, self.num_embeddings - 1, "tokens")
-        x = torch.cat([self.cond_emb(condition), self.tok_emb(tokens[:, :-1])], dim=1)
-        x = self.dropout(x + self.pos_emb[: x.shape[1]])  # (B, C + T - 1, n_embd)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x[:, self.condition_length - 1 :])
+        x = self.forward_blocks(condition, tokens[:, :-1])  # (B, C + T - 1, n_embd)
+        return x[:, self.condition_length - 1 :]
 
     def loss(self, condition: Tensor, tokens: Tensor) -> Tensor:
         """The mean negative log-likelihood in nats per token, (); see `forward`."""
         logits = self(condition, tokens).float()  # (B, T, K)
         return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
-    def _check_condition(self, condition: Tensor) -> None:
-        """Raise `ValueError` for another shape than (B, C), or tokens out of range."""
-        if condition.dim() != 2 or condition.shape[1] != self.condition_length:
-            shape = tuple(condition.shape)
-            raise ValueError(f"condition must be (B, {self.condition_length}), not {shape}")
-        check_range(condition, 0, self.null_token, "tokens of a condition")
+    def nats_per_token(
+        self, condition: Tensor, tokens: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """The mean negative log-likelihood of each image, (B,); exact, so nothing is drawn."""
+        logits = self(condition, tokens).float()  # (B, N, K)
+        return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none").mean(dim=1)
 
     # --- sampling -----------------------------------------------------------------------------
 
@@ -247,12 +291,10 @@ class GPT(nn.Module):
             ValueError: other shapes, ids out of range, or a setting out of range.
         """
         B, N = len(condition), self.seq_len
-        self._check_condition(condition)
+        self.check_condition(condition)
         sampling.check_sampling(self.num_embeddings, temperature, top_k, top_p, guidance)
         if given is not None:
-            if given.shape != (B, N):
-                raise ValueError(f"given must be {(B, N)}, not {tuple(given.shape)}")
-            check_range(given.cpu(), -1, self.num_embeddings - 1, "given tokens")
+            self.check_given(given, B)
             given = given.to(condition.device)
         uniform = sampling.uniform_numbers(N, B, generator, condition.device)
         condition = self.with_unconditioned(condition, guidance)  # (B or 2 B, C)
@@ -271,12 +313,6 @@ class GPT(nn.Module):
                 if progress is not None:
                     progress(B)
         return torch.stack(tokens, dim=1)
-
-    def with_unconditioned(self, condition: Tensor, guidance: float) -> Tensor:
-        """Append null tokens as conditions: (B, C) -> (2 B, C), or (B, C) for a scale of 1."""
-        if guidance == 1:
-            return condition
-        return torch.cat([condition, torch.full_like(condition, self.null_token)])
 
     def _new_caches(self, batch_size: int) -> list[sampling.KeyValueCache]:
         """An empty cache for each block."""

@@ -1,0 +1,81 @@
+"""Fills a hole in an image: a transformer generates the tokens there, given those around it.
+
+    image, hole -> the hole's pixels flat -> tokens -> those near the hole generated -> image
+
+A token has seen more than its own pixels, through the encoder's convolutions, its normalization
+and its attention. Were the image encoded as it is, tokens beside the hole would hold a part of what
+was in it, and a removed object would come back. So the hole is painted over before anything is
+encoded. Then tokens beside it have seen the paint, and one ring of them is generated too.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqgan.conditions import TRANSFORMS
+from vqgan.evaluation import decode_tokens
+from vqgan.pretrained import Pipeline
+
+
+def paint_over(x: Tensor, hole: Tensor) -> Tensor:
+    """Images (B, C, H, W) whose hole, (H, W) bool, has the mean color of the pixels around it."""
+    border = _with_ring(hole) & ~hole
+    mean = x[..., border].mean(dim=-1)  # (B, C)
+    return torch.where(hole, mean[:, :, None, None], x)
+
+
+def missing_tokens(hole: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+    """The tokens to generate, (N,) bool: in each grid those that the hole touches, and a ring."""
+    H, W = hole.shape
+    missing = []
+    for h, w in grids:
+        touched = hole.view(h, H // h, w, W // w).any(dim=3).any(dim=1)  # (h, w)
+        missing.append(_with_ring(touched).flatten())
+    return torch.cat(missing)
+
+
+def complete(
+    pipeline: Pipeline, x: Tensor, hole: Tensor, condition: Tensor | None = None, **settings
+) -> Tensor:
+    """Generate what is in a hole, and what a decoder makes of the rest.
+
+    Args:
+        x: images (B, 3, H, W) in [-1, 1], of the tokenizer's size. What is in the hole has no
+            effect.
+        hole: (H, W) bool, on the same device, true where pixels are to be generated.
+        condition: (B, C) int64; None is the image's own if the model is conditioned on images, and
+            else a dropped condition.
+        settings: of the transformer's `sample`.
+
+    Returns:
+        images (B, 3, H, W), about [-1, 1], on the CPU. `paste` puts the original around the hole.
+
+    Raises:
+        ValueError: the hole is empty or leaves no token, or a setting is out of range.
+    """
+    transformer, tokenizer = pipeline.transformer, pipeline.tokenizer
+    if not hole.any():
+        raise ValueError("the hole has no pixel: give one that has")
+    missing = missing_tokens(hole, tokenizer.grids)
+    if missing.all():
+        raise ValueError(
+            "the hole, and a ring of tokens around it, leave no token: make it smaller"
+        )
+    painted = paint_over(x, hole)
+    if condition is None and pipeline.condition.kind == "image":
+        condition = tokenizer.tokens(TRANSFORMS[pipeline.condition.transform](painted))
+    elif condition is None:
+        size = (len(x), pipeline.condition.length)
+        condition = torch.full(size, transformer.null_token, device=x.device)
+    given = tokenizer.tokens(painted).masked_fill(missing, -1)
+    return decode_tokens(tokenizer, transformer.sample(condition, given=given, **settings))
+
+
+def paste(x: Tensor, completed: Tensor, hole: Tensor) -> Tensor:
+    """The original images around the hole, and the completed ones inside of it."""
+    return torch.where(hole, completed, x)
+
+
+def _with_ring(mask: Tensor) -> Tensor:
+    """mask (H, W) bool, and all that touch it, also at a corner."""
+    return F.max_pool2d(mask[None].float(), kernel_size=3, stride=1, padding=1)[0].bool()
