@@ -45,7 +45,7 @@ from vqgan.arguments import (
     small_int,
 )
 from vqgan.checkpoint import fingerprint, save_model
-from vqgan.conditions import KINDS, TRANSFORMS
+from vqgan.conditions import KINDS, TRANSFORMS, Condition
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
 from vqgan.errors import user_input
 from vqgan.eval_networks import load_eval_classifier
@@ -175,15 +175,7 @@ def main(args: argparse.Namespace) -> None:
     settings = sampling_settings(args, tokenizer.num_embeddings)
     run = open_run(args, batch_sizes=[args.batch_size])
     condition = build_condition(args.condition, run.data, tokenizer, transform=args.condition_image)
-    model_args: dict[str, int | float | str] = {
-        "num_embeddings": tokenizer.num_embeddings,
-        "seq_len": tokenizer.seq_len,
-        "condition_vocabulary": condition.vocabulary,
-        "condition_length": condition.length,
-    }
-    model_args |= {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "dropout")}
-    if args.prior == "masked":
-        model_args["mask_schedule"] = args.mask_schedule or MASK_SCHEDULES[0]
+    model_args = build_model_args(args, tokenizer, condition)
     prior_class = PRIORS[args.prior]
     with user_input(), torch.device("meta"):  # sizes that do not fit raise here
         prior_class(**model_args)
@@ -236,6 +228,22 @@ def main(args: argparse.Namespace) -> None:
     report.print_eval_classifier(eval_accuracy, len(run.data.class_names))
     report.save_transformer_figures(run, session, tokenizer, dataset, settings[0], baselines)
     print(f"metrics.json, log, checkpoint and figures are in {run.out}")
+
+
+def build_model_args(
+    args: argparse.Namespace, tokenizer: VQAutoencoder, condition: Condition
+) -> dict[str, int | float | str]:
+    """The constructor arguments of the transformer, which its checkpoint keeps."""
+    names = ("n_layer", "n_head", "n_embd", "dropout")
+    model_args = {name: getattr(args, name) for name in names} | {
+        "num_embeddings": tokenizer.num_embeddings,
+        "seq_len": tokenizer.seq_len,
+        "condition_vocabulary": condition.vocabulary,
+        "condition_length": condition.length,
+    }
+    if args.prior == "masked":
+        model_args["mask_schedule"] = args.mask_schedule or MASK_SCHEDULES[0]
+    return model_args
 
 
 def parse() -> argparse.Namespace:

@@ -31,7 +31,9 @@ from vqgan.vqvae import VQVAE
 # Eight steps an epoch, and a checkpoint every three: neither divides the other. A batch has four
 # vectors for each code: a few dozen codes die within these steps, and are restarted.
 SMALL = ["--data", "shapes", "--limit", "64", "--batch-size", "8", "--epochs", "2"]
-SMALL += ["--checkpoint-every", "3", "--device", "cpu", "--num-embeddings", "128"]
+SMALL += ["--checkpoint-every", "3", "--device", "cpu"]
+NO_CODEBOOK = SMALL  # for the models that have none
+SMALL = [*SMALL, "--num-embeddings", "128"]
 
 
 run = functools.partial(run_in_process, train_vqvae)
@@ -176,7 +178,7 @@ def test_flags_of_both_vaes_reach_the_spatial_one_and_its_checkpoint_reconstruct
     tmp_path, image_folder, capsys
 ):
     flags = ["--likelihood", "learned", "--kl-weight", 2.5, "--num-downsamples", 3, "--epochs", 1]
-    out = run(tmp_path / "run", *SMALL, "--models", "vae-spatial", *flags)
+    out = run(tmp_path / "run", *NO_CODEBOOK, "--models", "vae-spatial", *flags)
     checkpoint = torch.load(out / "checkpoint.pt", weights_only=True)
     assert checkpoint["model"] == "SpatialVAE"
     model_args = {"likelihood": "learned", "kl_weight": 2.5, "num_downsamples": 3}
@@ -316,7 +318,8 @@ def test_every_flag_changes_what_it_says(name, tmp_path, finished):
     if name == "precision":  # the other one than this machine's choice
         auto = choose_precision("auto", torch.device("cpu"))
         flags = ["--precision", "fp32" if auto == torch.bfloat16 else "bf16"]
-    out = run(tmp_path / "run", *SMALL, "--models", model, *flags)
+    small = NO_CODEBOOK if model == "vae" else SMALL
+    out = run(tmp_path / "run", *small, "--models", model, *flags)
     whole, _ = finished
     changed, default = weights(out, model), weights(whole, model)
     assert changed.keys() != default.keys() or not same_weights(changed, default)
@@ -351,7 +354,7 @@ def test_a_run_starts_from_the_weights_and_the_codebook_of_another(finished, tmp
 
 
 def test_a_run_starts_from_no_other_model(finished, tmp_path):
-    flags = [*SMALL, "--init-from", model_folder(finished[0], "vqvae") / "checkpoint.pt"]
+    flags = [*NO_CODEBOOK, "--init-from", model_folder(finished[0], "vqvae") / "checkpoint.pt"]
     assert "is a VQVAE of other sizes" in error_of(tmp_path / "a", *flags, "--models", "vae")
     flags += ["--models", "vqvae", "--num-embeddings", "64"]
     assert "is a VQVAE of other sizes" in error_of(tmp_path / "b", *flags)
@@ -433,6 +436,7 @@ def test_help_states_every_default(tmp_path, capsys):
         (["--data", "shapes", "--levels", "8", "8", "--num-embeddings", "64"], "the product"),
         (["--data", "shapes", "--models", "vqvae2", "--num-downsamples", "1"], "has two grids"),
         (["--data", "shapes", "--models", "vqvae2", "--num-rounds", "2"], "has two grids"),
+        (["--data", "shapes", "--models", "vae", "--cosine"], "--cosine: vae has no codebook"),
         (["--data", "shapes", "--resume"], "no run in"),
     ],
 )
