@@ -17,7 +17,7 @@ to N, and then m of the positions, the loss is an unbiased estimate of
     -1/N E_order[log p(s | order, c)]  >=  -1/N log p(s | c)                  nats per token
 
 where tokens are generated one by one in a random order (Hoogeboom et al. 2022, "Autoregressive
-Diffusion Models", arXiv 2110.02037, eq. 4).
+Diffusion Models", arXiv 2110.02037, section 3).
 """
 
 import math
@@ -41,7 +41,7 @@ class MaskedTransformer(Prior):
     Args:
         mask_schedule: how many tokens are masked in training. "uniform" draws m from 1 to N, which
             trains the bound on the likelihood itself. "cosine" masks a fraction cos(pi/2 u), with u
-            uniform in [0, 1): more of them, as in the first rounds of sampling (section 3.1).
+            uniform in [0, 1): more of them, as in the first rounds of sampling (section 3.3).
 
     Raises:
         ValueError: as `Prior`, and for a schedule that is not in `MASK_SCHEDULES`.
