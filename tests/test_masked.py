@@ -105,7 +105,7 @@ def test_schedules_mask_these_shares(schedule, mean, monkeypatch):
     )
     torch.manual_seed(0)
     model.loss(*data(B=4000))
-    counts = counts[0]
+    counts = counts[0].double()
     assert counts.min() >= 1 and counts.max() == N
     expected = mean * N + 0.5  # rounded up
     assert abs(counts.mean().item() - expected) < 5 * N * 0.31 / math.sqrt(4000)

@@ -93,11 +93,12 @@ class MaskedTransformer(Prior):
         return self.head(x[:, self.condition_length :])
 
     def loss(self, condition: Tensor, tokens: Tensor) -> Tensor:
-        """The mean of -log p over all masked tokens of a batch, (); the schedule masks them."""
-        u = torch.rand(len(tokens), device=tokens.device)
-        fraction = torch.cos(math.pi / 2 * u) if self.mask_schedule == "cosine" else 1 - u
+        """The mean of -log p over the masked tokens, (); see `mask_schedule`."""
+        if self.mask_schedule == "uniform":
+            return self.nats_per_token(condition, tokens).mean()  # each image counts once
+        fraction = torch.cos(math.pi / 2 * torch.rand(len(tokens), device=tokens.device))
         mask = self._random_mask((fraction * self.seq_len).ceil())
-        return self._losses(condition, tokens, mask).sum() / mask.sum()
+        return self._losses(condition, tokens, mask).sum() / mask.sum()  # and here each token
 
     def nats_per_token(
         self, condition: Tensor, tokens: Tensor, generator: torch.Generator | None = None

@@ -37,6 +37,7 @@ from vqgan.errors import InputError
 from vqgan.eval_networks import extract_features, load_eval_classifier
 from vqgan.evaluation import decode_tokens
 from vqgan.files import write_json
+from vqgan.finite_scalar import LFQ
 from vqgan.images import from_uint8, to_unit
 from vqgan.pretrained import load_model, load_pipeline, load_tokenizer
 from vqgan.script import run_script
@@ -103,6 +104,29 @@ def measured(watch: Stopwatch, what: str, **results) -> dict:
 
 def test_batches() -> list[Tensor]:
     return list(eval_batches(load_dataset("shapes").test_images, 500))
+
+
+# --- codebooks since 2017 ----------------------------------------------------------------------
+
+
+def levels() -> dict:
+    """512 codes of FSQ on three grids: few dimensions of many levels, or many of two."""
+    grids = {"fsq-32x16": "32 16", "fsq-8x8x8": "8 8 8", "fsq-2-nine-times": " ".join(9 * "2")}
+    flags = f"{SMALL_VQVAE} --quantizer fsq --levels"
+    return {name: train(train_vqvae, f"{flags} {grid}", name) for name, grid in grids.items()}
+
+
+def no_entropy() -> dict:
+    """LFQ with its entropies and without, which no flag gives: LFQ.entropy_weight = 0.0."""
+    flags, edit = f"{SMALL_VQVAE} --quantizer lfq", patch.object(LFQ, "entropy_weight", 0.0)
+    without = train(train_vqvae, flags, "lfq-no-entropy", edit=edit, words="entropy_weight = 0.0")
+    return {"lfq": train(train_vqvae, flags, "lfq"), "lfq-no-entropy": without}
+
+
+def few_dimensions() -> dict:
+    """SimVQ's codes in 64 dimensions and in 8."""
+    flags = f"{SMALL_VQVAE} --quantizer simvq --embedding-dim"
+    return {f"simvq-{D}": train(train_vqvae, f"{flags} {D}", f"simvq-{D}") for D in (64, 8)}
 
 
 # --- the codebook ------------------------------------------------------------------------------
@@ -417,6 +441,9 @@ EXERCISES: dict[str, Callable[[], dict]] = {
     "greedy": greedy,
     "guidance": guidance,
     "early_discriminator": early_discriminator,
+    "levels": levels,
+    "no_entropy": no_entropy,
+    "few_dimensions": few_dimensions,
 }
 
 
