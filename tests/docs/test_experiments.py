@@ -8,15 +8,18 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from commands import save
 
 from vqgan import prices
+from vqgan.classifier import Classifier
 from vqgan.data import ImageDataset
 from vqgan.errors import InputError
-from vqgan.images import from_uint8
+from vqgan.images import from_uint8, to_unit
 from vqgan.metrics import nats_to_bits
+from vqgan.perceptual import ClassifierDistance
 from vqgan.vae import SpatialVAE
 from vqgan.vqvae import VQVAE
 
@@ -171,3 +174,59 @@ def test_the_sweep_means_the_losses_of_the_last_epoch_and_compares_equal_epochs(
     write("vae-batch32", 3, SpatialVAE)
     with pytest.raises(InputError, match="runs of 2, 3 epochs"):
         sweep.main(Namespace(data="shapes", runs=tmp_path))
+
+
+def test_moving_shapes_go_straight_on_bounce_and_are_found_where_they_are(load):
+    moving = load(DOCS / "experiments" / "moving.py")
+    path = torch.from_numpy(moving.glide(50, 30, np.random.default_rng(0)))
+    assert path.min() >= moving.RADIUS and path.max() <= moving.SIZE - moving.RADIUS
+    steps = path.diff(dim=1)
+    speed = steps.norm(dim=-1)
+    assert speed.max() <= moving.SPEED + 1e-9 and speed.median() == pytest.approx(moving.SPEED)
+    # A coordinate's steps have one size, and are shorter only where the point meets a wall.
+    is_short = steps.abs() < steps.abs().amax(dim=1, keepdim=True) - 1e-9
+    to_wall = torch.minimum(path - moving.RADIUS, moving.SIZE - moving.RADIUS - path)[:, :-1]
+    assert is_short.any() and to_wall[is_short].max() < moving.SPEED
+    assert (steps[:, 1:] * steps[:, :-1] < 0).any()  # they bounce
+
+    films = moving.draw_films(50, 30, np.random.default_rng(1))
+    assert films.shape == (50, 30, 3, moving.SIZE, moving.SIZE)
+    rng = np.random.default_rng(1)
+    rng.integers(len(moving.KINDS), size=50)  # the kinds are drawn first, then the same paths
+    path = torch.from_numpy(moving.glide(50, 30, rng))
+    found = moving.centers(to_unit(from_uint8(films)))
+    # Up to the points of supersampling, a quarter of a pixel apart.
+    assert (found - path).norm(dim=-1).max() < 1 / moving.SUPERSAMPLING
+
+
+def test_moving_splits_the_last_frame_from_those_that_are_remembered(load):
+    moving = load(DOCS / "experiments" / "moving.py")
+    film = torch.arange(12).view(1, 4, 3)  # four frames of three tokens
+    for memory, condition in ((1, [6, 7, 8]), (2, [3, 4, 5, 6, 7, 8])):
+        given, last = moving.split_last(film, memory)
+        assert given.tolist() == [condition] and last.tolist() == [[9, 10, 11]]
+    path = torch.zeros(2, moving.GIVEN + 2, 2)
+    found = path.clone()
+    found[0, -1] = torch.tensor([3.0, 4.0])  # in one of two films
+    assert moving.errors(found, path) == [0, 2.5]
+
+
+def test_style_measures_from_one_image_to_the_other(load):
+    style = load(DOCS / "experiments" / "style.py")
+    features = torch.randn(2, 5, 4, 4)
+    shuffled = features.flatten(2)[..., torch.randperm(16)].view_as(features)
+    assert torch.allclose(style.gram(shuffled), style.gram(features), atol=1e-6)  # any places
+    assert style.gram(features)[1, 2, 3] == pytest.approx(
+        (features[1, 2] * features[1, 3]).mean().item(), abs=1e-6
+    )
+    network = ClassifierDistance(Classifier(3, width=4))
+    images = torch.rand(4, 3, 16, 16) * 2 - 1
+    objective = style.Objective(network, images[:2], images[2:])
+    for image, distances in ((images[:2], (0, 1)), (images[2:], (1, 0))):
+        for found, expected in zip(objective(image), distances, strict=True):
+            assert found.tolist() == pytest.approx([expected] * 2, abs=1e-5)
+    start = torch.rand(2, 3, 16, 16)
+    style.STEPS = 5
+    moved = style.optimize(objective, start, lambda x: x, 0.01)
+    before, after = (sum(objective(x)).sum() for x in (start, moved))
+    assert after < before
