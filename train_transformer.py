@@ -47,7 +47,7 @@ from vqgan.arguments import (
 from vqgan.checkpoint import fingerprint, save_model
 from vqgan.conditions import KINDS, TRANSFORMS, Condition
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
-from vqgan.errors import user_input
+from vqgan.errors import InputError, user_input
 from vqgan.eval_networks import load_eval_classifier
 from vqgan.evaluation import decode_tokens, evaluate_likelihood, evaluate_samples
 from vqgan.images import to_uint8
@@ -172,7 +172,7 @@ def best_epoch(validation: list[dict]) -> dict:
 def main(args: argparse.Namespace) -> None:
     """Encode the images as tokens, train the transformer on them, and evaluate its samples."""
     tokenizer, tokenizer_state = open_tokenizer(args)
-    settings = sampling_settings(args, tokenizer.num_embeddings)
+    settings = sampling_settings(args, tokenizer.num_embeddings, tokenizer.seq_len)
     run = open_run(args, batch_sizes=[args.batch_size])
     condition = build_condition(args.condition, run.data, tokenizer, transform=args.condition_image)
     model_args = build_model_args(args, tokenizer, condition)
@@ -242,7 +242,7 @@ def build_model_args(
         "condition_length": condition.length,
     }
     if args.prior == "masked":
-        model_args["mask_schedule"] = args.mask_schedule or MASK_SCHEDULES[0]
+        model_args["mask_schedule"] = args.mask_schedule
     return model_args
 
 
@@ -274,8 +274,8 @@ def parse() -> argparse.Namespace:
 
     add = parser.add_argument_group("network").add_argument
     add("--prior", choices=PRIORS, default="gpt", help="one token after the other, or any order")
-    share = f"how many tokens --prior masked hides in training (default: {MASK_SCHEDULES[0]})"
-    add("--mask-schedule", choices=MASK_SCHEDULES, help=share)
+    hides = f"how many tokens --prior masked hides in training (default: {MASK_SCHEDULES[0]})"
+    add("--mask-schedule", choices=MASK_SCHEDULES, help=hides)
     add("--n-layer", type=small_int, default=6, help="number of blocks")
     add("--n-head", type=positive_int, default=8, help="attention heads per block")
     add("--n-embd", type=positive_int, default=256, help="width of the embeddings")
@@ -291,7 +291,13 @@ def parse() -> argparse.Namespace:
     add("--top-k", nargs="+", type=positive_int, help="sample from the k most likely tokens only")
     add("--top-p", nargs="+", type=positive_float, help="sample from the top tokens of this mass")
     add("--steps", nargs="+", type=positive_int, help="rounds of --prior masked (default: 10)")
-    return parse_arguments(parser)
+    args = parse_arguments(parser)
+    for name in ("steps", "mask_schedule"):
+        if getattr(args, name) is not None and args.prior != "masked":
+            raise InputError(f"--{name.replace('_', '-')} is about --prior masked: leave it out")
+    if args.prior == "masked" and args.mask_schedule is None:
+        args.mask_schedule = MASK_SCHEDULES[0]
+    return args
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     if "vqvae2" in args.models and (args.num_downsamples < 2 or args.num_rounds is not None):
         raise InputError("vqvae2 has two grids: it needs --num-downsamples 2 and no --num-rounds")
-    has_codebook = bool({*args.models} - {"vae", "vae-spatial"})
+    # (The flags of a run that is resumed are in its config.json, where older ones have them all.)
+    has_codebook = args.resume or bool({*args.models} - {"vae", "vae-spatial"})
     for name in quantizer_args(args) if not has_codebook else ():
         models = " and ".join(args.models)
         raise InputError(f"--{name.replace('_', '-')}: {models} has no codebook, leave it out")

@@ -351,15 +351,15 @@ def test_no_tokenizer_is_named():
 def sampling_flags(**more):
     flags = {"guidance": [1.0], "temperature": [1.0], "top_k": None, "top_p": None}
     flags |= {"num_samples": None, "condition": "class", "condition_drop": 0.1, "prior": "gpt"}
-    flags |= {"steps": None, "mask_schedule": None}
+    flags |= {"steps": None}
     return argparse.Namespace(**flags | more)
 
 
 def test_every_combination_of_the_sampling_flags():
-    (one,) = sampling_settings(sampling_flags(), 16)
+    (one,) = sampling_settings(sampling_flags(), 16, 9)
     assert one == {"guidance": 1.0, "temperature": 1.0, "top_k": None, "top_p": None}
     flags = sampling_flags(guidance=[1.0, 3.0], temperature=[1.0, 0.0], top_k=[4], top_p=[0.9])
-    settings = sampling_settings(flags, 16)
+    settings = sampling_settings(flags, 16, 9)
     assert [(s["guidance"], s["temperature"]) for s in settings] == [
         (1, 1), (1, 0), (3, 1), (3, 0)
     ]  # fmt: skip
@@ -367,9 +367,9 @@ def test_every_combination_of_the_sampling_flags():
 
 
 def test_a_masked_transformer_has_rounds_too():
-    (one,) = sampling_settings(sampling_flags(prior="masked"), 16)
+    (one,) = sampling_settings(sampling_flags(prior="masked"), 16, 64)
     assert one["steps"] == DEFAULT_STEPS
-    settings = sampling_settings(sampling_flags(prior="masked", steps=[4, 8]), 16)
+    settings = sampling_settings(sampling_flags(prior="masked", steps=[4, 8]), 16, 64)
     assert [setting["steps"] for setting in settings] == [4, 8]
 
 
@@ -381,13 +381,12 @@ def test_a_masked_transformer_has_rounds_too():
         ({"num_samples": 1}, "--num-samples 1"),
         ({"guidance": [1.0, 2.0], "condition": "none"}, "--guidance.*--condition"),
         ({"guidance": [2.0], "condition_drop": 0.0}, "--guidance.*--condition-drop"),
-        ({"steps": [4]}, "--steps is about --prior masked"),
-        ({"mask_schedule": "uniform"}, "--mask-schedule is about --prior masked"),
+        ({"steps": [4, 10], "prior": "masked"}, "--steps 10: give 1 to 9"),
     ],
 )
 def test_settings_that_cannot_be_sampled_are_refused(flags, expected):
     with pytest.raises(InputError, match=expected):
-        sampling_settings(sampling_flags(**flags), 16)
+        sampling_settings(sampling_flags(**flags), 16, 9)
 
 
 # --- a file to write ------------------------------------------------------------------------

@@ -59,7 +59,8 @@ def test_a_condition_reaches_the_prior(pairs, asked):
 
 def test_holes_that_leave_nothing_are_refused(pairs):
     pipeline = load_pipeline(pairs / "class")
-    with pytest.raises(ValueError, match="no pixel"):
-        complete(pipeline, torch.zeros(1, 3, 32, 32), hole_of((0, 0, 0, 0)))
+    for hole in (hole_of((0, 0, 0, 0)), hole_of((0, 0, 9, 9), 28)):
+        with pytest.raises(ValueError, match=r"hole is .*: give \(32, 32\) with some"):
+            complete(pipeline, torch.zeros(1, 3, 32, 32), hole)
     with pytest.raises(ValueError, match="leave no token"):
         complete(pipeline, torch.zeros(1, 3, 32, 32), hole_of((9, 9, 24, 24)))

@@ -5,7 +5,8 @@ import pytest
 import torch
 from priors import CONDITIONS, K, N, data, make, seeded
 
-from vqgan.masked import MaskedTransformer, remaining_masks
+from vqgan import masked
+from vqgan.masked import MaskedTransformer, random_masks, remaining_masks
 from vqgan.transformer import GPT
 
 
@@ -76,7 +77,7 @@ def test_weights_of_both_priors_have_the_same_names():
 def test_the_loss_by_hand(monkeypatch):
     model, (condition, tokens) = make_masked(), data()
     mask = torch.rand(3, N) < 0.5
-    monkeypatch.setattr(model, "_random_mask", lambda *args: mask)
+    monkeypatch.setattr(masked, "random_masks", lambda *args: mask)
     p = model(condition, torch.where(mask, model.mask_token, tokens)).softmax(dim=2)
     losses = [-p[b, i, tokens[b, i]].log() for b, i in mask.nonzero().tolist()]
     torch.testing.assert_close(model.loss(condition, tokens).double(), sum(losses) / len(losses))
@@ -86,7 +87,7 @@ def test_only_masked_tokens_have_a_gradient(monkeypatch):
     model, (condition, tokens) = make_masked(), data()
     mask = torch.zeros(3, N, dtype=torch.bool)
     mask[:, 5] = True
-    monkeypatch.setattr(model, "_random_mask", lambda *args: mask)
+    monkeypatch.setattr(masked, "random_masks", lambda *args: mask)
     seen = []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *args: seen.append(forward(*args)) or seen[0])
@@ -97,11 +98,9 @@ def test_only_masked_tokens_have_a_gradient(monkeypatch):
 
 @pytest.mark.parametrize(("schedule", "mean"), [("cosine", 2 / math.pi), ("uniform", 0.5)])
 def test_schedules_mask_these_shares(schedule, mean, monkeypatch):
-    model = make_masked(mask_schedule=schedule)
-    counts = []
-    random_mask = model._random_mask
+    model, counts = make_masked(mask_schedule=schedule), []
     monkeypatch.setattr(
-        model, "_random_mask", lambda m, *args: counts.append(m) or random_mask(m, *args)
+        masked, "random_masks", lambda numbers, m: counts.append(m) or random_masks(numbers, m)
     )
     torch.manual_seed(0)
     model.loss(*data(B=4000))
@@ -112,11 +111,19 @@ def test_schedules_mask_these_shares(schedule, mean, monkeypatch):
 
 
 def test_every_choice_of_positions_is_as_likely():
-    model = make_masked()
-    masks = model._random_mask(torch.full((6000,), 2), seeded())
-    assert (masks.sum(dim=1) == 2).all()
-    share = masks.double().mean(dim=0)
-    torch.testing.assert_close(share, torch.full_like(share, 2 / N), atol=0.025, rtol=0)
+    numbers = torch.rand(12_000, 4, generator=seeded())
+    masks = random_masks(numbers, torch.full((12_000,), 2))
+    chosen, counts = masks.long().unique(dim=0, return_counts=True)
+    assert len(chosen) == 6 and (chosen.sum(dim=1) == 2).all()  # all pairs of four positions
+    assert abs(counts / 12_000 - 1 / 6).max() < 5 * math.sqrt(5 / 36 / 12_000)
+
+
+def test_the_uniform_schedule_trains_the_bound():
+    model, (condition, tokens) = make_masked(mask_schedule="uniform"), data()
+    torch.manual_seed(1)
+    loss = model.loss(condition, tokens)
+    torch.manual_seed(1)
+    assert torch.equal(loss, model.nats_per_token(condition, tokens).mean())
 
 
 def test_the_estimate_of_the_bound_is_the_mean_over_all_masks():
@@ -159,6 +166,14 @@ def test_with_the_true_conditionals_the_bound_is_the_likelihood():
 
 def test_one_seed_estimates_with_the_same_masks():
     model, (condition, tokens) = make_masked(), data()
+    generator = seeded()
+    parts = [
+        model.nats_per_token(c, t, generator)
+        for c, t in zip(condition.split(2), tokens.split(2), strict=True)
+    ]
+    torch.testing.assert_close(
+        torch.cat(parts), model.nats_per_token(condition, tokens, seeded()), rtol=1e-6, atol=0
+    )
     first, second = (model.nats_per_token(condition, tokens, seeded()) for _ in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, model.nats_per_token(condition, tokens, seeded(8)))
@@ -182,7 +197,7 @@ def test_one_round_at_temperature_zero_is_the_argmax():
     assert torch.equal(sampled, torch.where(given < 0, expected, given))
 
 
-@pytest.mark.parametrize("steps", range(1, N + 3))
+@pytest.mark.parametrize("steps", range(1, N + 1))
 def test_no_mask_is_left_after_any_number_of_rounds(steps):
     model, (condition, tokens) = make_masked(), data(B=4)
     given = torch.where(torch.arange(N) < torch.tensor([[0], [1], [7], [N]]), tokens, -1)
@@ -194,14 +209,97 @@ def test_no_mask_is_left_after_any_number_of_rounds(steps):
 @pytest.mark.parametrize("steps", [1, 2, 5, N])
 def test_every_round_keeps_one_token_at_least_and_the_last_all(steps):
     missing = torch.tensor([N, 5, 1, 0])
-    rounds = torch.cat([missing[None], remaining_masks(missing, steps)])
-    kept = -rounds.diff(dim=0)
-    assert (kept >= (rounds[:-1] > 0)).all() and (rounds[-1] == 0).all()
+    left = [missing]
+    for step in range(steps):
+        done = (torch.full((4,), step + 1.0) / missing.clamp(1, steps).double()).clamp(max=1)
+        left.append(remaining_masks(missing, left[-1], done))
+    kept = -torch.stack(left).diff(dim=0)
+    assert (kept >= (torch.stack(left[:-1]) > 0)).all() and (left[-1] == 0).all()
 
 
 def test_the_schedule_of_the_rounds_by_hand():
-    by_hand = [[math.floor(64 * math.cos(math.pi / 2 * t / 8))] for t in range(1, 8)] + [[0]]
-    assert remaining_masks(torch.tensor([64]), 8).tolist() == by_hand
+    left, missing = torch.tensor([64]), torch.tensor([64])
+    for t in range(1, 9):
+        left = remaining_masks(missing, left, torch.tensor([t / 8]).double())
+        assert left.item() == (math.floor(64 * math.cos(math.pi / 2 * t / 8)) if t < 8 else 0)
+
+
+class Fixed(MaskedTransformer):
+    """The same logits (K,) at every position, whatever is masked; it remembers what it read."""
+
+    def __init__(self, logits, seq_len=8):
+        super().__init__(len(logits), seq_len, 1, 1, n_layer=1, n_head=1, n_embd=4)
+        self.logits, self.read = logits, []
+
+    def forward(self, condition, tokens):
+        self.read.append(tokens.clone())
+        return self.logits.expand(*tokens.shape, -1)
+
+
+NOTHING = torch.zeros(4000, 1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(("scale", "lowest", "highest"), [(0.0, 0.999, 1.0), (1e4, 0.7, 0.8)])
+def test_noise_decides_the_order_and_confidence_without_it(scale, lowest, highest):
+    """Of two kinds of tokens, 3 in 4 and 1 in 4, the first round keeps one of eight."""
+    model = Fixed(torch.tensor([3.0, 1.0]).log())
+    model.sample(NOTHING, steps=8, choice_temperature=scale, generator=seeded())
+    first = model.read[1]  # what is known after the first round
+    known = first[first != model.mask_token]
+    assert len(known) == len(NOTHING)
+    assert lowest <= (known == 0).double().mean() <= highest
+
+
+def test_noise_is_gumbels_and_ends_with_the_rounds():
+    """In the first of two rounds s is half the scale. Of a likely and an unlikely token, of
+    probabilities p and q, it keeps the likely one in p^(1/s) / (p^(1/s) + q^(1/s)) of all cases.
+    """
+    model, p, q = Fixed(torch.tensor([3.0, 1.0]).log(), seq_len=2), 0.75, 0.25
+    model.sample(NOTHING, steps=2, choice_temperature=2.0, generator=seeded())
+    first = model.read[1]
+    kept = first[first != model.mask_token]  # one of each pair
+    expected = p**2 + 2 * p * q * p / (p + q)  # both are likely, or one of them
+    assert abs((kept == 0).double().mean() - expected) < 5 * 0.37 / math.sqrt(len(NOTHING))
+    # In the last round there is no noise left: one token is masked, and it is kept.
+    assert len(model.read) == 2
+
+
+def test_rounds_draw_their_own_numbers():
+    """Tokens of equal logits are independent of each other and of the round that kept them."""
+    model = Fixed(torch.zeros(2))
+    sampled = model.sample(NOTHING, steps=8, generator=seeded()).double()
+    correlation = torch.corrcoef(sampled.T) - torch.eye(8)
+    assert correlation.abs().max() < 5 / math.sqrt(len(NOTHING))
+    assert (sampled.mean(dim=0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(len(NOTHING))
+
+
+def test_settings_reach_the_tokens():
+    model, (condition, _) = make_masked(), data()
+    greedy = model.sample(condition, temperature=0, generator=seeded())
+    assert torch.equal(model.sample(condition, top_k=1, generator=seeded()), greedy)
+    assert torch.equal(model.sample(condition, top_p=1e-6, generator=seeded()), greedy)
+    hot = Fixed(torch.tensor([2.0, 0.0]))
+    for temperature, settings in ((1.0, {}), (2.0, {"temperature": 2.0})):
+        sampled = hot.sample(NOTHING, steps=1, generator=seeded(), **settings)  # nothing is redrawn
+        share = (sampled == 0).double().mean()
+        expected = 1 / (1 + math.exp(-2 / temperature))
+        assert abs(share - expected) < 5 * 0.5 / math.sqrt(8 * len(NOTHING))
+
+
+def test_guidance_by_hand():
+    model, (condition, tokens) = make_masked(), data()
+    masks = torch.full_like(tokens, model.mask_token)
+    conditioned, null = model(condition, masks), torch.full_like(condition, model.null_token)
+    guided = model(null, masks) + 2.5 * (conditioned - model(null, masks))
+    sampled = model.sample(condition, steps=1, temperature=0, guidance=2.5)
+    assert torch.equal(sampled, guided.argmax(dim=2))
+
+
+def test_given_tokens_stay_even_if_logits_are_not_numbers():
+    model = Fixed(torch.full((5,), torch.nan))
+    given = torch.where(torch.arange(8) < 4, 3, -1).expand(2, -1)
+    sampled = model.sample(torch.zeros(2, 1, dtype=torch.int64), given=given, steps=3)
+    assert (sampled[:, :4] == 3).all()
 
 
 def test_the_most_confident_tokens_are_kept(monkeypatch):
@@ -268,6 +366,7 @@ def test_an_overfitted_transformer_gives_its_grids_back():
     ("change", "expected"),
     [
         ({"steps": 0}, "steps=0: give 1"),
+        ({"steps": N + 1}, "steps=13: give 1 to 12"),
         ({"choice_temperature": -1.0}, "choice_temperature=-1.0: give 0"),
         ({"temperature": -1.0}, "temperature"),
         ({"given": torch.zeros(2, N, dtype=torch.int64)}, "given must be"),
@@ -286,6 +385,8 @@ def test_tokens_that_do_not_fit_are_refused():
         model(condition, tokens[:, :-1])
     with pytest.raises(ValueError, match="tokens must lie in 0 to 11"):
         model(condition, tokens + K)
+    with pytest.raises(ValueError, match="tokens must lie in 0 to 10"):
+        model.loss(condition, tokens + K)
     with pytest.raises(ValueError, match="mask_schedule=none: give one of cosine, uniform"):
         make_masked(mask_schedule="none")
     assert not issubclass(MaskedTransformer, GPT)

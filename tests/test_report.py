@@ -46,6 +46,11 @@ def test_a_title_says_why_validation_is_lower_and_where_losses_rise():
     assert "drops 10% of the conditions" in title and "after epoch 10)" in title
 
 
+def test_losses_of_a_masked_transformer_say_what_is_compared():
+    title = report.token_losses_title("class", 0.1, "python x.py", is_masked=True)
+    assert "validation estimates the bound" in title
+
+
 def test_a_price_by_hand():
     prior = SimpleNamespace(seq_len=64, num_embeddings=512, causal=False)
     price = report.price(math.log(256), 0.25, prior, 32)

@@ -331,7 +331,8 @@ def test_a_masked_transformer_trains_resumes_and_is_priced(tmp_path, tokenizer, 
     assert [sample["steps"] for sample in metrics_of(whole)["samples"]] == [2, 4]
     assert result["nats_per_token_is_bound"] and result["nats_per_token_standard_error"] > 0
     text = capsys.readouterr().out
-    assert f"at most {result['nats_per_token']:.3f} +- " in text
+    assert f"at most {result['nats_per_token']:.3f} +- " in text and "     steps " in text
+    assert json.loads((whole / "config.json").read_text())["mask_schedule"] == "cosine"
     # The estimate is that of the masks of seed 0.
     model, data = load_model(whole), torch.load(whole / "tokens.pt")["test"][:, 0].long()
     condition = load_dataset("shapes", seed=0).first(128).test_labels[:, None]
@@ -574,6 +575,9 @@ def test_another_tokenizers_classifier_does_not_measure_other_data(
         (["--num-samples", "1"], "--num-samples 1"),
         (["--n-embd", "18", "--n-head", "4"], "--n-head 4 must divide --n-embd 18"),
         (["--batch-size", "200"], "1 to 128"),
+        (["--prior", "masked", "--steps", "4", "17"], "--steps 17: give 1 to 16"),
+        (["--steps", "4"], "--steps is about --prior masked"),
+        (["--mask-schedule", "uniform"], "--mask-schedule is about --prior masked"),
     ],
 )
 def test_what_cannot_work_stops_with_one_line(flags, expected, tmp_path, tokenizer, few_textures):

@@ -278,6 +278,17 @@ def test_a_model_trains_the_same_alone(finished, tmp_path):
     assert same_weights(weights(tmp_path / "alone", "vqvae"), weights(whole, "vqvae"))
 
 
+def test_a_vae_whose_config_still_has_the_flags_of_a_codebook_is_resumed(tmp_path):
+    """Their defaults were written out by older versions."""
+    flags = [*NO_CODEBOOK, "--models", "vae", "--limit", 32, "--epochs", 1]
+    out = run(tmp_path / "run", *flags)
+    config = json.loads((out / "config.json").read_text())
+    config |= {"quantizer": "ema", "num_embeddings": 512, "embedding_dim": 64, "data_init": True}
+    (out / "config.json").write_text(json.dumps(config))
+    run(out, "--resume", "--epochs", 2)
+    assert json.loads((out / "metrics.json").read_text())["models"]["vae"]["epochs"] == 2
+
+
 # --- flags -------------------------------------------------------------------------------------
 
 
@@ -430,7 +441,10 @@ def test_help_states_every_default(tmp_path, capsys):
         (["--data", "shapes", "--models", "vae-spatial", "--num-downsamples", "6"], "of 2^6"),
         (["--data", "shapes", "--quantizer", "gradient", "--no-restart-dead-codes"], "has no"),
         (["--data", "shapes", "--quantizer", "fsq", "--levels", "8", "1"], "--levels [8, 1]"),
-        (["--data", "shapes", "--quantizer", "fsq", "--embedding-dim", "3"], "number of --levels"),
+        (
+            ["--data", "shapes", "--quantizer", "fsq", "--embedding-dim", "3"],
+            "follows from its --levels",
+        ),
         (["--data", "shapes", "--quantizer", "lfq", "--num-embeddings", "100"], "power of two"),
         (["--data", "shapes", "--quantizer", "residual", "--num-rounds", "0"], "--num-rounds 0"),
         (["--data", "shapes", "--levels", "8", "8", "--num-embeddings", "64"], "the product"),

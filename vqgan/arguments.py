@@ -141,9 +141,7 @@ def quantizer_args(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name, None) for name in names}  # (no flag sets beta)
     given = {name: value for name, value in given.items() if value is not None}
     if "embedding_dim" in given and args.quantizer in ("fsq", "lfq"):
-        source = (
-            "the number of --levels" if args.quantizer == "fsq" else "--num-embeddings, as log2 K"
-        )
+        source = "--num-embeddings, as log2 K" if args.quantizer == "lfq" else "its --levels"
         raise InputError(f"--embedding-dim of {args.quantizer} follows from {source}: leave it out")
     if "num_embeddings" in given and args.levels:
         raise InputError("--num-embeddings is the product of --levels: give one of the two")
@@ -281,14 +279,16 @@ def open_tokenizer(args: argparse.Namespace) -> tuple[VQAutoencoder, dict]:
     return tokenizer, state
 
 
-def sampling_settings(args: argparse.Namespace, num_embeddings: int) -> list[dict]:
+def sampling_settings(
+    args: argparse.Namespace, num_embeddings: int, seq_len: int
+) -> list[dict[str, Any]]:
     """Every combination of the sampling flags, as keyword arguments of a prior's `sample`."""
-    for flag, value in (("--steps", args.steps), ("--mask-schedule", args.mask_schedule)):
-        if value is not None and args.prior != "masked":
-            raise InputError(f"{flag} is about --prior masked: leave it out")
     values = {"guidance": args.guidance, "temperature": args.temperature}
     values |= {"top_k": args.top_k or [None], "top_p": args.top_p or [None]}
-    values |= {"steps": args.steps or [DEFAULT_STEPS]} if args.prior == "masked" else {}
+    if args.prior == "masked":
+        values |= {"steps": args.steps or [min(DEFAULT_STEPS, seq_len)]}
+        if max(values["steps"]) > seq_len:
+            raise InputError(f"--steps {max(values['steps'])}: give 1 to {seq_len}, the tokens")
     settings = [dict(zip(values, v, strict=True)) for v in itertools.product(*values.values())]
     for setting in settings:
         with user_input():

@@ -1,7 +1,7 @@
 """`vqgan`, or `python -m vqgan`: use trained models without writing code.
 
     vqgan sample CHECKPOINT --class cat       generate new images with a transformer
-    vqgan complete CHECKPOINT IMAGE           generate the other half of an image
+    vqgan complete CHECKPOINT IMAGE           generate a part of an image
     vqgan reconstruct CHECKPOINT IMAGE...     encode and decode images with a model
     vqgan encode CHECKPOINT IMAGE...          compress images to a few dozen bytes each
     vqgan decode INDICES                      turn these files back into images

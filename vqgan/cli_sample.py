@@ -18,6 +18,7 @@ from vqgan.images import from_uint8, to_unit
 from vqgan.masked import MaskedTransformer
 from vqgan.pretrained import Pipeline, load_pipeline
 from vqgan.sampling import check_sampling, describe_sampling, sample_sliding_window
+from vqgan.vqvae import VQAutoencoder
 from vqgan.vqvae2 import VQVAE2
 
 SAMPLES, COMPLETED = "samples.png", "completed.png"  # --out
@@ -103,15 +104,15 @@ def complete(args: argparse.Namespace) -> None:
 
     The part is given by --keep, --hole or --mask. Around it, the image stays as it is.
     """
-    out = output_path(args.out, COMPLETED, [args.image])
+    out = output_path(args.out, COMPLETED, [args.image, *([args.mask] if args.mask else [])])
     pipeline, setting, device = _open(args)
     x = from_uint8(read_images([args.image], pipeline.tokenizer.image_size)).to(device)
-    hole, kind = _hole(args, pipeline.tokenizer.image_size), pipeline.condition.kind  # (H, W)
+    hole, kind = _hole(args, pipeline.tokenizer), pipeline.condition.kind  # (H, W)
     if kind == "none" or args.classes is not None or args.caption is not None:
         (condition, *others) = _prompts(args, pipeline).values()
         if others:
             raise InputError("a completion has one class or caption: give one")
-        condition = condition.to(device).expand(args.count, -1)
+        condition = condition.to(device)  # (1, C)
     elif kind != "image" and not pipeline.supports_guidance:
         raise InputError(f"this model needs a condition: give --{kind}")
     elif kind != "image" and args.guidance != 1:
@@ -119,13 +120,15 @@ def complete(args: argparse.Namespace) -> None:
     else:
         condition = None  # that of the image, or a dropped one
     missing = completion.missing_tokens(hole, pipeline.tokenizer.grids)  # (N,)
-    total = args.count * len(missing)
+    total, images = args.count * len(missing), []
+    chunk_size = min(MAX_CHUNK_SIZE, eval_batch_size(len(hole)))
     with progress_bar(desc="sampling", total=total, unit="token", unit_scale=True) as bar:
         generator = torch.Generator().manual_seed(args.seed)
         options = setting | {"generator": generator, "progress": bar.update}
-        with user_input():
-            copies = x.expand(args.count, -1, -1, -1)
-            completed = completion.complete(pipeline, copies, hole.to(device), condition, **options)
+        for copies in x.expand(args.count, -1, -1, -1).split(chunk_size):
+            part = None if condition is None else condition.expand(len(copies), -1)
+            images.append(completion.complete(pipeline, copies, hole.to(device), part, **options))
+    completed = torch.cat(images)
     completed = to_unit(completed if args.no_paste else completion.paste(x.cpu(), completed, hole))
     original = to_unit(x).cpu()
     rows = [("original, and what is kept", torch.cat([original, torch.where(hole, 0.5, original)]))]
@@ -133,10 +136,12 @@ def complete(args: argparse.Namespace) -> None:
     figures.image_rows(out, rows, title=f"Completions ({describe_sampling(setting)})")
     num_given = int((~missing).sum())
     print(f"{num_given} of {len(missing)} tokens kept; {args.count} completions: {out}")
-    if pipeline.transformer.causal and not missing[missing.int().argmax() :].all():
+    levels = missing.split([h * w for h, w in pipeline.tokenizer.grids])
+    is_kept_later = any((~level[level.int().argmax() :]).any() for level in levels)
+    if pipeline.transformer.causal and is_kept_later:
         print(
-            "(a GPT generates row by row, so it did not foresee the tokens right of the hole and "
-            "below it: train_transformer.py --prior masked sees all of them)"
+            "(a GPT generates row by row, so it did not foresee the kept tokens that come later; "
+            "one of train_transformer.py --prior masked sees all of them)"
         )
 
 
@@ -201,21 +206,23 @@ def _prompts(args: argparse.Namespace, pipeline: Pipeline) -> dict[str, Tensor]:
     return {"samples": condition.start_tokens(1)}
 
 
-def _hole(args: argparse.Namespace, size: int) -> Tensor:
+def _hole(args: argparse.Namespace, tokenizer: VQAutoencoder) -> Tensor:
     """The pixels to generate, (H, W) bool: white in --mask, inside --hole, or outside --keep."""
+    size = tokenizer.image_size
     flags = {name: getattr(args, name) for name in ("keep", "hole", "mask")}
     given = [name for name, value in flags.items() if value is not None]
     if len(given) > 1:
         raise InputError(f"--{given[0]} and --{given[1]} both say what is generated: give one")
     name = given[0] if given else "keep"
-    flag = f"--{name} {flags[name] or 'top'}"
+    text = flags[name] if given else "top"
+    flag = f"--{name} {text}"
     if name == "mask":
         hole = read_mask(args.mask, args.image, size)
     else:
         boxes = {"top": (0, 0, size, size // 2), "left": (0, 0, size // 2, size)}
         named = boxes if name == "keep" else {}
         try:
-            x0, y0, x1, y1 = named.get(flags[name] or "top") or map(int, flags[name].split(","))
+            x0, y0, x1, y1 = named.get(text) or map(int, text.split(","))
         except ValueError as error:
             raise InputError(
                 f"{flag}: give {'top, left, or ' * bool(named)}a box, as in 0,0,16,16"
@@ -226,4 +233,6 @@ def _hole(args: argparse.Namespace, size: int) -> Tensor:
     if not hole.any() or hole.all():
         part = "no pixel" if not hole.any() else "every pixel"
         raise InputError(f"{flag}: {part} of {size}x{size} would be generated: give another")
+    if completion.missing_tokens(hole, tokenizer.grids).all():
+        raise InputError(f"{flag}: with a ring of tokens around it no token is kept: keep more")
     return hole

@@ -43,8 +43,8 @@ def complete(
         x: images (B, 3, H, W) in [-1, 1], of the tokenizer's size. What is in the hole has no
             effect.
         hole: (H, W) bool, on the same device, true where pixels are to be generated.
-        condition: (B, C) int64; None is the image's own if the model is conditioned on images, and
-            else a dropped condition.
+        condition: (B, C) int64; None is a dropped condition. For a model conditioned on images it
+            is that of the image, whose painted hole says "a flat patch".
         settings: of the transformer's `sample`.
 
     Returns:
@@ -54,16 +54,17 @@ def complete(
         ValueError: the hole is empty or leaves no token, or a setting is out of range.
     """
     transformer, tokenizer = pipeline.transformer, pipeline.tokenizer
-    if not hole.any():
-        raise ValueError("the hole has no pixel: give one that has")
+    if hole.shape != x.shape[-2:] or not hole.any():
+        size, shape = tuple(x.shape[-2:]), tuple(hole.shape)
+        raise ValueError(f"hole is {shape} with {int(hole.sum())} pixels: give {size} with some")
     missing = missing_tokens(hole, tokenizer.grids)
     if missing.all():
-        raise ValueError(
-            "the hole, and a ring of tokens around it, leave no token: make it smaller"
-        )
+        raise ValueError("the hole and a ring of tokens around it leave no token: keep more")
     painted = paint_over(x, hole)
     if condition is None and pipeline.condition.kind == "image":
         condition = tokenizer.tokens(TRANSFORMS[pipeline.condition.transform](painted))
+    elif condition is None and pipeline.condition.kind == "none":
+        condition = pipeline.condition.start_tokens(len(x)).to(x.device)
     elif condition is None:
         size = (len(x), pipeline.condition.length)
         condition = torch.full(size, transformer.null_token, device=x.device)

@@ -8,7 +8,7 @@
 
 The transformer has a separate embedding table for these tokens, so code 0 and class 0 have nothing
 in common, and no token of a condition can ever be sampled (`transformer.py`). The table has one
-more row for a dropped condition, which guidance needs: `GPT.null_token`.
+more row for a dropped condition, which guidance needs: `Prior.null_token`.
 """
 
 from collections.abc import Sequence

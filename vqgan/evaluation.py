@@ -139,7 +139,7 @@ def evaluate_likelihood(
             with autocast(device, dtype):
                 condition, tokens = condition.to(device), tokens.to(device)
                 losses.append(model.nats_per_token(condition, tokens, generator))
-    nats = torch.cat(losses).double()  # (test images,)
+    nats = torch.cat(losses).cpu().double()  # (test images,)
     return nats.mean().item(), nats.std(correction=0).item() / math.sqrt(len(nats))
 
 
@@ -201,6 +201,9 @@ def evaluate_samples(
     # Keys and values of every block and position, twice with guidance.
     cached = 2 * 2 * len(prior.blocks) * prior.pos_emb.numel()
     chunk_size = min(500, max(1, MAX_CACHED // cached))
+    if not prior.causal:  # has the logits of all positions at once, and no cache
+        logits = 2 * prior.seq_len * prior.num_embeddings
+        chunk_size = min(500, max(1, MAX_LOGITS // logits))
 
     def measure(setting: dict) -> dict:
         watch, generator = Stopwatch(), torch.Generator().manual_seed(0)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -177,18 +177,31 @@ def read_images(paths: Sequence[str | Path], image_size: int) -> Tensor:
 def read_mask(path: str | Path, image_path: str | Path, image_size: int) -> Tensor:
     """A black and white image of the size of another -> (H, W) bool, true where it is white.
 
+    It is resized and cropped as the image is. Every pixel of the small image that has seen what was
+    below the white is true: the bicubic filter reaches two pixels far. What is transparent counts
+    as black.
+
     Raises:
         InputError: one of both is no image, or their sizes differ.
     """
     sizes = []
     for file in (path, image_path):
-        with file_input(f"{file} cannot be read as an image"), Image.open(file) as image:
-            sizes.append("x".join(map(str, ImageOps.exif_transpose(image).size)))
+        with file_input(f"{file} cannot be read as an image"), Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened)
+            sizes.append(image.size)
+            if file == path:
+                image = image.convert("RGBA")
+                mask = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     if sizes[0] != sizes[1]:
-        raise InputError(
-            f"{path} has {sizes[0]} pixels, and {image_path} {sizes[1]}: give one size"
-        )
-    return read_images([path], image_size)[0].float().mean(dim=0) > 127.5  # half of white
+        given, expected = ("x".join(map(str, size)) for size in sizes)
+        raise InputError(f"{path} has {given} pixels, and {image_path} {expected}: give one size")
+    white = np.asarray(mask.convert("L")) > 127
+    if white.shape != (image_size, image_size):
+        full = Image.fromarray(white.astype(np.float32))  # in floats no small share is rounded off
+        small = ImageOps.fit(full, (image_size, image_size), Image.Resampling.BOX)
+        touched = Image.fromarray(np.asarray(small) > 0).convert("L")
+        white = np.asarray(touched.filter(ImageFilter.MaxFilter(5))) > 0
+    return torch.tensor(white)
 
 
 def _read_all(paths: list[Path], image_size: int) -> tuple["Tensor | ImageFiles", list[int]]:

@@ -97,7 +97,8 @@ class MaskedTransformer(Prior):
         if self.mask_schedule == "uniform":
             return self.nats_per_token(condition, tokens).mean()  # each image counts once
         fraction = torch.cos(math.pi / 2 * torch.rand(len(tokens), device=tokens.device))
-        mask = self._random_mask((fraction * self.seq_len).ceil())
+        numbers = torch.rand(tokens.shape, device=tokens.device)
+        mask = random_masks(numbers, (self.seq_len * fraction).ceil())
         return self._losses(condition, tokens, mask).sum() / mask.sum()  # and here each token
 
     def nats_per_token(
@@ -108,21 +109,18 @@ class MaskedTransformer(Prior):
         The mean over an image's m masked tokens, where m is uniform from 1 to N.
 
         Args:
-            generator: on the CPU; one seed estimates several models with the same masks.
+            generator: one with the same seed gives the same masks, for any model of N tokens.
         """
-        B, N = tokens.shape
-        m = torch.randint(1, N + 1, (B,), generator=generator)
-        mask = self._random_mask(m, generator).to(tokens.device)
+        device = tokens.device if generator is None else generator.device
+        size = (len(tokens), 1 + self.seq_len)  # a row for each image, however many there are
+        numbers = torch.rand(size, generator=generator, device=device).to(tokens.device)
+        m = (self.seq_len * numbers[:, 0]).floor() + 1  # (B,), 1 to N
+        mask = random_masks(numbers[:, 1:], m)
         return self._losses(condition, tokens, mask).sum(dim=1) / mask.sum(dim=1)
-
-    def _random_mask(self, m: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Choose m (B,) of N positions, all choices alike: (B, N) bool."""
-        numbers = torch.rand(len(m), self.seq_len, generator=generator, device=m.device)
-        rank = numbers.argsort(dim=1).argsort(dim=1)  # (B, N), a random permutation in each row
-        return rank < m[:, None]
 
     def _losses(self, condition: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """-log p of the masked tokens given the others, (B, N), and 0 for those."""
+        check_range(tokens, 0, self.num_embeddings - 1, "tokens")
         logits = self(condition, tokens.masked_fill(mask, self.mask_token)).float()  # (B, N, K)
         losses = F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
         return losses * mask
@@ -135,7 +133,7 @@ class MaskedTransformer(Prior):
         condition: Tensor,
         *,
         given: Tensor | None = None,
-        steps: int = DEFAULT_STEPS,
+        steps: int | None = None,
         choice_temperature: float = 4.5,
         temperature: float = 1.0,
         top_k: int | None = None,
@@ -148,13 +146,13 @@ class MaskedTransformer(Prior):
 
         After round t of T, cos(pi/2 t/T) of the tokens that were missing at the start are masked
         again, those of the lowest confidence: the log-probability of the chosen token, plus Gumbel
-        noise, whose scale falls from `choice_temperature` to 0. Every round keeps one token at
-        least, so there are fewer rounds where fewer tokens are missing.
+        noise, whose scale falls from `choice_temperature` to 0. If fewer than T tokens are missing,
+        there is a round for each of them.
 
         Args:
             given: (B, N) int64, tokens to keep, and -1 where one is to be generated. Every
                 generated token sees all of them.
-            steps: T, the number of rounds, 1 to N.
+            steps: T, the number of rounds, 1 to N; None is `DEFAULT_STEPS`, or N if that is less.
             choice_temperature: 0 keeps the most confident tokens; a large one keeps any.
             the others: as in `GPT.sample`. `progress` is called after every round with the number
                 of tokens that it kept, of all sequences (the first counts those given, too).
@@ -167,20 +165,23 @@ class MaskedTransformer(Prior):
         """
         B, N = len(condition), self.seq_len
         self.check_condition(condition)
+        steps = min(DEFAULT_STEPS, N) if steps is None else steps
         sampling.check_sampling(
             self.num_embeddings, temperature, top_k, top_p, guidance, steps, choice_temperature
         )
         given = torch.full((B, N), -1) if given is None else given
         self.check_given(given, B)
-        steps = min(steps, N)
-        remaining = remaining_masks((given < 0).sum(dim=1).cpu(), steps)  # (steps, B)
+        if steps > N:
+            raise ValueError(f"steps={steps}: give 1 to {N}, the number of tokens")
+        missing = (given < 0).sum(dim=1).cpu()  # (B,)
+        rounds = missing.clamp(min=1, max=steps)  # T of each sequence
         # Two numbers for each round and token: one samples it, the other is for its confidence.
         uniform = sampling.uniform_numbers(steps * 2 * N, B, generator, condition.device)
         uniform = uniform.T.view(B, steps, 2, N)
         condition = self.with_unconditioned(condition, guidance)  # (B or 2 B, C)
         tokens = given.to(condition.device)
         tokens = tokens.masked_fill(tokens < 0, self.mask_token)
-        num_masked = B * N
+        masked, before = missing, torch.full((B,), N)
         with sampling.eval_mode(self):
             for step in range(steps):
                 is_masked = tokens == self.mask_token
@@ -190,29 +191,36 @@ class MaskedTransformer(Prior):
                 chosen = sampling.sample_token(logits, u.flatten(), temperature, top_k, top_p)
                 log_p = logits.log_softmax(dim=1).gather(1, chosen[:, None]).view(B, N)
                 gumbel = -(-v.log()).clamp(min=1e-20).log()  # v = 1 would give infinity
-                noise = choice_temperature * (1 - (step + 1) / steps) * gumbel
+                done = ((step + 1) / rounds.double()).clamp(max=1)  # (B,), t / T
+                noise = choice_temperature * (1 - done)[:, None].to(log_p) * gumbel
                 confidence = (log_p + noise).masked_fill(~is_masked, math.inf)
                 tokens = torch.where(is_masked, chosen.view(B, N), tokens)
                 rank = confidence.argsort(dim=1).argsort(dim=1)  # 0 for the least confident
-                again = rank < remaining[step].to(rank)[:, None]
+                masked = remaining_masks(missing, masked, done)
+                again = (rank < masked[:, None].to(rank)) & is_masked
                 tokens = tokens.masked_fill(again, self.mask_token)
-                still_masked = int(remaining[step].sum())
                 if progress is not None:
-                    progress(num_masked - still_masked)
-                num_masked = still_masked
-                if not num_masked:
+                    progress(int((before - masked).sum()))
+                before = masked
+                if not masked.any():
                     break
         return tokens
 
 
-def remaining_masks(missing: Tensor, steps: int) -> Tensor:
-    """How many tokens are masked after each round: missing (B,) -> (steps, B), both int64.
+def random_masks(numbers: Tensor, m: Tensor) -> Tensor:
+    """Choose m (B,) of N positions by random numbers (B, N), all choices alike: (B, N) bool."""
+    rank = numbers.argsort(dim=1).argsort(dim=1)  # a random permutation in each row
+    return rank < m[:, None]
+
+
+def remaining_masks(missing: Tensor, masked: Tensor, done: Tensor) -> Tensor:
+    """How many tokens are masked after a round, (B,) int64.
 
     cos(pi/2 t/T) of those that were missing, rounded down, and fewer than after the round before.
+
+    Args:
+        missing, masked: how many were masked at the start, and after the round before.
+        done: t / T, up to 1, float64.
     """
-    rounds, masked = [], missing
-    for step in range(1, steps + 1):
-        fraction = math.cos(math.pi / 2 * step / steps)  # 6e-17 after the last, and 0 rounded down
-        masked = torch.minimum((missing * fraction).long(), masked - 1).clamp(min=0)
-        rounds.append(masked)
-    return torch.stack(rounds)
+    fraction = torch.cos(math.pi / 2 * done)  # 6e-17 after the last round
+    return torch.minimum((missing * fraction).long(), masked - 1).clamp(min=0)

@@ -40,7 +40,8 @@ FORMATS = {
     "prompt_accuracy": ("prompt acc.", ".1%"), "perplexity": ("perplexity", ".1f"),
     "codes_used": ("codes used", "d"), "bits_per_image": ("bits/image", ".0f"),
     "guidance": ("guidance", ".3g"), "temperature": ("temperature", ".3g"),
-    "top_k": ("top-k", "d"), "top_p": ("top-p", ".3g"), "seconds": ("seconds", ".0f"),
+    "top_k": ("top-k", "d"), "top_p": ("top-p", ".3g"), "steps": ("steps", "d"),
+    "seconds": ("seconds", ".0f"),
 }  # fmt: skip
 STUDY_COLUMNS = ["nmse", "psnr", "ssim", "ssim_global", "perplexity", "codes_used"]
 STUDY_COLUMNS += ["bits_per_image", "seconds"]
@@ -238,16 +239,23 @@ def print_transformer(result: dict, samples: list[dict], references: Mapping[str
         f"bits per image, and fixed-length tokens take {result['fixed_length_bits_per_image']:.0f}"
     )
     if samples:
-        print_table({f"samples {i}": row for i, row in enumerate(samples, 1)}, SAMPLES_COLUMNS)
+        columns = (["steps"] if "steps" in samples[0] else []) + SAMPLES_COLUMNS
+        print_table({f"samples {i}": row for i, row in enumerate(samples, 1)}, columns)
     for name, distance in references.items():
         print(f"Fréchet distance of {name} to the test images: {distance:.3f}")
 
 
-def token_losses_title(condition: str, condition_drop: float, command: str) -> str:
+def token_losses_title(
+    condition: str, condition_drop: float, command: str, *, is_masked: bool = False
+) -> str:
     """The title of a transformer's losses, with the reasons of what might look like mistakes."""
     notes = ["Losses of the transformer, and of simple models"]
     if condition_drop and condition != "none":
         notes.append(f"(training drops {condition_drop:.0%} of the conditions, validation none)")
+    if is_masked:
+        notes.append(
+            "(validation estimates the bound, and training may mask more tokens than that)"
+        )
     if resumed := re.findall(r"\W\Wepochs (\d+)", command)[:-1]:
         notes.append(f"(the learning rate rises again after epoch {', '.join(resumed)})")
     return "\n".join(notes)
@@ -268,7 +276,9 @@ def save_transformer_figures(
         baselines: those of `metrics.token_baselines`.
     """
     condition, metadata = dataset.condition, session.metadata["metadata"]
-    title = token_losses_title(condition.kind, metadata["condition_drop"], metadata["command"])
+    is_masked = not session.model.causal
+    about = (condition.kind, metadata["condition_drop"], metadata["command"])
+    title = token_losses_title(*about, is_masked=is_masked)
     titled = {BASELINES[name]: value for name, value in baselines.items()}
     losses = (session.rows, session.state["validation"], titled)
     figures.token_losses(run.out / "losses.png", *losses, title=title)

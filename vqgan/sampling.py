@@ -2,8 +2,8 @@
 
     logits (B, K) -> classifier_free_guidance -> filter_top_k_top_p -> sample_token -> token (B,)
 
-`GPT.sample` generates a sequence with these; `sample_sliding_window` generates grids that are
-larger than those of the training.
+`GPT` and `MaskedTransformer` generate sequences with these; `sample_sliding_window` generates grids
+that are larger than those of the training.
 """
 
 import math
@@ -172,7 +172,7 @@ def sample_sliding_window(
 
 def describe_sampling(setting: dict) -> str:
     """Describe a setting of a prior's `sample`, as in "guidance 2, temperature 1, top-k 100"."""
-    if setting["temperature"] < MIN_TEMPERATURE:
+    if setting["temperature"] < MIN_TEMPERATURE and "steps" not in setting:
         return "greedy: always the likeliest token"
     values = (f"{name.replace('_', '-')} {v:g}" for name, v in setting.items() if v is not None)
     return ", ".join(values)

@@ -45,6 +45,7 @@ ROWS = {
     "gradient-cosine": "gradient, cosine",
     "ema-rotation": "EMA, rotation",
     "simvq": "SimVQ",
+    "simvq-8": "SimVQ, 8 dimensions",
     "fsq": "FSQ",
     "lfq": "LFQ",
     "residual-3x8": "residual, 3 of 8",
@@ -67,7 +68,8 @@ def tokenizer_row(run: Path) -> dict:
     metadata = read_metrics(run)
     (result,) = metadata["models"].values()
     row = {key: result[key] for key in KEYS}
-    row["utilization"] = result["codes_used"] / result["model_args"]["num_embeddings"]
+    row["num_embeddings"] = result["model_args"]["num_embeddings"]
+    row["utilization"] = row["codes_used"] / row["num_embeddings"]
     return row | {key: metadata[key] for key in ("command", "device", "seconds")}
 
 
@@ -173,9 +175,10 @@ def main(args: argparse.Namespace) -> None:
     write_metrics(OUT, watch, about_data, {"models": rows, "sweep": swept}, dtype=torch.bfloat16)
     for name, row in rows.items():
         bits, accuracy = row.get("prior_bits_per_image"), row.get("class_accuracy")
-        cells = [ROWS[name], f"{row['nmse']:.4f}", f"{row['psnr']:.2f}", f"{row['ssim']:.3f}"]
-        cells += [f"{row['codes_used']}", f"{row['perplexity']:.0f}"]
-        cells += [f"{row['milliseconds_per_step']:.0f}", f"{row['bits_per_image']:.0f}"]
+        cells = [ROWS[name], f"[`codebooks/{name}`](results/codebooks/metrics.json)"]
+        cells += [f"{row['codes_used']} of {row['num_embeddings']}", f"{row['perplexity']:.0f}"]
+        cells += [f"{row['nmse']:.4f}", f"{row['psnr']:.2f}", f"{row['ssim']:.3f}"]
+        cells += [f"{row['milliseconds_per_step']:.0f}", f"{row['bits_per_image']:,.0f}"]
         cells += ["" if bits is None else f"{bits:.0f}"]
         cells += ["" if accuracy is None else f"{accuracy:.1%}"]
         print("| " + " | ".join(cells) + " |")
