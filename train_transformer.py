@@ -28,7 +28,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vqgan import metrics, report
+from vqgan import distributed, metrics, report
 from vqgan.arguments import (
     common_parser,
     fraction,
@@ -113,7 +113,7 @@ def train(
 
     for step, (condition, tokens) in session:  # resumes, shows the bar, saves when due
         # Some conditions are dropped, to learn p(s) as well as p(s | c), which guidance needs.
-        dropped = torch.rand(len(condition), 1, device=device) < drop
+        dropped = distributed.part(torch.rand(args.batch_size, 1, device=device)) < drop
         condition = condition.masked_fill(dropped, model.null_token)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(

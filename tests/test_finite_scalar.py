@@ -151,7 +151,7 @@ def test_the_gradient_of_the_loss_of_lfq_by_finite_differences():
 def test_the_entropy_term_separates_vectors_that_are_alike():
     """All vectors near one corner: following the gradient of the entropies, they spread."""
     quantizer = LFQ(16, beta=0.0)
-    quantizer.entropy_weight = 1.0
+    quantizer.entropy_weight, quantizer.temperature = 1.0, 1.0
     z_e = (0.1 + 0.05 * torch.randn(1, 4, 8, 8)).requires_grad_()
     optimizer = torch.optim.SGD([z_e], lr=2.0)
     used = []

@@ -114,7 +114,8 @@ def test_metrics_say_what_was_measured_on_what_by_what(run):
     models = {"a": {"ssim": 0.5, "seconds": 1.5}, "b": {"ssim": 0.25, "seconds": 2.0}}
     run.write_metrics(models, eval_classifier={"accuracy": None})
     written = json.loads((run.out / "metrics.json").read_text())
-    keys = ["command", "data", "device", "versions", "seconds", "eval_classifier", "models"]
+    keys = ["command", "data", "device", "processes", "versions", "seconds"]
+    keys += ["eval_classifier", "models"]
     assert list(written) == keys
     assert written["models"] == models and written["seconds"] == 3.5
     assert written["command"] == "python train.py" and written["eval_classifier"] == {
@@ -325,7 +326,7 @@ def test_without_an_average_the_trained_model_is_kept(run):
 def test_the_checkpoint_says_of_the_model_what_run_and_script_know(run):
     take_steps(*start(run, metadata={"condition": {"kind": "none"}}))
     state = load_checkpoint(run.out / "tiny" / "checkpoint.pt")
-    assert state["metadata"] == run.metadata | {"condition": {"kind": "none"}}
+    assert state["metadata"] == run.metadata | {"condition": {"kind": "none"}, "processes": 1}
     assert state["model_args"] == {"width": 8, "dropout": 0.5} and state["step"] == 21
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vqgan import distributed
 from vqgan.codebooks import DEFAULTS, QUANTIZERS
 from vqgan.data import NUM_TRAIN, TrainLoader, load_dataset, pixel_variance
 from vqgan.device import choose_device, choose_precision
@@ -117,9 +118,7 @@ def quantizer_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the codebook. Those that are not given follow the model's defaults."""
     add = parser.add_argument_group("codebook (flags not given follow the model)").add_argument
     on_off = argparse.BooleanOptionalAction
-    add(
-        "--quantizer", choices=QUANTIZERS, help="kind of codebook (vqgan/codebooks.py); usually ema"
-    )
+    add("--quantizer", choices=QUANTIZERS, help="kind of codebook (codebooks.py); usually ema")
     add("--num-embeddings", type=positive_int, help="K, entries of the codebook")
     add("--embedding-dim", type=positive_int, help="D, dimension of a codebook entry")
     add("--levels", nargs="+", type=positive_int, help="levels per dimension, of fsq")
@@ -231,7 +230,7 @@ def open_run(args: argparse.Namespace, *, batch_sizes: list[int]) -> Run:
     lock = lock_folder(out)
     if args.init_from and not args.resume:
         checkpoint_path(args.init_from)  # a missing file stops here, not after an hour
-    if not args.resume:  # early, so that a run killed while it reads its data can be resumed
+    if distributed.is_main() and not args.resume:  # early: a run killed while it reads can resume
         if (out / "config.json").exists():  # what a killed start left is not this run's
             for name in ("tokenizer", "classifier", "eval_classifier"):
                 if Path(getattr(args, name, None) or "") != out / f"{name}.pt":  # no flag names it

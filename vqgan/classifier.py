@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqgan import distributed
 from vqgan.checkpoint import build_on_meta, load_weights
 from vqgan.console import progress_bar
 from vqgan.device import autocast, has_fused_optimizers, prepare_model
@@ -114,6 +115,7 @@ def train_classifier(
     generator = torch.Generator().manual_seed(seed)
     shifts = torch.randint(2 * SHIFT + 1, (steps, 2), generator=generator).tolist()
     model.train()
+    distributed.average_gradients([optimizer])
     for epoch in range(1, epochs + 1):
         for x, labels in progress_bar(loader, desc=f"{name}, epoch {epoch}", unit="step"):
             top, left = shifts.pop()

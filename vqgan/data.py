@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import CIFAR10
 
+from vqgan import distributed
 from vqgan.errors import InputError, file_input
 from vqgan.image_folder import ImageFiles, read_folder
 from vqgan.images import from_uint8
@@ -143,6 +144,8 @@ class TrainLoader:
         flip: bool = True,
         labels: Tensor | None = None,
     ):
+        if batch_size % (count := distributed.num_processes()):
+            raise InputError(f"batch_size={batch_size}: give a multiple of {count}, the processes")
         if not 1 <= batch_size <= len(images):
             raise InputError(f"batch_size={batch_size}: give 1 to {len(images)} (all images)")
         self.images = images.to(device) if isinstance(images, Tensor) else images
@@ -161,6 +164,7 @@ class TrainLoader:
         flips = torch.rand(len(self.images), generator=self.generator) < (0.5 if self.flip else 0)
         order = order[: len(self) * self.batch_size].view(-1, self.batch_size)  # (steps, B)
         flips = flips[: order.numel()].view_as(order).to(self.device)
+        order, flips = distributed.part(order, dim=1), distributed.part(flips, dim=1)
         if isinstance(self.images, Tensor):
             order = order.to(self.device)  # once per epoch, not at every step
         for images in _fetch(self.images, order[self.position :], self.device):

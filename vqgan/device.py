@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from vqgan import distributed
 from vqgan.errors import InputError
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -16,11 +17,14 @@ CAPABILITIES: dict = getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this name; "auto" is CUDA if there is one, else Apple's MPS, else the CPU."""
+    """The device of this name; "auto" is CUDA if there is one, else Apple's MPS, else the CPU.
+
+    With several processes, this waits for all of them, and each gets a GPU of its own.
+    """
+    if name == "auto" and torch.cuda.is_available():
+        return distributed.start(torch.device("cuda"))
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # fails where the machine has no such device
@@ -29,7 +33,7 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0]
         raise InputError(f"device={name}: {reason}; give auto, cpu, cuda or mps") from error
-    return device
+    return distributed.start(device)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
+from vqgan import distributed
+
 NORMS = ("spectral", "group", "none")
 # Added to the divisor of eq. 7, as the paper states. (The authors' code has 1e-4.)
 DELTA = 1e-6
@@ -156,7 +158,7 @@ def adaptive_weight(
 
     def norm(loss: Tensor) -> Tensor:
         (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
-        return gradient.float().norm()
+        return distributed.mean(gradient.float()).norm()
 
     ratio = norm(reconstruction_loss) / (norm(generator_loss) + DELTA)
     return ratio.clamp(max=maximum)  # (), no gradient: autograd.grad gives none of its own

@@ -21,13 +21,19 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from vqgan import distributed
 from vqgan.errors import InputError, file_input
 
 # --- writing -------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a temporary file and rename it: a kill or a full disk leaves the old file intact."""
+    """Write a temporary file and rename it: a kill or a full disk leaves the old file intact.
+
+    Of several processes that train together, the first one writes.
+    """
+    if not distributed.is_main():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -127,13 +133,16 @@ def read_json(path: Path) -> dict:
 def lock_folder(folder: Path) -> IO:
     """Let no other process write to a folder while the file that is returned stays open.
 
-    The operating system lifts the lock when the process ends, however it ends.
+    The operating system lifts the lock when the process ends, however it ends. Of several
+    processes that train together, the first one holds it.
 
     Raises:
         InputError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "a")  # it stays open
+    if not distributed.is_main():
+        return file
     try:
         if sys.platform == "win32":
             import msvcrt

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqgan import sampling
+from vqgan import distributed, sampling
 from vqgan.quantizer import check_range
 from vqgan.transformer import Prior
 
@@ -96,10 +96,11 @@ class MaskedTransformer(Prior):
         """The mean of -log p over the masked tokens, (); see `mask_schedule`."""
         if self.mask_schedule == "uniform":
             return self.nats_per_token(condition, tokens).mean()  # each image counts once
-        fraction = torch.cos(math.pi / 2 * torch.rand(len(tokens), device=tokens.device))
-        numbers = torch.rand(tokens.shape, device=tokens.device)
-        mask = random_masks(numbers, (self.seq_len * fraction).ceil())
-        return self._losses(condition, tokens, mask).sum() / mask.sum()  # and here each token
+        numbers = self._uniform_numbers(tokens)  # (B, 1 + N)
+        fraction = torch.cos(math.pi / 2 * numbers[:, 0])
+        mask = random_masks(numbers[:, 1:], (self.seq_len * fraction).ceil())
+        count = distributed.mean(mask.sum().float())
+        return self._losses(condition, tokens, mask).sum() / count  # and here each token
 
     def nats_per_token(
         self, condition: Tensor, tokens: Tensor, generator: torch.Generator | None = None
@@ -111,12 +112,18 @@ class MaskedTransformer(Prior):
         Args:
             generator: one with the same seed gives the same masks, for any model of N tokens.
         """
-        device = tokens.device if generator is None else generator.device
-        size = (len(tokens), 1 + self.seq_len)  # a row for each image, however many there are
-        numbers = torch.rand(size, generator=generator, device=device).to(tokens.device)
+        numbers = self._uniform_numbers(tokens, generator)  # (B, 1 + N)
         m = (self.seq_len * numbers[:, 0]).floor() + 1  # (B,), 1 to N
         mask = random_masks(numbers[:, 1:], m)
         return self._losses(condition, tokens, mask).sum(dim=1) / mask.sum(dim=1)
+
+    def _uniform_numbers(self, tokens: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw what an image is masked by, (B, 1 + N) in [0, 1): how many tokens, and which."""
+        if generator is not None:  # row by row, so that chunks do not matter
+            size = (len(tokens), 1 + self.seq_len)
+            return torch.rand(size, generator=generator, device=generator.device).to(tokens.device)
+        B = distributed.num_processes() * len(tokens)
+        return distributed.part(torch.rand(B, 1 + self.seq_len, device=tokens.device))
 
     def _losses(self, condition: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """-log p of the masked tokens given the others, (B, N), and 0 for those."""

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqgan import distributed
 from vqgan.gradient_estimators import GRADIENT_ESTIMATORS
 
 # Distances held at once. 2^22 floats are 16 MiB, in reach of a CPU's cache; a GPU wants more work
@@ -84,13 +85,13 @@ def init_vectors(vectors: Tensor, num_embeddings: int) -> Tensor:
     If the codes were random noise, one of them would be nearest to all outputs of an untrained
     encoder. It alone would learn, and the codebook would have collapsed before it began.
     """
-    N, K = len(vectors), num_embeddings
+    N, K = distributed.num_processes() * len(vectors), num_embeddings
     if N >= K:
-        return vectors[torch.randperm(N, device=vectors.device)[:K]]
+        return distributed.rows(vectors, torch.randperm(N, device=vectors.device)[:K])
     message = f"the first batch has {N} vectors for {K} codes: some are copied, with a little noise"
     warnings.warn(message, stacklevel=2)
-    chosen = vectors[torch.randint(N, (K,), device=vectors.device)]
-    noise = 0.01 * vectors.std(dim=0, unbiased=False)  # 1% of each dimension's deviation
+    chosen = distributed.rows(vectors, torch.randint(N, (K,), device=vectors.device))
+    noise = 0.01 * chosen.std(dim=0, unbiased=False)  # 1% of each dimension's deviation
     return chosen + noise * torch.randn_like(chosen)
 
 
@@ -338,11 +339,11 @@ class EMAVectorQuantizer(Codebook):
 
             if self.training:
                 with torch.no_grad():
-                    # Processes that train together must sum these two over all of them, and share
-                    # the vectors that codes are initialized from, or their codebooks drift apart.
                     ones = torch.ones_like(indices, dtype=torch.float32)
                     counts = torch.zeros_like(self.ema_counts).index_add_(0, indices, ones)  # n_i
                     sums = torch.zeros_like(self.ema_sums).index_add_(0, indices, vectors)
+                    distributed.total(counts)
+                    distributed.total(sums)
 
                     gamma = self.decay
                     self.ema_counts.mul_(gamma).add_(counts, alpha=1 - gamma)  # N_i, eq. 6
@@ -370,10 +371,12 @@ class EMAVectorQuantizer(Codebook):
         the step wait for the GPU.
         """
         average = self.ema_counts.mean()
-        chosen = torch.randint(len(vectors), (self.num_embeddings,), device=vectors.device)
+        N = distributed.num_processes() * len(vectors)
+        chosen = torch.randint(N, (self.num_embeddings,), device=vectors.device)
+        candidates = distributed.rows(vectors, chosen)  # (K, D)
         dead = self.ema_counts < self.dead_code_threshold * average  # (K,)
         self.ema_counts.copy_(torch.where(dead, average, self.ema_counts))
-        self.ema_sums.copy_(torch.where(dead[:, None], average * vectors[chosen], self.ema_sums))
+        self.ema_sums.copy_(torch.where(dead[:, None], average * candidates, self.ema_sums))
 
     @torch.no_grad()
     def init_from_batch(self, vectors: Tensor) -> None:
@@ -385,7 +388,8 @@ class EMAVectorQuantizer(Codebook):
         about ten steps a code that no vector chooses falls below the threshold and is restarted.
         """
         super().init_from_batch(vectors)
-        one_batch = (1 - self.decay) * len(vectors) / self.num_embeddings
+        N = distributed.num_processes() * len(vectors)
+        one_batch = (1 - self.decay) * N / self.num_embeddings
         self.ema_counts.fill_(one_batch)
         self.ema_sums.copy_(self.codebook * one_batch)
 

@@ -15,6 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import torch
 
+from vqgan import distributed
 from vqgan.console import Console, printable
 from vqgan.errors import InputError
 
@@ -44,7 +45,9 @@ def run_script(
     flags: set[str] = set()
     formatwarning = warnings.formatwarning
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"  # without a source line
-    out, err = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))  # closed by a shell
+    # A shell may have closed a stream, and of several processes one speaks.
+    heard = (s if distributed.is_main() else None for s in (sys.stdout, sys.stderr))
+    out, err = (s or open(os.devnull, "w") for s in heard)
     streams = Console(out), Console(err, controls="\n\t\r\x1b")
     try:
         with redirect_stdout(streams[0]), redirect_stderr(streams[1]):  # type: ignore[type-var]
@@ -55,6 +58,7 @@ def run_script(
             finally:
                 warnings.formatwarning = formatwarning
                 sys.stdout.flush()
+                distributed.stop()
     except InputError as error:
         message = name_flags(str(error), flags)
     except KeyboardInterrupt:
@@ -76,7 +80,7 @@ def run_script(
         message = f"out of memory ({reason}): free memory and {remedy}"
     else:
         return
-    sys.exit("error: " + printable(message.replace("\n", " ")))
+    sys.exit("error: " + printable(message.replace("\n", " ")) if distributed.is_main() else 1)
 
 
 def name_flags(message: str, flags: set[str]) -> str:

@@ -34,6 +34,7 @@ import torchvision
 from torch import Tensor, nn
 
 import vqgan
+from vqgan import distributed
 from vqgan.checkpoint import DIVERGED, all_model_args, load_checkpoint, restore, save_checkpoint
 from vqgan.console import progress_bar
 from vqgan.data import ImageDataset, TrainLoader
@@ -79,6 +80,7 @@ class Run:
             "command": self.metadata["command"],
             "data": data,
             "device": describe_device(self.device, self.dtype),
+            "processes": distributed.num_processes(),
             "versions": versions(),
             "seconds": sum(result["seconds"] for result in models.values()),
         }
@@ -149,7 +151,8 @@ class Session:
             extra_state["trained"] = model
         self.parts: dict[str, Any] = {"optimizers": optimizers, "extra_state": extra_state}
         self.parts["batches"] = loader
-        metadata = run.metadata | (metadata or {})
+        distributed.average_gradients(optimizers.values())
+        metadata = run.metadata | {"processes": distributed.num_processes()} | (metadata or {})
         self.metadata: dict[str, Any] = {"model_args": model_args, "metadata": metadata}
 
         # Start at step 0, or at the last checkpoint of an interrupted run.
@@ -159,6 +162,9 @@ class Session:
             saved = load_checkpoint(self.checkpoint, model_class=type(model), model_args=model_args)
             restore(saved, model=self.eval_model, **self.parts)
             self.step, self.seconds = saved["step"], saved["seconds"]
+            before, now = saved["metadata"].get("processes", 1), metadata["processes"]
+            if before != now:
+                print(f"trained by {before} processes so far, and now by {now}: other rounding")
         if run.resume and run.config:  # perhaps with more epochs, now that all checks passed
             write_json(run.out / "config.json", run.config)
         self.log_file = Log(folder / "log.csv", resume_at=self.step)
@@ -292,7 +298,9 @@ class Log:
         """
         names = list(self.pending[0][1])
         values = torch.stack([torch.stack(list(losses.values())) for _, losses in self.pending])
-        values = values.cpu().double()  # (steps, terms): here the loop waits for the GPU
+        values = (
+            distributed.mean(values).cpu().double()
+        )  # (steps, terms): here the loop waits for the GPU
         for (step, _), terms in zip(self.pending, values.tolist(), strict=True):
             # The sum comes last: it is not finite whenever a term is not.
             for name, value in sorted(zip(names, terms, strict=True), key=lambda x: x[0] == "loss"):

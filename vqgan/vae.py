@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqgan import distributed
 from vqgan.images import check_channels, to_unit
 from vqgan.vqvae import Autoencoder, build_decoder, build_encoder, strided_layers
 
@@ -56,7 +57,8 @@ def kl_divergence(mean: Tensor, log_var: Tensor) -> Tensor:
 
 def reparameterize(mean: Tensor, log_var: Tensor, noise: Tensor | None = None) -> Tensor:
     """Sample z = mean + s * noise, noise ~ N(0, I), with gradients to both: (B, Z)."""
-    noise = torch.randn_like(mean) if noise is None else noise
+    if noise is None:
+        noise = distributed.part(torch.randn_like(distributed.whole(mean)))
     return mean + (0.5 * log_var).exp() * noise
 
 
@@ -142,7 +144,7 @@ class GaussianAutoencoder(Autoencoder):
         if self.likelihood == "optimal":
             # The s at which gaussian_nll is smallest. There its derivative by s is zero, so s may
             # be a constant. With or without a gradient through s, `decoded` gets the same gradient.
-            mse = F.mse_loss(decoded.detach(), x)
+            mse = distributed.mean(F.mse_loss(decoded.detach(), x))
             log_scale = 0.5 * mse.clamp(min=MIN_SCALE**2).log()
         elif self.likelihood == "learned":
             log_scale = self.log_scale.float().clamp(min=math.log(MIN_SCALE))
