@@ -27,12 +27,16 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process, and its environment says which one it is."""
+    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def is_main() -> bool:
     """Whether this process writes and prints."""
-    return os.environ.get("RANK", "0") == "0"
+    return not is_launched() or os.environ["RANK"] == "0"
 
 
 def num_processes() -> int:
@@ -42,7 +46,7 @@ def num_processes() -> int:
 
 def start(device: torch.device) -> torch.device:
     """Wait for the other processes that torchrun started. Returns this one's device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if not is_launched() or dist.is_initialized():
         return device
     if device.type == "cuda" and device.index is None:  # a GPU for each process of a machine
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -76,7 +80,11 @@ def total(tensor: Tensor) -> Tensor:
 
 def mean(tensor: Tensor) -> Tensor:
     """The mean over all processes, through which gradients flow back to each of them."""
-    return tensor if num_processes() == 1 else all_reduce(tensor) / num_processes()
+    if num_processes() == 1:
+        return tensor
+    from torch.distributed.nn.functional import all_reduce  # not every build of torch has it
+
+    return all_reduce(tensor) / num_processes()
 
 
 def rows(tensor: Tensor, chosen: Tensor) -> Tensor:
