@@ -20,6 +20,7 @@ from vqgan.training import Run
 from vqgan.transformer import GPT
 from vqgan.vae import VAE, SpatialVAE
 from vqgan.vqvae import VQVAE
+from vqgan.vqvae2 import VQVAE2
 
 CPU = torch.device("cpu")
 K, N = 32, 16
@@ -103,6 +104,31 @@ def test_a_tokenizer_is_measured_over_the_whole_test_set(run, x, tokenizer, eval
 
 
 @torch.no_grad()
+def test_of_two_codebooks_the_one_that_is_used_least_is_reported(run, x):
+    torch.manual_seed(0)
+    model = VQVAE2(num_hiddens=8, num_embeddings=K, num_downsamples=2)
+    with torch.no_grad():
+        model.train().encode(x)
+        model.coarse_quantizer.codebook[1:] += 1e4  # only the first coarse code is near anything
+    result, counts = evaluate_autoencoder(model.eval(), run)
+    coarse, fine = model.split_tokens(model.tokens(x))
+    assert result["codes_used"] == 1 == len(coarse.unique()) < len(fine.unique())
+    expected = sum((level == k).sum() for level in (coarse, fine) for k in [3])
+    assert counts[3] == expected
+    assert result["bits_per_image"] == 5 * (16 + 64)
+
+
+def test_rounds_of_one_codebook_are_counted_together(run, x):
+    torch.manual_seed(0)
+    model = VQVAE(
+        num_hiddens=8, num_embeddings=K, num_downsamples=3, quantizer="residual", num_rounds=2
+    )
+    with torch.no_grad():
+        model.train().encode(x)
+    result, _ = evaluate_autoencoder(model.eval(), run)
+    assert result["codes_used"] == len(model.tokens(x).unique())
+
+
 @pytest.mark.parametrize("kind", [VAE, SpatialVAE])
 def test_a_vae_is_measured_at_the_mean_and_at_a_sample(run, x, kind):
     torch.manual_seed(0)
