@@ -50,6 +50,8 @@ setup(
         "browser": ["playwright"],
         # The tutorial, docs/tutorial.ipynb, and its test.
         "notebook": ["notebook", "nbclient", "ipykernel"],
+        # The page of `vqgan demo`.
+        "demo": ["gradio>=6"],
         "benchmark": ["diffusers", "transformers"],
         # LPIPS as published; true rFID, with Inception's weights; configs of the VQGAN's authors.
         "lpips": ["lpips"],

@@ -20,7 +20,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 PARTS = "images vae vqvae vqvae2 vqgan discriminator transformer sampling conditions".split()
 PARTS += "quantizer gradient_estimators finite_scalar simvq residual codebooks".split()
 SURROUNDINGS = (
-    "data image_folder shapes arguments script figures report training evaluation eval_networks"
+    "data image_folder shapes arguments script figures report training evaluation eval_networks "
+    "demo"
 )
 SURROUNDINGS = {*SURROUNDINGS.split(), *(name for name in MODULES if name.startswith("cli"))}
 NOT_FOR_PARTS = {"torchvision", "matplotlib", "argparse"}
@@ -245,7 +246,7 @@ def test_scripts_show_their_mathematics_soon():
 
 def test_the_package_is_one_that_a_student_can_read():
     lengths = {name: len(code_lines(name)) for name in ["__init__", *MODULES]}
-    assert sum(lengths.values()) <= 4910, sorted(lengths.items(), key=lambda item: -item[1])
+    assert sum(lengths.values()) <= 5170, sorted(lengths.items(), key=lambda item: -item[1])
 
 
 # --- what a library speaks of ------------------------------------------------------------------

@@ -346,6 +346,21 @@ def test_progress_adds_up_and_the_mode_is_left_alone():
     assert sum(kept) == 3 * N and len(kept) == 5 and model.training
 
 
+def test_a_sequence_fills_round_by_round():
+    model, (condition, tokens) = make_masked(), data()
+    given = tokens.clone()
+    given[:, 3:] = -1
+    settings = {"given": given, "steps": 4}
+    steps = list(model.sample_progressive(condition, generator=seeded(), **settings))
+    last = model.sample(condition, generator=seeded(), **settings)
+    kept = []
+    model.sample(condition, generator=seeded(), progress=kept.append, **settings)
+    assert [int((step >= 0).sum()) for step in steps] == [sum(kept[: i + 1]) for i in range(4)]
+    for step in [given, *steps]:
+        assert torch.equal(step, torch.where(step < 0, -1, last))
+    assert torch.equal(steps[-1], last)
+
+
 def test_an_overfitted_transformer_gives_its_grids_back():
     torch.manual_seed(0)
     model = MaskedTransformer(K, N, 3, 1, n_layer=2, n_head=2, n_embd=32, dropout=0)

@@ -313,6 +313,21 @@ def test_progress_is_called_after_every_code():
         assert progress.mock_calls == codes * [mock.call(len(condition))]
 
 
+def test_a_sequence_fills_token_by_token():
+    model, (condition, tokens) = make(), data()
+    given = tokens.clone()
+    given[:, 2:] = -1
+    given[0, 7] = 3
+    steps = [
+        t.clone() for t in model.sample_progressive(condition, given=given, generator=seeded())
+    ]
+    for i, step in enumerate(steps):
+        assert (step[:, : i + 1] >= 0).all() and torch.equal(step[:, i + 1 :], given[:, i + 1 :])
+        assert torch.equal(step[:, : i + 1], steps[-1][:, : i + 1])
+    assert len(steps) == N
+    assert torch.equal(steps[-1], model.sample(condition, given=given, generator=seeded()))
+
+
 def test_an_overfitted_transformer_writes_its_grids_back():
     condition = torch.tensor([[0], [1]])
     grids = torch.randint(K, (2, 12))

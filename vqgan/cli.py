@@ -7,6 +7,7 @@
     vqgan decode INDICES                      turn these files back into images
     vqgan info CHECKPOINT                     describe a checkpoint
     vqgan export CHECKPOINT                   write a small copy of a transformer's run to share
+    vqgan demo                                open a page to change codes, generate and fill holes
 
 CHECKPOINT is the checkpoint.pt of a run, or the name of a model that comes with the package.
 """
@@ -15,7 +16,7 @@ import argparse
 import json
 from contextlib import suppress
 
-from vqgan import cli_sample, cli_tokenizer, pretrained
+from vqgan import cli_demo, cli_sample, cli_tokenizer, pretrained
 from vqgan.arguments import PARSER_OPTIONS, output_path, path_text
 from vqgan.checkpoint import fingerprint, save_model
 from vqgan.errors import InputError
@@ -104,6 +105,7 @@ COMMANDS = {
     cli_tokenizer.decode: cli_tokenizer.decode_flags,
     info: info_flags,
     export: export_flags,
+    cli_demo.demo: cli_demo.demo_flags,
 }
 
 

@@ -34,6 +34,35 @@ def missing_tokens(hole: Tensor, grids: list[tuple[int, int]]) -> Tensor:
     return torch.cat(missing)
 
 
+def prepare(
+    pipeline: Pipeline, x: Tensor, hole: Tensor, condition: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The condition, and the tokens that are given: -1 for those to generate, see `complete`.
+
+    Returns:
+        condition (B, C) and tokens (B, N), both int64.
+
+    Raises:
+        ValueError: the hole is empty or leaves no token.
+    """
+    transformer, tokenizer = pipeline.transformer, pipeline.tokenizer
+    if hole.shape != x.shape[-2:] or not hole.any():
+        size, shape = tuple(x.shape[-2:]), tuple(hole.shape)
+        raise ValueError(f"hole is {shape} with {int(hole.sum())} pixels: give {size} with some")
+    missing = missing_tokens(hole, tokenizer.grids)
+    if missing.all():
+        raise ValueError("the hole and a ring of tokens around it leave no token: keep more")
+    painted = paint_over(x, hole)
+    if condition is None and pipeline.condition.kind == "image":
+        condition = tokenizer.tokens(TRANSFORMS[pipeline.condition.transform](painted))
+    elif condition is None and pipeline.condition.kind == "none":
+        condition = pipeline.condition.start_tokens(len(x)).to(x.device)
+    elif condition is None:
+        size = (len(x), pipeline.condition.length)
+        condition = torch.full(size, transformer.null_token, device=x.device)
+    return condition, tokenizer.tokens(painted).masked_fill(missing, -1)
+
+
 def complete(
     pipeline: Pipeline, x: Tensor, hole: Tensor, condition: Tensor | None = None, **settings
 ) -> Tensor:
@@ -53,23 +82,9 @@ def complete(
     Raises:
         ValueError: the hole is empty or leaves no token, or a setting is out of range.
     """
-    transformer, tokenizer = pipeline.transformer, pipeline.tokenizer
-    if hole.shape != x.shape[-2:] or not hole.any():
-        size, shape = tuple(x.shape[-2:]), tuple(hole.shape)
-        raise ValueError(f"hole is {shape} with {int(hole.sum())} pixels: give {size} with some")
-    missing = missing_tokens(hole, tokenizer.grids)
-    if missing.all():
-        raise ValueError("the hole and a ring of tokens around it leave no token: keep more")
-    painted = paint_over(x, hole)
-    if condition is None and pipeline.condition.kind == "image":
-        condition = tokenizer.tokens(TRANSFORMS[pipeline.condition.transform](painted))
-    elif condition is None and pipeline.condition.kind == "none":
-        condition = pipeline.condition.start_tokens(len(x)).to(x.device)
-    elif condition is None:
-        size = (len(x), pipeline.condition.length)
-        condition = torch.full(size, transformer.null_token, device=x.device)
-    given = tokenizer.tokens(painted).masked_fill(missing, -1)
-    return decode_tokens(tokenizer, transformer.sample(condition, given=given, **settings))
+    condition, given = prepare(pipeline, x, hole, condition)
+    tokens = pipeline.transformer.sample(condition, given=given, **settings)
+    return decode_tokens(pipeline.tokenizer, tokens)
 
 
 def paste(x: Tensor, completed: Tensor, hole: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ Diffusion Models", arXiv 2110.02037, section 3).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +135,7 @@ class MaskedTransformer(Prior):
     # --- sampling -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(
+    def sample_progressive(
         self,
         condition: Tensor,
         *,
@@ -147,8 +147,7 @@ class MaskedTransformer(Prior):
         top_p: float | None = None,
         guidance: float = 1.0,
         generator: torch.Generator | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> Tensor:
+    ) -> Iterator[Tensor]:
         """Generate sequences in a few rounds. The model's mode is left as it was.
 
         After round t of T, cos(pi/2 t/T) of the tokens that were missing at the start are masked
@@ -161,11 +160,10 @@ class MaskedTransformer(Prior):
                 generated token sees all of them.
             steps: T, the number of rounds, 1 to N; None is `DEFAULT_STEPS`, or N if that is less.
             choice_temperature: 0 keeps the most confident tokens; a large one keeps any.
-            the others: as in `GPT.sample`. `progress` is called after every round with the number
-                of tokens that it kept, of all sequences (the first counts those given, too).
+            the others: as in `GPT.sample_progressive`.
 
-        Returns:
-            tokens (B, N) int64, 0 to K - 1.
+        Yields:
+            tokens (B, N) int64 after every round: those that it kept, and -1 where none is yet.
 
         Raises:
             ValueError: other shapes, ids out of range, or a setting out of range.
@@ -188,7 +186,7 @@ class MaskedTransformer(Prior):
         condition = self.with_unconditioned(condition, guidance)  # (B or 2 B, C)
         tokens = given.to(condition.device)
         tokens = tokens.masked_fill(tokens < 0, self.mask_token)
-        masked, before = missing, torch.full((B,), N)
+        masked = missing
         with sampling.eval_mode(self):
             for step in range(steps):
                 is_masked = tokens == self.mask_token
@@ -206,12 +204,9 @@ class MaskedTransformer(Prior):
                 masked = remaining_masks(missing, masked, done)
                 again = (rank < masked[:, None].to(rank)) & is_masked
                 tokens = tokens.masked_fill(again, self.mask_token)
-                if progress is not None:
-                    progress(int((before - masked).sum()))
-                before = masked
+                yield tokens.masked_fill(again, -1)
                 if not masked.any():
                     break
-        return tokens
 
 
 def random_masks(numbers: Tensor, m: Tensor) -> Tensor:

@@ -138,7 +138,7 @@ def sample_sliding_window(
         prior: a `GPT`.
         tokenizer: the one whose tokens the prior generates, with a single grid.
         height, width: the size of the grid in tokens, at least h and w.
-        the others: as in `GPT.sample`.
+        the others: as in `GPT.sample_progressive`.
 
     Raises:
         ValueError: there are several grids, the grid is smaller than the window, or a setting is

@@ -20,7 +20,9 @@ Data flow, with C tokens of condition and N of the image, of which the last is o
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +87,7 @@ class Prior(nn.Module):
     """A transformer over the tokens of an image: what `GPT` and `MaskedTransformer` share.
 
     Each is trained by `loss(condition, tokens)`, priced by `nats_per_token(condition, tokens)`, and
-    generates with `sample(condition, ...)`.
+    generates with `sample(condition, ...)`, or with `sample_progressive` for all tokens so far.
 
     Args:
         num_embeddings: K, the size of the tokenizer's codebook.
@@ -104,6 +106,7 @@ class Prior(nn.Module):
     """
 
     causal: bool  # whether a position sees only those before it
+    sample_progressive: Callable[..., Iterator[Tensor]]
 
     def __init__(
         self,
@@ -184,6 +187,28 @@ class Prior(nn.Module):
             x = block(x)
         return self.norm(x)
 
+    def sample(
+        self, condition: Tensor, *, progress: Callable[[int], None] | None = None, **settings: Any
+    ) -> Tensor:
+        """Generate sequences: the last tokens of `sample_progressive`, which has the settings.
+
+        Args:
+            condition: (B, C) int64.
+            progress: called after every step with the number of new tokens, of all sequences. (The
+                first counts those given, too.)
+
+        Returns:
+            tokens (B, N) int64, 0 to K - 1.
+        """
+        num_known = 0
+        # Closed if the callback raises, so that the model is back in its mode.
+        with closing(self.sample_progressive(condition, **settings)) as steps:  # type: ignore
+            for tokens in steps:
+                if progress is not None:
+                    before, num_known = num_known, int((tokens >= 0).sum())
+                    progress(num_known - before)
+        return tokens
+
     def check_condition(self, condition: Tensor) -> None:
         """Raise `ValueError` for another shape than (B, C), or tokens out of range."""
         if condition.dim() != 2 or condition.shape[1] != self.condition_length:
@@ -248,7 +273,7 @@ class GPT(Prior):
     # --- sampling -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(
+    def sample_progressive(
         self,
         condition: Tensor,
         *,
@@ -258,8 +283,7 @@ class GPT(Prior):
         top_p: float | None = None,
         guidance: float = 1.0,
         generator: torch.Generator | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> Tensor:
+    ) -> Iterator[Tensor]:
         """Generate sequences token by token. The model's mode is left as it was.
 
         Every position is read once and its keys and values are cached, so a token costs the work of
@@ -282,10 +306,10 @@ class GPT(Prior):
                 first sequences for any B, and the same ones if they are sampled in chunks. None
                 takes a new one, seeded by the operating system. The global random state is not
                 touched.
-            progress: called after every position with the number of tokens generated, B.
 
-        Returns:
-            tokens (B, N) int64, 0 to K - 1.
+        Yields:
+            tokens (B, N) int64 after every position: 0 to K - 1, and -1 where none is yet. It is
+            always the same tensor, which the next step fills further.
 
         Raises:
             ValueError: other shapes, ids out of range, or a setting out of range.
@@ -293,26 +317,21 @@ class GPT(Prior):
         B, N = len(condition), self.seq_len
         self.check_condition(condition)
         sampling.check_sampling(self.num_embeddings, temperature, top_k, top_p, guidance)
-        if given is not None:
-            self.check_given(given, B)
-            given = given.to(condition.device)
+        given = torch.full((B, N), -1) if given is None else given
+        self.check_given(given, B)
+        tokens = given.clone().to(condition.device)
         uniform = sampling.uniform_numbers(N, B, generator, condition.device)
         condition = self.with_unconditioned(condition, guidance)  # (B or 2 B, C)
         caches = self._new_caches(len(condition))
-        tokens: list[Tensor] = []
         with sampling.eval_mode(self):
             x = self.cond_emb(condition)  # (B or 2 B, C, n_embd)
             for i in range(N):
                 logits = self._next_logits(x, caches)  # (B or 2 B, K)
                 logits = sampling.classifier_free_guidance(logits, guidance)  # (B, K)
                 token = sampling.sample_token(logits, uniform[i], temperature, top_k, top_p)  # (B,)
-                if given is not None:
-                    token = torch.where(given[:, i] < 0, token, given[:, i])
-                tokens.append(token)
-                x = self.tok_emb(token).repeat(len(condition) // B, 1)[:, None]  # one position
-                if progress is not None:
-                    progress(B)
-        return torch.stack(tokens, dim=1)
+                tokens[:, i] = torch.where(tokens[:, i] < 0, token, tokens[:, i])
+                x = self.tok_emb(tokens[:, i]).repeat(len(condition) // B, 1)[:, None]  # one
+                yield tokens
 
     def _new_caches(self, batch_size: int) -> list[sampling.KeyValueCache]:
         """An empty cache for each block."""

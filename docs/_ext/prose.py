@@ -22,6 +22,7 @@ SECTIONS = {
     "Args:": "Arguments",
     "Attributes:": "Attributes",
     "Returns:": "Returns",
+    "Yields:": "Yields",
     "Raises:": "Raises",
 }
 # The HTML address of what a name in backticks stands for, or None.
