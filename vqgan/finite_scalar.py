@@ -150,9 +150,8 @@ class LFQ(Quantizer):
             # H = -p log p - (1 - p) log(1 - p) of each bit, also where p is rounded to 0 or 1.
             entropy = (F.softplus(logits) - logits * p).sum(dim=1).mean()
             high, low = _products(p[:, D // 2 :]), _products(p[:, : D // 2])
-            mean = distributed.mean(high.T @ low / len(z)).clamp(
-                min=1e-20
-            )  # p(c) over the batch, K entries
+            # p(c) over the batch, K entries
+            mean = distributed.mean(high.T @ low / len(z)).clamp(min=1e-20)
             mean_entropy = -(mean * mean.log()).sum()
             loss = self.beta * commitment + self.entropy_weight * (entropy - mean_entropy)  # eq. 5
 
