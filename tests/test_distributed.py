@@ -9,11 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from scripts import wait_for
 
-from vqgan import distributed
+from vqgan import distributed, metrics
+from vqgan.classifier import train_classifier
 from vqgan.data import TrainLoader
 from vqgan.discriminator import PatchDiscriminator, adaptive_weight, generator_loss
+from vqgan.errors import InputError
+from vqgan.files import write_json
 from vqgan.masked import MaskedTransformer
+from vqgan.training import Log
 from vqgan.transformer import GPT
 from vqgan.vae import VAE
 from vqgan.vqvae import VQVAE
@@ -89,16 +94,43 @@ def weight_of_the_adversary():
     return {"lambda": weight.detach()}
 
 
-def all_results():
+def classifier():
+    """What a classifier has learned: weights, and the statistics that its eval mode uses."""
+    images = torch.randint(256, (32, 3, 32, 32), generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(32) % 4
+    loader = TrainLoader(images.to(torch.uint8), 8, labels=labels)
+    options = {"num_classes": 4, "width": 4, "epochs": 1, "seed": 0, "name": "classifier"}
+    where = {"device": torch.device("cpu"), "dtype": torch.float32}
+    return train_classifier(loader, **options, **where).state_dict()
+
+
+def nan_in_one_process(folder):
+    """Whether each process stops when a loss of one is not a number."""
+    log = Log(Path(folder) / "log.csv", resume_at=0)
+    rank = dist.get_rank() if dist.is_initialized() else 1
+    log.record(1, {"loss": torch.tensor(float("nan") if rank else 1.0)})
+    try:
+        log.write_row(epoch=1.0)
+    except InputError:
+        return True
+    return False
+
+
+def all_results(folder):
     with torch.random.fork_rng():
-        return {name: train(name) for name in MODELS} | {"lambda": weight_of_the_adversary()}
+        results = {name: train(name) for name in MODELS} | {"lambda": weight_of_the_adversary()}
+    indices = torch.tensor([[0, 1], [0, 1], [2, 3], [4, 3]])
+    results["used"] = metrics.codes_used(distributed.part(indices), 8)
+    results["classifier"] = classifier()
+    results["nan"] = nan_in_one_process(folder)
+    return results
 
 
 def work(rank, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    torch.save(all_results(), Path(folder) / f"{rank}.pt")
+    torch.save(all_results(f"{folder}/{rank}"), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -107,7 +139,7 @@ def results(tmp_path_factory):
     """Of one process, and of each of two."""
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.spawn(work, (str(folder),), nprocs=2)
-    return all_results(), *(torch.load(folder / f"{rank}.pt") for rank in (0, 1))
+    return all_results(folder / "alone"), *(torch.load(folder / f"{rank}.pt") for rank in (0, 1))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -139,6 +171,28 @@ def test_lambda_is_that_of_one_process(results):
     assert torch.equal(first, second)
 
 
+def test_codes_of_the_whole_batch_are_counted(results):
+    assert [result["used"].item() for result in results] == [5, 5, 5]
+
+
+def test_processes_share_a_classifier_with_its_statistics(results):
+    _, first, second = (result["classifier"] for result in results)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any("running" in key for key in first)
+
+
+def test_a_loss_that_is_no_number_in_one_process_stops_all(results):
+    assert all(result["nan"] for result in results)
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        write_json(tmp_path / f"{rank}.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["0.json"]
+
+
 def test_one_process_is_left_alone():
     x = torch.rand(4, 3)
     assert distributed.num_processes() == 1 and distributed.is_main()
@@ -154,11 +208,18 @@ FLAGS = ["--data", "shapes", "--num-rendered", "100", "--limit", "32", "--models
 FLAGS += ["--epochs", "2", "--checkpoint-every", "2", "--device", "cpu", "--precision", "fp32"]
 
 
-def torchrun(*flags):
+def start_torchrun(*flags):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += ["2", str(ROOT / "train_vqvae.py"), *map(str, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def torchrun(*flags):
+    process = start_torchrun(*flags)
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(flags, process.returncode, stdout, stderr)
 
 
 def test_a_run_of_two_processes_resumes_and_writes_once(tmp_path):
@@ -167,8 +228,12 @@ def test_a_run_of_two_processes_resumes_and_writes_once(tmp_path):
     done = torchrun(*flags, "--out", whole)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("metrics.json, logs, checkpoints and figures are in") == 1
-    torchrun(*flags, "--epochs", "1", "--out", out)
-    torchrun("--resume", "--epochs", "2", "--out", out)
+    # Stopped in the middle of an epoch, after the checkpoint of step 2 of 4.
+    process = start_torchrun(*flags, "--out", out)
+    wait_for(lambda: (out / "checkpoint.pt").exists(), process)
+    process.terminate()
+    process.communicate()
+    assert torchrun("--resume", "--out", out).returncode == 0
     first, second = (torch.load(path / "checkpoint.pt")["weights"] for path in (whole, out))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert '"processes": 2' in (whole / "metrics.json").read_text()

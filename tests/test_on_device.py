@@ -19,7 +19,7 @@ from vqgan.data import ImageDataset
 from vqgan.device import autocast, choose_device, has_fused_optimizers, prepare_model
 from vqgan.pretrained import MODELS
 from vqgan.training import Run, Session
-from vqgan.transformer import GPT
+from vqgan.transformer import GPT, Prior
 
 # cuBLAS adds in the same order every time only if this is set before its first use.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -100,7 +100,7 @@ def as_tokens(x):
 
 
 def is_prior(model):
-    return isinstance(model, GPT)
+    return isinstance(model, Prior)
 
 
 def training_loss(model, x):

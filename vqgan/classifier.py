@@ -128,6 +128,9 @@ def train_classifier(
             loss.backward()
             optimizer.step()
             schedule.step()
+    for buffer in model.buffers():
+        if buffer.is_floating_point():  # the statistics of BatchNorm, of each slice
+            buffer.copy_(distributed.mean(buffer))
     return model.eval().requires_grad_(False)
 
 

@@ -113,7 +113,8 @@ def _load_cifar10(root: Path) -> ImageDataset:
         print(f"downloading CIFAR-10 (170 MB) from {CIFAR10.url} to {root}")
     advice = f": place {CIFAR10.url} there, or give another data_root=FOLDER, or data=shapes"
     with file_input(f"CIFAR-10 is not in {root} and cannot be downloaded", advice):
-        parts = [CIFAR10(root=root, train=part, download=True) for part in (True, False)]
+        with distributed.first_alone():
+            parts = [CIFAR10(root=root, train=part, download=True) for part in (True, False)]
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     labels = [torch.tensor(part.targets) for part in parts]
     return ImageDataset(images[0], images[1], labels[0], labels[1], tuple(parts[0].classes))

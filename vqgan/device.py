@@ -21,19 +21,19 @@ def choose_device(name: str) -> torch.device:
 
     With several processes, this waits for all of them, and each gets a GPU of its own.
     """
-    if name == "auto" and torch.cuda.is_available():
-        return distributed.start(torch.device("cuda"))
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # fails where the machine has no such device
-        if device.type == "cuda":
+        if not distributed.is_launched():
+            torch.zeros(1, device=device).item()  # fails where the machine has no such device
+        if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # its random state is saved, and its precision queried
-    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        return distributed.start(device)
+    except (RuntimeError, AssertionError, ValueError) as error:  # torch built without CUDA asserts
         reason = str(error).splitlines()[0]
         raise InputError(f"device={name}: {reason}; give auto, cpu, cuda or mps") from error
-    return distributed.start(device)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:

@@ -15,14 +15,17 @@ Whatever else is computed from a whole batch is summed or averaged over the proc
 
 Random numbers are drawn for the whole batch in every process, from the same state, and each takes
 its slice. So all processes have the same weights, bit for bit, and to rounding those of one process
-alone. (Only dropout differs: it drops the same places of every slice.) Everything but training is
-done by each process for itself, and only the first one writes and prints.
+alone. Two things differ. Dropout drops the same places of every slice, and the classifiers that
+measure images normalize each slice by itself. Everything but training is done by each process for
+itself, and only the first one writes and prints.
 
 Without torchrun there is one process, and every function here returns what it was given.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,20 +48,42 @@ def num_processes() -> int:
 
 
 def start(device: torch.device) -> torch.device:
-    """Wait for the other processes that torchrun started. Returns this one's device."""
+    """Wait for the other processes that torchrun started. Returns this one's device.
+
+    Raises:
+        ValueError: the device cannot be shared, or there are fewer GPUs than processes.
+    """
     if not is_launched() or dist.is_initialized():
         return device
-    if device.type == "cuda" and device.index is None:  # a GPU for each process of a machine
+    if device.type == "mps" or device.index is not None:
+        raise ValueError(f"several processes cannot share {device}, give cuda or cpu")
+    if device.type == "cuda":  # one for each process
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"there are {torch.cuda.device_count()} GPUs, start as many processes")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    has_nccl = device.type == "cuda" and dist.is_nccl_available()
+    dist.init_process_group("nccl" if has_nccl else "gloo")
+    dist.barrier()
     return device
 
 
 def stop() -> None:
     """Leave the other processes."""
-    if num_processes() > 1:
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """What is inside is done by the first process, and then by the others (a download)."""
+    if num_processes() > 1 and not is_main():
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if num_processes() > 1 and is_main():
+            dist.barrier()
 
 
 def part(whole: Tensor, dim: int = 0) -> Tensor:
@@ -80,11 +105,19 @@ def total(tensor: Tensor) -> Tensor:
 
 def mean(tensor: Tensor) -> Tensor:
     """The mean over all processes, through which gradients flow back to each of them."""
-    if num_processes() == 1:
-        return tensor
-    from torch.distributed.nn.functional import all_reduce  # not every build of torch has it
+    return tensor if num_processes() == 1 else _Mean.apply(tensor)
 
-    return all_reduce(tensor) / num_processes()
+
+class _Mean(torch.autograd.Function):
+    """y = 1/W sum_r x_r. Each loss L_r depends on x through y, so x gets 1/W sum_r dL_r/dy."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return total(tensor.clone()) / num_processes()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return total(gradient.clone()) / num_processes()
 
 
 def rows(tensor: Tensor, chosen: Tensor) -> Tensor:

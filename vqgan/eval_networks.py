@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vqgan import distributed
 from vqgan.classifier import Classifier, load_classifier, save_classifier, train_classifier
 from vqgan.data import ImageDataset, eval_batches
 from vqgan.device import prepare_model
@@ -41,6 +42,7 @@ def trained_classifier(
     if data.train_labels is None or len(data.class_names) < 2:
         raise InputError("perceptual=classifier needs class folders: give those, lpips or none")
     batch_size = min(CLASSIFIER_BATCH_SIZE, len(data.train_images))
+    batch_size -= batch_size % distributed.num_processes()
     loader = run.loader(batch_size, seed=seed, labels=data.train_labels)
     sizes: dict[str, Any] = {"num_classes": len(data.class_names), "width": width}
     where: dict[str, Any] = {"device": run.device, "dtype": run.dtype}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vqgan import distributed
 from vqgan.images import to_unit
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # Wang et al. 2004, section III.C
@@ -144,7 +145,8 @@ def frechet_distance(features_x: Tensor, features_y: Tensor) -> float:
 def codes_used(indices: Tensor, num_embeddings: int) -> Tensor:
     """How many different codes a batch uses, (), without waiting for the GPU."""
     chosen = torch.zeros(num_embeddings, device=indices.device)
-    return chosen.index_fill_(0, indices.flatten(), 1.0).sum()
+    chosen.index_fill_(0, indices.flatten(), 1.0)
+    return distributed.total(chosen).clamp(max=1).sum()
 
 
 class CodebookUsage:

@@ -58,16 +58,18 @@ def run_script(
             finally:
                 warnings.formatwarning = formatwarning
                 sys.stdout.flush()
-                distributed.stop()
     except InputError as error:
         message = name_flags(str(error), flags)
     except KeyboardInterrupt:
         resume = "; --resume continues from the last checkpoint, or from the start without one"
-        print("stopped" + (resume if resumable else ""), file=sys.stderr)
+        if distributed.is_main():
+            print("stopped" + (resume if resumable else ""), file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as shells expect of Ctrl-C
     except OSError as error:
         message = f"{error}: {OS_REMEDIES.get(error.errno or 0, 'saved files are intact')}"
     except (MemoryError, OverflowError, RuntimeError) as error:
+        if distributed.num_processes() > 1 and "peer" in str(error):
+            sys.exit("error: another process has stopped, and its error is above")
         # CUDA raises a separate class for this, the CPU only another message.
         is_memory = any(text in str(error) for text in ("can't allocate", "overflowed"))
         is_memory = is_memory or not isinstance(error, RuntimeError)
@@ -79,6 +81,7 @@ def run_script(
         reason = (str(error) or "a number is too large").splitlines()[0]
         message = f"out of memory ({reason}): free memory and {remedy}"
     else:
+        distributed.stop()
         return
     sys.exit("error: " + printable(message.replace("\n", " ")) if distributed.is_main() else 1)
 

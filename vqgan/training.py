@@ -298,9 +298,8 @@ class Log:
         """
         names = list(self.pending[0][1])
         values = torch.stack([torch.stack(list(losses.values())) for _, losses in self.pending])
-        values = (
-            distributed.mean(values).cpu().double()
-        )  # (steps, terms): here the loop waits for the GPU
+        # (steps, terms): here the loop waits for the GPU, and for the other processes.
+        values = distributed.mean(values).cpu().double()
         for (step, _), terms in zip(self.pending, values.tolist(), strict=True):
             # The sum comes last: it is not finite whenever a term is not.
             for name, value in sorted(zip(names, terms, strict=True), key=lambda x: x[0] == "loss"):

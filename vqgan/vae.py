@@ -144,7 +144,8 @@ class GaussianAutoencoder(Autoencoder):
         if self.likelihood == "optimal":
             # The s at which gaussian_nll is smallest. There its derivative by s is zero, so s may
             # be a constant. With or without a gradient through s, `decoded` gets the same gradient.
-            mse = distributed.mean(F.mse_loss(decoded.detach(), x))
+            mse = F.mse_loss(decoded.detach(), x)
+            mse = distributed.mean(mse) if self.training else mse
             log_scale = 0.5 * mse.clamp(min=MIN_SCALE**2).log()
         elif self.likelihood == "learned":
             log_scale = self.log_scale.float().clamp(min=math.log(MIN_SCALE))
