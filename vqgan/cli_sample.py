@@ -41,8 +41,10 @@ def complete_flags(add) -> None:
     """The flags of `vqgan complete`."""
     sampling_flags(add, count=8, out=COMPLETED)
     add("image", type=path_text, metavar="IMAGE", help="image, in any format that Pillow opens")
-    add("--keep", help="part to keep: top (default) or left (half), or x0,y0,x1,y1 in pixels")
-    add("--hole", metavar="BOX", help="part to generate instead: x0,y0,x1,y1 in pixels")
+    add("--keep", help="part to keep: top (default) or left (half), or a box as in --hole")
+    add(
+        "--hole", metavar="BOX", help="part to generate: x0,y0,x1,y1 in pixels of the resized image"
+    )
     mask = "the same as an image of IMAGE's size, white where pixels are to be generated"
     add("--mask", type=path_text, metavar="MASK", help=mask)
     add("--no-paste", action="store_true", help="show the decoder's pixels around the hole, too")
@@ -132,10 +134,14 @@ def complete(args: argparse.Namespace) -> None:
     completed = to_unit(completed if args.no_paste else completion.paste(x.cpu(), completed, hole))
     original = to_unit(x).cpu()
     rows = [("original, and what is kept", torch.cat([original, torch.where(hole, 0.5, original)]))]
-    rows += [("completions" if i == 0 else "", c) for i, c in enumerate(completed.split(COLUMNS))]
+    label = "completions, as decoded" if args.no_paste else "completions"
+    rows += [(label if i == 0 else "", c) for i, c in enumerate(completed.split(COLUMNS))]
     figures.image_rows(out, rows, title=f"Completions ({describe_sampling(setting)})")
     num_given = int((~missing).sum())
-    print(f"{num_given} of {len(missing)} tokens kept; {args.count} completions: {out}")
+    print(
+        f"{num_given} of {len(missing)} tokens kept (those beside the hole are generated, too); "
+        f"{args.count} completions: {out}"
+    )
     levels = missing.split([h * w for h, w in pipeline.tokenizer.grids])
     is_kept_later = any((~level[level.int().argmax() :]).any() for level in levels)
     if pipeline.transformer.causal and is_kept_later:
@@ -227,8 +233,12 @@ def _hole(args: argparse.Namespace, tokenizer: VQAutoencoder) -> Tensor:
             raise InputError(
                 f"{flag}: give {'top, left, or ' * bool(named)}a box, as in 0,0,16,16"
             ) from error
+        if min(x0, y0) < 0 or max(x1, y1) > size:
+            raise InputError(
+                f"{flag}: the resized image has {size}x{size} pixels, give a box inside"
+            )
         inside = torch.zeros(size, size, dtype=torch.bool)
-        inside[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)] = True
+        inside[y0:y1, x0:x1] = True
         hole = inside if name == "hole" else ~inside
     if not hole.any() or hole.all():
         part = "no pixel" if not hole.any() else "every pixel"

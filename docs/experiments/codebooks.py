@@ -11,9 +11,8 @@ models take turns, so a slow spell of the machine hits all of them.
 
 Writes, in docs/results/codebooks/:
 
-    bits_and_error.png   bits per image against error, at fixed length and with the transformer
-    utilization.png      the fraction of codes that are used, by the size of the codebook
-    metrics.json         of each run
+    utilization.png   the fraction of codes that are used and the error, by the size of the codebook
+    metrics.json      of each run
 """
 
 import argparse
@@ -68,7 +67,7 @@ def tokenizer_row(run: Path) -> dict:
     metadata = read_metrics(run)
     (result,) = metadata["models"].values()
     row = {key: result[key] for key in KEYS}
-    row["num_embeddings"] = result["model_args"]["num_embeddings"]
+    row["num_embeddings"] = load_tokenizer(run)[0].num_embeddings  # FSQ's is a product near K
     row["utilization"] = row["codes_used"] / row["num_embeddings"]
     return row | {key: metadata[key] for key in ("command", "device", "seconds")}
 
@@ -103,29 +102,6 @@ def milliseconds_per_step(models: Mapping[str, VQAutoencoder], x: Tensor) -> dic
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
-def draw_prices(path: Path, rows: Mapping[str, Mapping]) -> None:
-    """One line per row, from its bits with a learned prior to those of fixed length."""
-    figure = figures.new_figure(8.0, 5.0, "The price of a code: with a learned prior, and without")
-    axes = figures.plot_axes(
-        figure, xlabel="bits per image", ylabel="normalized MSE (lower is better)"
-    )
-    for i, (name, row) in enumerate(rows.items()):
-        if "prior_bits_per_image" not in row:
-            continue
-        bits, color = (row["prior_bits_per_image"], row["bits_per_image"]), figures.COLORS[i % 7]
-        axes.plot(bits, [row["nmse"]] * 2, color=color, linewidth=1, zorder=1)
-        axes.scatter(bits[0], row["nmse"], color=color, zorder=2)
-        axes.scatter(bits[1], row["nmse"], facecolors="white", edgecolors=color, zorder=2)
-        style = {"textcoords": "offset points", "fontsize": 9, "ha": "right", "va": "center"}
-        axes.annotate(ROWS[name], (bits[0], row["nmse"]), xytext=(-7, 0), **style)
-    axes.scatter([], [], color="0.3", label="with a learned prior")
-    axes.scatter([], [], facecolors="white", edgecolors="0.3", label="fixed length")
-    low, high = axes.get_xlim()
-    axes.set_xlim(low - 0.25 * (high - low), high)  # room for the names
-    axes.legend(loc="upper left", **figures.LEGEND)
-    figures.save_figure(figure, path)
-
-
 def draw_utilization(path: Path, swept: Mapping[str, Mapping]) -> None:
     """The fraction of codes that the test images use, one line per quantizer."""
     figure = figures.new_figure(9.5, 4.2, "Larger codebooks, two epochs each")
@@ -137,7 +113,7 @@ def draw_utilization(path: Path, swept: Mapping[str, Mapping]) -> None:
         for i, (kind, label) in enumerate(SWEPT.items()):
             found = {K: swept[f"{kind}-{K}"] for K in SIZES if f"{kind}-{K}" in swept}
             values = [row[key] for row in found.values()]
-            axes.plot(found, values, label=label, color=figures.COLORS[i], marker="os^D"[i])
+            axes.plot([*found], values, label=label, color=figures.COLORS[i], marker="os^D"[i])
             sizes |= found.keys()
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(sizes), labels=[f"{K:,}" for K in sorted(sizes)])
@@ -169,7 +145,6 @@ def main(args: argparse.Namespace) -> None:
     names = [f"{kind}-{K}" for kind in SWEPT for K in SIZES]
     runs = {name: args.runs / "codebooks-sweep" / name for name in names}
     swept = {name: tokenizer_row(run) for name, run in runs.items() if is_finished(run)}
-    draw_prices(OUT / "bits_and_error.png", rows)
     draw_utilization(OUT / "utilization.png", swept)
     about_data = {"source": args.data, "test_images": len(data.test_images)}
     write_metrics(OUT, watch, about_data, {"models": rows, "sweep": swept}, dtype=torch.bfloat16)
@@ -182,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
         cells += ["" if bits is None else f"{bits:.0f}"]
         cells += ["" if accuracy is None else f"{accuracy:.1%}"]
         print("| " + " | ".join(cells) + " |")
-    print(f"two pictures and metrics.json are in {OUT}")
+    print(f"utilization.png and metrics.json are in {OUT}")
 
 
 if __name__ == "__main__":
