@@ -108,7 +108,8 @@ class Demo:
         images = show(x, f"The image, {8 * x.numel():,} bits")
         images += show(decoded, f"Decoded from its codes, {bits:,.0f} bits: {quality}")
         images += show(changed, "Decoded from your codes")
-        images += show(gap / gap.max().clamp(min=1e-6), "Where the last two differ (brightened)")
+        gap = gap * (gap > 0.5 / 255)  # less is rounding, which no screen shows
+        images += show(gap / gap.max().clamp(min=1 / 255), "Where the last two differ (brightened)")
         images += show(alone, f"An image of code {code} alone")
         word = "which the encoder chose" if code == chosen else f"and the encoder chose {chosen}"
         word = f"<p>The marked square holds <b>code {code}</b>, {word}.</p>"
