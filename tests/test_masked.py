@@ -273,6 +273,14 @@ def test_rounds_draw_their_own_numbers():
     assert (sampled.mean(dim=0) - 0.5).abs().max() < 5 * 0.5 / math.sqrt(len(NOTHING))
 
 
+def test_a_token_that_is_masked_again_is_drawn_anew():
+    """So unlikely tokens, which are masked again first, get rarer with every round."""
+    model, p = Fixed(torch.tensor([2.0, 0.0])), 1 / (1 + math.exp(-2))
+    once, often = (model.sample(NOTHING, steps=n, generator=seeded()) for n in (1, 8))
+    assert abs((once == 0).double().mean() - p) < 0.01
+    assert (often == 0).double().mean() > p + 0.03
+
+
 def test_settings_reach_the_tokens():
     model, (condition, _) = make_masked(), data()
     greedy = model.sample(condition, temperature=0, generator=seeded())
