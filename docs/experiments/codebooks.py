@@ -3,14 +3,16 @@
     python docs/experiments/codebooks.py --data data/cifar10-images
 
 reads the runs of `docs/results/codebooks/run.sh`: a VQ-VAE for each row of the table
-(runs/codebooks/ROW) with its transformer (runs/codebooks/prior-ROW), and short runs with smaller
-and larger codebooks (runs/codebooks-sweep/QUANTIZER-K). A run that is missing is left out.
+(runs/codebooks/ROW) with its transformer (runs/codebooks/prior-ROW), short runs with smaller and
+larger codebooks (runs/codebooks-sweep/QUANTIZER-K), and two VQGANs (runs/vqgan-QUANTIZER). A run
+that is missing is left out.
 
-The time of a training step is measured here, forward and backward at batch 128 in bfloat16. The
-models take turns, so a slow spell of the machine hits all of them.
+The time of a training step is measured here, forward and backward at batch 128 in bfloat16 on the
+CPU. The models take turns, so a slow spell of the machine hits all of them.
 
 Writes, in docs/results/codebooks/:
 
+    prices.png        the error of each codebook, by the price of its tokens with a transformer
     utilization.png   the fraction of codes that are used and the error, by the size of the codebook
     metrics.json      of each run
 """
@@ -31,10 +33,9 @@ from vqgan import figures
 from vqgan.data import load_dataset
 from vqgan.device import autocast
 from vqgan.images import from_uint8
-from vqgan.pretrained import load_tokenizer
 from vqgan.script import run_script
 from vqgan.training import Stopwatch
-from vqgan.vqvae import VQAutoencoder
+from vqgan.vqvae import VQVAE
 
 OUT = results_of(__file__)
 ROWS = {
@@ -51,10 +52,17 @@ ROWS = {
     "residual-2x512": "residual, 2 of 512",
     "ema-unguarded": "EMA, no guards",
     "gradient-unguarded": "gradient, no guards",
+    # To tell why others are as they are: few dimensions alone, two levels alone, and rotation where
+    # codes die.
+    "ema-16": "EMA, 16 dimensions",
+    "fsq-binary": "FSQ, two levels",
+    "gradient-rotation": "gradient, rotation",
 }
 SWEPT = {"ema": "EMA", "fsq": "FSQ", "simvq": "SimVQ", "lfq": "LFQ"}
 SIZES = (64, 512, 4096, 16_384)  # of the codebooks; runs of the largest take a GPU
+VQGANS = ("vqgan-ema", "vqgan-fsq")
 KEYS = ("nmse", "psnr", "ssim", "codes_used", "perplexity", "bits_per_image", "epochs")
+VQGAN_KEYS = (*KEYS, "perceptual", "frechet", "class_accuracy")
 BATCH_SIZE, ROUNDS = 128, 7
 
 
@@ -66,8 +74,8 @@ def tokenizer_row(run: Path) -> dict:
     """What a run says of its VQ-VAE."""
     metadata = read_metrics(run)
     (result,) = metadata["models"].values()
-    row = {key: result[key] for key in KEYS}
-    row["num_embeddings"] = load_tokenizer(run)[0].num_embeddings  # FSQ's is a product near K
+    row = {key: result[key] for key in (*KEYS, "model_args")}
+    row["num_embeddings"] = VQVAE(**row["model_args"]).num_embeddings  # FSQ's is a product near K
     row["utilization"] = row["codes_used"] / row["num_embeddings"]
     return row | {key: metadata[key] for key in ("command", "device", "seconds")}
 
@@ -88,7 +96,14 @@ def prior_row(run: Path) -> dict:
     }
 
 
-def milliseconds_per_step(models: Mapping[str, VQAutoencoder], x: Tensor) -> dict[str, float]:
+def vqgan_row(run: Path) -> dict:
+    """What a run says of its VQGAN."""
+    metadata = read_metrics(run)
+    row = {key: metadata["models"]["vqgan"][key] for key in VQGAN_KEYS}
+    return row | {key: metadata[key] for key in ("command", "device", "seconds")}
+
+
+def milliseconds_per_step(models: Mapping[str, VQVAE], x: Tensor) -> dict[str, float]:
     """The median time of forward and backward for each model, which take turns."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(ROUNDS):
@@ -100,6 +115,25 @@ def milliseconds_per_step(models: Mapping[str, VQAutoencoder], x: Tensor) -> dic
             loss.backward()
             times[name].append(1000 * (time.perf_counter() - start))
     return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def draw_prices(path: Path, rows: Mapping[str, Mapping]) -> None:
+    """A point for each row that has a transformer; those of one kind share a color."""
+    figure = figures.new_figure(9.5, 4.8, "What the tokens cost, and what is lost")
+    xlabel, ylabel = "bits per image with a transformer", "normalized MSE (lower is better)"
+    axes = figures.plot_axes(figure, 1, 1, xlabel=xlabel, ylabel=ylabel)
+    kinds = list(dict.fromkeys(name.split("-")[0] for name in rows))
+    counts = dict.fromkeys(kinds, 0)
+    for name, row in rows.items():
+        if "prior_bits_per_image" in row:
+            kind = name.split("-")[0]
+            style = {"color": figures.COLORS[kinds.index(kind)], "marker": "osD^v"[counts[kind]]}
+            point = (row["prior_bits_per_image"], row["nmse"])
+            axes.plot(*point, linestyle="", label=ROWS[name], **style)
+            counts[kind] += 1
+    axes.set_ylim(bottom=0)
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), **figures.LEGEND)
+    figures.save_figure(figure, path)
 
 
 def draw_utilization(path: Path, swept: Mapping[str, Mapping]) -> None:
@@ -131,23 +165,27 @@ def draw_utilization(path: Path, swept: Mapping[str, Mapping]) -> None:
 def main(args: argparse.Namespace) -> None:
     watch, data = Stopwatch(), load_dataset(args.data)
     rows: dict[str, dict] = {}
-    models: dict[str, VQAutoencoder] = {}
+    models: dict[str, VQVAE] = {}
     for name in ROWS:
         run = args.runs / "codebooks" / name
         if not is_finished(run):
             print(f"left out: there is no finished run {run}")
             continue
         rows[name] = tokenizer_row(run) | prior_row(run.with_name(f"prior-{name}"))
-        models[name] = load_tokenizer(run)[0].train().requires_grad_(True)
+        models[name] = VQVAE(**rows[name]["model_args"])
     x = from_uint8(data.train_images[:BATCH_SIZE])
     for name, milliseconds in milliseconds_per_step(models, x).items():
         rows[name]["milliseconds_per_step"] = milliseconds
     names = [f"{kind}-{K}" for kind in SWEPT for K in SIZES]
     runs = {name: args.runs / "codebooks-sweep" / name for name in names}
     swept = {name: tokenizer_row(run) for name, run in runs.items() if is_finished(run)}
+    draw_prices(OUT / "prices.png", rows)
     draw_utilization(OUT / "utilization.png", swept)
     about_data = {"source": args.data, "test_images": len(data.test_images)}
-    write_metrics(OUT, watch, about_data, {"models": rows, "sweep": swept}, dtype=torch.bfloat16)
+    runs = {name: args.runs / name for name in VQGANS}
+    vqgans = {name: vqgan_row(run) for name, run in runs.items() if is_finished(run)}
+    results = {"models": rows | vqgans, "sweep": swept}
+    write_metrics(OUT, watch, about_data, results, dtype=torch.bfloat16)
     for name, row in rows.items():
         bits, accuracy = row.get("prior_bits_per_image"), row.get("class_accuracy")
         cells = [ROWS[name], f"[`codebooks/{name}`](results/codebooks/metrics.json)"]
@@ -157,7 +195,7 @@ def main(args: argparse.Namespace) -> None:
         cells += ["" if bits is None else f"{bits:.0f}"]
         cells += ["" if accuracy is None else f"{accuracy:.1%}"]
         print("| " + " | ".join(cells) + " |")
-    print(f"utilization.png and metrics.json are in {OUT}")
+    print(f"two pictures and metrics.json are in {OUT}")
 
 
 if __name__ == "__main__":

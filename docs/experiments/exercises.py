@@ -129,6 +129,19 @@ def few_dimensions() -> dict:
     return {f"simvq-{D}": train(train_vqvae, f"{flags} {D}", f"simvq-{D}") for D in (64, 8)}
 
 
+def rounds() -> dict:
+    """Residual codes: how evenly each of three rounds uses the table of eight that they share."""
+    flags = f"{SMALL_VQVAE} --quantizer residual --num-rounds 3 --num-embeddings 8"
+    result = train(train_vqvae, flags, "residual-3x8")
+    tokenizer, _ = load_tokenizer(RUNS / "residual-3x8")
+    with torch.no_grad():
+        tokens = torch.cat([tokenizer.tokens(x) for x in test_batches()])  # (images, 3 x 64)
+    usages = [metrics.CodebookUsage(8) for _ in range(3)]
+    for usage, part in zip(usages, tokens.chunk(3, dim=1), strict=True):
+        usage.update(part)
+    return {"residual-3x8": result | {"perplexity_of_round": [u.perplexity for u in usages]}}
+
+
 # --- the codebook ------------------------------------------------------------------------------
 
 
@@ -444,6 +457,7 @@ EXERCISES: dict[str, Callable[[], dict]] = {
     "levels": levels,
     "no_entropy": no_entropy,
     "few_dimensions": few_dimensions,
+    "rounds": rounds,
 }
 
 

@@ -21,7 +21,10 @@ from vqgan.quantizer import Quantized
 DIMENSIONS = 64
 BATCH_SIZE, SIDE = 128, 8  # 8,192 vectors
 LEARNED = ("ema", "gradient", "simvq", "residual")
-LEVELS = {512: (8, 8, 8), 4096: (8, 8, 8, 8), 65_536: (16, 16, 16, 16)}
+KINDS = (*LEARNED, "fsq", "lfq")
+LEVELS = {
+    512: (8, 8, 8), 4096: (8, 8, 8, 8), 16_384: (16, 16, 8, 8), 65_536: (16, 16, 16, 16)
+}  # fmt: skip
 ROUNDS = 2  # of residual quantization
 
 
@@ -84,9 +87,9 @@ def prepare(
 def main() -> None:
     version = importlib.metadata.version("vector-quantize-pytorch")
     print(f"{environment()}; peer: vector-quantize-pytorch {version}")
-    names, kinds = ("ours", "peer"), (*LEARNED, "fsq", "lfq")
+    names = ("ours", "peer")
     print(f"{'':10} {'K':>6} {'ours/ms':>9} {'peer/ms':>9} {'peer/ours':>9}")
-    for kind in kinds:
+    for kind in KINDS:
         for num_embeddings, rounds in ((512, 15), (4096, 7)):
             calls = {name: prepare(name, num_embeddings, kind) for name in names}
             times = median_seconds(calls, rounds)
@@ -94,7 +97,7 @@ def main() -> None:
             row = f"{1000 * ours:>9.2f} {1000 * peer:>9.2f} {peer / ours:>8.1f}x"
             print(f"{kind:10} {num_embeddings:>6} {row}", flush=True)
     print(f"{'':10} {'K':>6} {'ours/MiB':>9} {'peer/MiB':>9}")
-    for kind in kinds:
+    for kind in KINDS:
         sizes = {"kind": kind, "num_embeddings": 65_536, "batch_size": 32}  # 2,048 vectors
         extra = [peak_extra_mebibytes(functools.partial(prepare, **sizes), name) for name in names]
         print(f"{kind:10} {65_536:>6} {extra[0]:>9.0f} {extra[1]:>9.0f}", flush=True)

@@ -29,10 +29,10 @@ SIDES = (8, 16, 24, 32)
 WANTED = {"without a cache": 20, "transformers": 1.5}
 
 
-def new_model(side, device):
+def new_model(side, device, model_class=GPT):
     """Ours, with one token of condition."""
     sizes = {"n_layer": N_LAYER, "n_head": N_HEAD, "n_embd": N_EMBD}
-    return GPT(NUM_EMBEDDINGS, side * side, 1, 1, **sizes).to(device).eval()
+    return model_class(NUM_EMBEDDINGS, side * side, 1, 1, **sizes).to(device).eval()
 
 
 def new_peer(side, device):
@@ -122,12 +122,15 @@ def generate(peer, condition, seq_len):
     assert sequences.shape == (len(condition), 1 + seq_len)
 
 
-def prepare(name, model, batch_size=BATCH_SIZE):
-    """A call that samples grids in one of three ways. (The peer's weights become the model's.)"""
+def prepare(name, model, batch_size=BATCH_SIZE, **settings):
+    """A call that samples grids in one of three ways. (The peer's weights become the model's.)
+
+    `settings` are arguments of our `sample`.
+    """
     device = model.head.weight.device
     condition = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
     if name == "ours":
-        return lambda: model.sample(condition)
+        return lambda: model.sample(condition, **settings)
     if name == "without a cache":
         return lambda: sample_uncached(model, condition)
     peer = new_peer(math.isqrt(model.seq_len), device)

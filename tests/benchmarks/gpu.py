@@ -29,6 +29,7 @@ from timing import median_seconds, peak_cuda_mebibytes
 from vqgan.device import choose_device, choose_precision, describe_device
 from vqgan.errors import InputError
 from vqgan.files import write_json
+from vqgan.masked import MaskedTransformer
 from vqgan.training import versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,21 +90,27 @@ def comparisons(device: torch.device, dtype: torch.dtype, quick: bool) -> Iterat
         yield "steps", f"VQGAN, {precision}, batch {B}", call
 
     B = 16 if quick else 256
-    for K in (512, 2048) if quick else (512, 16_384):
-        names = {"vector-quantize-pytorch": "peer", "ours": "ours"}
-        options = {"num_embeddings": K, "device": device, "batch_size": B}
-        prepare = functools.partial(benchmark_quantizer.prepare, **options)
-        makers = {title: functools.partial(prepare, name) for title, name in names.items()}
-        items = B * benchmark_quantizer.SIDE**2
-        call = functools.partial(run, makers, rounds=rounds, items=items, unit="vectors")
-        yield "quantizer", f"EMA, fp32, K = {K}", call
+    for kind in benchmark_quantizer.KINDS:
+        for K in (512, 4096) if quick else (512, 16_384):
+            names = {"vector-quantize-pytorch": "peer", "ours": "ours"}
+            options = {"num_embeddings": K, "kind": kind, "device": device, "batch_size": B}
+            prepare = functools.partial(benchmark_quantizer.prepare, **options)
+            makers = {title: functools.partial(prepare, name) for title, name in names.items()}
+            items = B * benchmark_quantizer.SIDE**2
+            call = functools.partial(run, makers, rounds=rounds, items=items, unit="vectors")
+            yield "quantizer", f"{kind}, fp32, K = {K}", call
 
     side, rounds = (8, 1) if quick else (16, 3)
     model = benchmark_sampling.new_model(side, device)
+    masked = benchmark_sampling.new_model(side, device, MaskedTransformer)
     for B in (1, 16):
         prepare = functools.partial(benchmark_sampling.prepare, model=model, batch_size=B)
         names = ("transformers", "ours", "without a cache")
         makers = {name: functools.partial(prepare, name) for name in names}
+        for steps in (8, 12):
+            settings = {"model": masked, "batch_size": B, "steps": steps}
+            make = functools.partial(benchmark_sampling.prepare, "ours", **settings)
+            makers[f"masked, {steps} rounds"] = make
         call = functools.partial(run, makers, rounds=rounds, items=B * side**2, unit="tokens")
         yield "sampling", f"{side**2} tokens, fp32, batch {B}", call
 
