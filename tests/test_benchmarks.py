@@ -28,14 +28,18 @@ def test_the_ratios_are_those_of_the_times_to_the_peers(gpu, tmp_path, capsys):
     status, content = run(gpu, tmp_path, "quantizer")
     keys = ["device", "versions", "quick", "seconds", "failed", "rows"]
     assert status == 0 and list(content) == keys and content["failed"] == []
-    assert [row["contestant"] for row in content["rows"]] == 2 * ["vector-quantize-pytorch", "ours"]
+    parts = 2 * len(gpu.benchmark_quantizer.KINDS)  # each kind with two codebooks
+    names = ["vector-quantize-pytorch", "ours"]
+    assert [row["contestant"] for row in content["rows"]] == parts * names
     for peer, ours in zip(content["rows"][::2], content["rows"][1::2], strict=True):
         assert peer["part"] == ours["part"] and peer.keys() == ours.keys() == gpu.COLUMNS.keys()
         assert peer["ratio"] == 1 and ours["ratio"] == pytest.approx(peer["ms"] / ours["ms"])
         assert ours["per_second"] == pytest.approx(1000 * 16 * 8 * 8 / ours["ms"])
         assert ours["peak_MiB"] is None  # on a CPU
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 4 and {line.count("|") for line in table} == {len(gpu.COLUMNS) + 1}
+    assert len(table) == 2 + 2 * parts and {line.count("|") for line in table} == {
+        len(gpu.COLUMNS) + 1
+    }
 
 
 def test_a_peer_that_is_not_installed_is_left_out_and_ours_has_no_ratio(gpu, tmp_path, monkeypatch):
@@ -53,9 +57,10 @@ def test_a_part_that_fails_is_reported_and_the_others_go_on(gpu, tmp_path, monke
     monkeypatch.setattr(gpu, "run_python", fail)
     monkeypatch.setattr(gpu.benchmark_quantizer, "prepare", lambda name, **sizes: lambda: None)
     status, content = run(gpu, tmp_path, "tests", "quantizer", "training")
+    rows = 2 * 2 * len(gpu.benchmark_quantizer.KINDS)
     scripts = [f"training: train_{name}.py" for name in ("vqvae", "vqgan", "transformer")]
     assert status == 1 and content["failed"] == ["tests: device", *scripts]
-    assert [bool(row["note"]) for row in content["rows"]] == [True] + 4 * [False] + 3 * [True]
+    assert [bool(row["note"]) for row in content["rows"]] == [True] + rows * [False] + 3 * [True]
     assert capsys.readouterr().out.count("failed: RuntimeError: no / memory") == 4
 
 
