@@ -55,6 +55,10 @@ KEYS = {
     "with a transformer": "bytes_with_transformer",
     "training images": "training_images",
     "accuracy": "accuracy",
+    "seam above": "seam_upper",
+    "seam below": "seam_lower",
+    "seam left": "seam_left",
+    "seam right": "seam_right",
 }
 
 

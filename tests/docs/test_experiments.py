@@ -18,6 +18,7 @@ from vqgan.classifier import Classifier
 from vqgan.data import ImageDataset
 from vqgan.errors import InputError
 from vqgan.images import from_uint8, to_unit
+from vqgan.masked import MaskedTransformer
 from vqgan.metrics import nats_to_bits
 from vqgan.perceptual import ClassifierDistance
 from vqgan.vae import SpatialVAE
@@ -230,3 +231,40 @@ def test_style_measures_from_one_image_to_the_other(load):
     moved = style.optimize(objective, start, lambda x: x, 0.01)
     before, after = (sum(objective(x)).sum() for x in (start, moved))
     assert after < before
+
+
+def test_filling_in_measures_the_step_across_each_border_of_a_hole(load):
+    filling_in = load(DOCS / "experiments" / "filling_in.py")
+    x = torch.randn(2, 3, 8, 8)
+    x[:, :, 2:6, 2:7] = 5 + x[:, :, 1:2, 2:7]  # inside of the box each column is even
+    steps = filling_in.steps_across(x, (2, 2, 7, 6))
+    assert steps.keys() == {"upper", "lower", "left", "right"}
+    assert steps["upper"].item() == pytest.approx(5, abs=1e-5)
+    expected = (x[:, :, 2:6, 7] - x[:, :, 2:6, 6]).abs().mean().item()
+    assert steps["right"].item() == pytest.approx(expected)
+    assert filling_in.steps_across(x, (0, 0, 8, 4)).keys() == {"lower"}  # the others are no border
+    hole = filling_in.hole_of((2, 2, 7, 6), 8)
+    assert hole.sum() == 20 and hole[2:6, 2:7].all()
+
+
+@torch.no_grad()
+def test_filling_in_prices_a_masked_transformer_in_a_gpts_order(load, shapes):
+    """Token after token: each predicted from those before it, with all others masked."""
+    filling_in = load(DOCS / "experiments" / "filling_in.py")
+    tokenizer = VQVAE(image_size=32, num_embeddings=16, num_hiddens=16, num_residual_hiddens=8)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16}
+    transformer = MaskedTransformer(16, 64, len(shapes.class_names), 1, **sizes).eval()
+    for parameter in transformer.parameters():
+        parameter.normal_(std=0.3)
+    pipeline = Namespace(transformer=transformer, tokenizer=tokenizer.eval())
+    filling_in.NUM_PRICED = 2
+    price = 0.0
+    for image, label in zip(shapes.test_images[:2], shapes.test_labels[:2], strict=True):
+        tokens = tokenizer.tokens(from_uint8(image[None]))
+        for i in range(64):
+            seen = tokens.clone()
+            seen[:, i:] = transformer.mask_token
+            log_p = transformer(label.view(1, 1), seen).log_softmax(dim=2)
+            price -= log_p[0, i, tokens[0, i]].item() / (2 * 64)
+    assert filling_in.raster_nats(pipeline, shapes) == pytest.approx(price, abs=1e-4)
+    assert price > 2
