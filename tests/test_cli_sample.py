@@ -77,7 +77,7 @@ def test_completions_keep_the_tokens_of_every_grid(tmp_path, shapes, images, ask
     tokens = tokenizer.tokens(paint_over(pixels_of(images[0]), hole))
     given = tokenizer.split_tokens(asked[0]["given"])
     for level, whole in zip(given, tokenizer.split_tokens(tokens), strict=True):
-        kept = level.shape[1] // 2 - 1  # a ring beside the hole is generated, too
+        kept = level.shape[1] // 2
         assert torch.equal(level[:, :kept], whole[:, :kept]) and (level[:, kept:] == -1).all()
     assert "foresee" not in capsys.readouterr().out  # in either grid, nothing kept comes later
 
@@ -307,24 +307,24 @@ def test_a_completion_is_a_picture(tmp_path, pairs, images, capsys):
     flags = ["--count", 2, "--out", tmp_path / "out.png"]
     main("complete", pairs / "class" / "checkpoint.pt", images[0], *flags)
     assert is_picture(tmp_path / "out.png")
-    assert "4 of 16 tokens kept (" in capsys.readouterr().out
+    assert "8 of 16 tokens kept (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("flags", "hole", "kept"),
     [
-        ([], (slice(16, 32), slice(0, 32)), (slice(0, 1), slice(0, 4))),
-        (["--keep", "left"], (slice(0, 32), slice(16, 32)), (slice(0, 4), slice(0, 1))),
-        (["--keep", "0,0,32,9"], (slice(9, 32), slice(0, 32)), None),
-        (["--keep", "0,0,32,31"], (slice(31, 32), slice(0, 32)), (slice(0, 2), slice(0, 4))),
-        (["--hole", "8,0,32,8"], (slice(0, 8), slice(8, 32)), (slice(2, 4), slice(0, 4))),
+        ([], (slice(16, 32), slice(0, 32)), (slice(0, 2), slice(0, 4))),
+        (["--keep", "left"], (slice(0, 32), slice(16, 32)), (slice(0, 4), slice(0, 2))),
+        (["--keep", "0,0,32,7"], (slice(7, 32), slice(0, 32)), None),
+        (["--keep", "0,0,32,31"], (slice(31, 32), slice(0, 32)), (slice(0, 3), slice(0, 4))),
+        (["--hole", "0,0,32,9"], (slice(0, 9), slice(0, 32)), (slice(2, 4), slice(0, 4))),
     ],
 )
 @pytest.mark.parametrize("prior", ["class", "masked"])
 def test_the_kept_codes_are_the_pictures_own(prior, flags, hole, kept, pairs, images, rows, asked):
     command = ["complete", pairs / prior / "checkpoint.pt", images[0], *flags, "--count", 3]
     if kept is None:
-        assert "no token is kept: keep more" in error_of(*command)
+        assert "so none is kept: keep more" in error_of(*command)
         return
     main(*command)
     mask = torch.zeros(32, 32, dtype=torch.bool)
@@ -420,8 +420,8 @@ def test_a_model_of_pictures_completes_with_the_pictures_own(pairs, images, rows
         (["0.png", "--keep", "bottom"], "--keep bottom: give top, left"),
         (["0.png", "--keep", "1,2,3"], "--keep 1,2,3: give"),
         (
-            ["0.png", "--keep", "0,0,7,32"],
-            "--keep 0,0,7,32: with a ring of tokens around it no token is kept",
+            ["0.png", "--keep", "0,0,3,32"],
+            "--keep 0,0,3,32: it touches every token, so none is kept",
         ),
         (["0.png", "--keep", "0,0,32,32"], "--keep 0,0,32,32: no pixel of 32x32"),
         (["0.png", "--hole", "0,0,32,32"], "--hole 0,0,32,32: every pixel of 32x32"),

@@ -23,13 +23,13 @@ def test_a_hole_gets_the_mean_color_of_its_border():
     assert (painted[:, :, hole] == painted[:, :, 3, 2, None]).all()
 
 
-def test_tokens_that_a_hole_touches_and_a_ring_are_missing():
-    one_pixel = hole_of((17, 9, 18, 10))  # in column 4 and row 2 of 8x8, column 2 and row 1 of 4x4
+def test_tokens_that_a_hole_touches_are_missing():
+    four_pixels = hole_of((19, 9, 21, 11))  # columns 4, 5 and row 2 of 8x8; column 2, row 1 of 4x4
     fine = torch.zeros(8, 8, dtype=torch.bool)
-    fine[1:4, 3:6] = True
+    fine[2, 4:6] = True
     coarse = torch.zeros(4, 4, dtype=torch.bool)
-    coarse[0:3, 1:4] = True
-    missing = missing_tokens(one_pixel, [(4, 4), (8, 8)])
+    coarse[1, 2] = True
+    missing = missing_tokens(four_pixels, [(4, 4), (8, 8)])
     assert torch.equal(missing, torch.cat([coarse.flatten(), fine.flatten()]))
 
 
@@ -62,5 +62,5 @@ def test_holes_that_leave_nothing_are_refused(pairs):
     for hole in (hole_of((0, 0, 0, 0)), hole_of((0, 0, 9, 9), 28)):
         with pytest.raises(ValueError, match=r"hole is .*: give \(32, 32\) with some"):
             complete(pipeline, torch.zeros(1, 3, 32, 32), hole)
-    with pytest.raises(ValueError, match="leave no token"):
-        complete(pipeline, torch.zeros(1, 3, 32, 32), hole_of((9, 9, 24, 24)))
+    with pytest.raises(ValueError, match="touches every token"):
+        complete(pipeline, torch.zeros(1, 3, 32, 32), hole_of((3, 3, 29, 29)))

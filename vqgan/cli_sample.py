@@ -139,7 +139,7 @@ def complete(args: argparse.Namespace) -> None:
     figures.image_rows(out, rows, title=f"Completions ({describe_sampling(setting)})")
     num_given = int((~missing).sum())
     print(
-        f"{num_given} of {len(missing)} tokens kept (those beside the hole are generated, too); "
+        f"{num_given} of {len(missing)} tokens kept (the hole touches the others); "
         f"{args.count} completions: {out}"
     )
     levels = missing.split([h * w for h, w in pipeline.tokenizer.grids])
@@ -244,5 +244,5 @@ def _hole(args: argparse.Namespace, tokenizer: VQAutoencoder) -> Tensor:
         part = "no pixel" if not hole.any() else "every pixel"
         raise InputError(f"{flag}: {part} of {size}x{size} would be generated: give another")
     if completion.missing_tokens(hole, tokenizer.grids).all():
-        raise InputError(f"{flag}: with a ring of tokens around it no token is kept: keep more")
+        raise InputError(f"{flag}: it touches every token, so none is kept: keep more")
     return hole

@@ -1,11 +1,12 @@
 """Fills a hole in an image: a transformer generates the tokens there, given those around it.
 
-    image, hole -> the hole's pixels flat -> tokens -> those near the hole generated -> image
+    image, hole -> the hole's pixels flat -> tokens -> those in the hole generated -> image
 
 A token has seen more than its own pixels, through the encoder's convolutions, its normalization
 and its attention. Were the image encoded as it is, tokens beside the hole would hold a part of what
 was in it, and a removed object would come back. So the hole is painted over before anything is
-encoded. Then tokens beside it have seen the paint, and one ring of them is generated too.
+encoded. Tokens beside it have seen the paint, and are kept all the same, because they say best what
+has to go on inside. (The fillings are worse if they are generated, too: docs/filling_in.md.)
 """
 
 import torch
@@ -19,18 +20,20 @@ from vqgan.pretrained import Pipeline
 
 def paint_over(x: Tensor, hole: Tensor) -> Tensor:
     """Images (B, C, H, W) whose hole, (H, W) bool, has the mean color of the pixels around it."""
-    border = _with_ring(hole) & ~hole
+    # The hole and all pixels that touch it, also at a corner, without the hole.
+    wider = F.max_pool2d(hole[None].float(), kernel_size=3, stride=1, padding=1)[0].bool()
+    border = wider & ~hole
     mean = x[..., border].mean(dim=-1)  # (B, C)
     return torch.where(hole, mean[:, :, None, None], x)
 
 
 def missing_tokens(hole: Tensor, grids: list[tuple[int, int]]) -> Tensor:
-    """The tokens to generate, (N,) bool: in each grid those that the hole touches, and a ring."""
+    """The tokens to generate, (N,) bool: in each grid those that the hole touches."""
     H, W = hole.shape
     missing = []
     for h, w in grids:
         touched = hole.view(h, H // h, w, W // w).any(dim=3).any(dim=1)  # (h, w)
-        missing.append(_with_ring(touched).flatten())
+        missing.append(touched.flatten())
     return torch.cat(missing)
 
 
@@ -51,7 +54,7 @@ def prepare(
         raise ValueError(f"hole is {shape} with {int(hole.sum())} pixels: give {size} with some")
     missing = missing_tokens(hole, tokenizer.grids)
     if missing.all():
-        raise ValueError("the hole and a ring of tokens around it leave no token: keep more")
+        raise ValueError("the hole touches every token: keep more")
     painted = paint_over(x, hole)
     if condition is None and pipeline.condition.kind == "image":
         condition = tokenizer.tokens(TRANSFORMS[pipeline.condition.transform](painted))
@@ -90,8 +93,3 @@ def complete(
 def paste(x: Tensor, completed: Tensor, hole: Tensor) -> Tensor:
     """The original images around the hole, and the completed ones inside of it."""
     return torch.where(hole, completed, x)
-
-
-def _with_ring(mask: Tensor) -> Tensor:
-    """mask (H, W) bool, and all that touch it, also at a corner."""
-    return F.max_pool2d(mask[None].float(), kernel_size=3, stride=1, padding=1)[0].bool()
