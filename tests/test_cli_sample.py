@@ -311,19 +311,21 @@ def test_a_completion_is_a_picture(tmp_path, pairs, images, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "hole", "kept"),
+    ("flags", "hole", "generated"),  # pixels, and tokens of 8 pixels
     [
-        ([], (slice(16, 32), slice(0, 32)), (slice(0, 2), slice(0, 4))),
-        (["--keep", "left"], (slice(0, 32), slice(16, 32)), (slice(0, 4), slice(0, 2))),
+        ([], (slice(16, 32), slice(0, 32)), (slice(2, 4), slice(0, 4))),
+        (["--keep", "left"], (slice(0, 32), slice(16, 32)), (slice(0, 4), slice(2, 4))),
         (["--keep", "0,0,32,7"], (slice(7, 32), slice(0, 32)), None),
-        (["--keep", "0,0,32,31"], (slice(31, 32), slice(0, 32)), (slice(0, 3), slice(0, 4))),
-        (["--hole", "0,0,32,9"], (slice(0, 9), slice(0, 32)), (slice(2, 4), slice(0, 4))),
+        (["--keep", "0,0,32,31"], (slice(31, 32), slice(0, 32)), (slice(3, 4), slice(0, 4))),
+        (["--hole", "8,0,32,9"], (slice(0, 9), slice(8, 32)), (slice(0, 2), slice(1, 4))),
     ],
 )
 @pytest.mark.parametrize("prior", ["class", "masked"])
-def test_the_kept_codes_are_the_pictures_own(prior, flags, hole, kept, pairs, images, rows, asked):
+def test_the_kept_codes_are_the_pictures_own(
+    prior, flags, hole, generated, pairs, images, rows, asked
+):
     command = ["complete", pairs / prior / "checkpoint.pt", images[0], *flags, "--count", 3]
-    if kept is None:
+    if generated is None:
         assert "so none is kept: keep more" in error_of(*command)
         return
     main(*command)
@@ -331,8 +333,8 @@ def test_the_kept_codes_are_the_pictures_own(prior, flags, hole, kept, pairs, im
     mask[hole] = True
     x = pixels_of(images[0])
     own = load_model(pairs / prior / "tokenizer.pt").encode(paint_over(x, mask)).indices
-    expected = torch.full((3, 4, 4), -1)
-    expected[:, kept[0], kept[1]] = own[:, kept[0], kept[1]]
+    expected = own.repeat(3, 1, 1)
+    expected[:, generated[0], generated[1]] = -1
     assert torch.equal(asked[0]["given"], expected.flatten(1))
     (_, shown), (_, completed) = rows[0][0]
     assert (shown[1][:, mask] == 0.5).all() and torch.equal(shown[1][:, ~mask], shown[0][:, ~mask])
@@ -421,7 +423,7 @@ def test_a_model_of_pictures_completes_with_the_pictures_own(pairs, images, rows
         (["0.png", "--keep", "1,2,3"], "--keep 1,2,3: give"),
         (
             ["0.png", "--keep", "0,0,3,32"],
-            "--keep 0,0,3,32: it touches every token, so none is kept",
+            "--keep 0,0,3,32: the hole touches every token, so none is kept",
         ),
         (["0.png", "--keep", "0,0,32,32"], "--keep 0,0,32,32: no pixel of 32x32"),
         (["0.png", "--hole", "0,0,32,32"], "--hole 0,0,32,32: every pixel of 32x32"),

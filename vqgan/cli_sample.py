@@ -244,5 +244,5 @@ def _hole(args: argparse.Namespace, tokenizer: VQAutoencoder) -> Tensor:
         part = "no pixel" if not hole.any() else "every pixel"
         raise InputError(f"{flag}: {part} of {size}x{size} would be generated: give another")
     if completion.missing_tokens(hole, tokenizer.grids).all():
-        raise InputError(f"{flag}: it touches every token, so none is kept: keep more")
+        raise InputError(f"{flag}: the hole touches every token, so none is kept: keep more")
     return hole

@@ -61,6 +61,7 @@ MODELS = {
     "masked-all": "masked, loss on all tokens",
 }
 FILLERS = ("gpt", "masked", "masked-long")  # whose fillings are shown and measured
+LONGEST = {"shapes": "masked-long", "cifar10": "masked"}  # whose confidence is varied
 HOLES = {  # x0, y0, x1, y1 in pixels: a quarter of an image, and two halves
     "center": (8, 8, 24, 24),
     "upper-half": (0, 0, 32, 16),
@@ -228,6 +229,7 @@ def read_run(run: Path) -> dict:
     keys = ("nats_per_token", "nats_per_token_standard_error", "nats_per_token_is_bound")
     keys = (*keys, "bits_per_image", "epochs", "best_epoch", "seconds")
     row = {key: result[key] for key in keys}
+    row["nats_per_token_by_epoch"] = [epoch["loss"] for epoch in metadata["validation"]]
     row["samples"] = samples = metadata["samples"]
     few = [sample for sample in samples if sample.get("steps", 0) <= MAX_STEPS]  # or a GPT's
     for key, best in BEST.items():
@@ -305,7 +307,7 @@ def main(args: argparse.Namespace) -> None:
         for model in ("gpt", "masked"):
             ring = measure_holes(partial(fill_with_ring, pipelines[model]), data, classifier)
             add(f"{name}-{model}-ring", ring)
-        longest = [*pipelines][-1]  # the masked transformer that was trained longest
+        longest = LONGEST[name]
         choices = measure_choices(pipelines[longest], data, classifier)
         add(f"{name}-{longest}-choice", choices)
         for other, filling in fillings_to_compare(pipelines["gpt"].tokenizer).items():

@@ -3,7 +3,8 @@
 # with the package, and of CIFAR-10, by the EMA row of codebooks/ (its run.sh comes first, and its
 # evaluation classifier is used). On an NVIDIA H200, beside twelve other trainings, 20 epochs on
 # shapes took 3 minutes, and 10 on CIFAR-10 took 4. shapes-masked-long ran there to step 12,000 of
-# 24,960, and then for 53 minutes with one thread on an AMD EPYC with AVX512-BF16 instructions.
+# 24,960, and then for 53 minutes with one thread on an AMD EPYC with AVX512-BF16 instructions; its
+# samples are those of the flags below, and its `command` names those that it began with.
 # DATA is the data of the runs on CIFAR-10.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
